@@ -1,0 +1,287 @@
+"""The gradients of the dense model: per sample, summed as |g| and g², block by block.
+
+A wrapped block is one autograd function that keeps its input alone. Backward recomputes the block
+in micro-batches, and hooks on its linears turn each sample's inputs X and output gradients dY into
+that sample's weight gradient dYᵀX. Weights never get a `.grad`, and when the sweep leaves a block
+its sums are final. Where the activations of the whole model fit into memory, a plain backward with
+the same hooks does without the recomputation.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gblm import stats
+from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
+from gblm.memory import MicroBatch, free_memory, out_of_memory
+from gblm.stream import Call, Forward, check, replaced
+from gblm.survey import (
+    Block,
+    Linear,
+    find_adapter,
+    hooked,
+    quiet,
+    size,
+    survey,
+    take,
+)
+from gblm.survey import micro_batch as sized
+
+BACKWARDS = ("auto", "blocks", "model")
+Gradients = dict[str, Statistics]
+Progress = Callable[[int, int], None]  # done, of how many
+
+
+def gradient_sums(
+    model: nn.Module,
+    batch: Batch,
+    needs: Iterable[str],
+    *,
+    adapter: Adapter | None = None,
+    micro_batch: int | None = None,
+    backward: str = "auto",
+    progress: Progress = lambda done, total: None,
+) -> Gradients:
+    """Return the sums of the per-sample gradients of every linear of a model, by its name.
+
+    needs: which sums, of "grad_abs" and "grad_sq". backward: "blocks" (one block's activations at a
+    time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
+    memory. The other arguments are those of `prune`.
+
+    Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
+    """
+    one_of(backward, BACKWARDS, "backward")
+    adapter = adapter or find_adapter(model)
+    blocks = survey(model, batch, adapter)
+    micro = sized(blocks, size(batch), micro_batch)
+    needs = frozenset(needs) & set(stats.GRADIENT)
+    with quiet(model), torch.enable_grad():
+        if backward == "auto":
+            fits = _fits(model, batch, adapter, blocks, needs, micro)
+            backward = "model" if fits else "blocks"
+        differentiate = whole_backward if backward == "model" else block_backward
+        found = differentiate(model, batch, adapter, blocks, needs, micro, progress)
+    for block in blocks:
+        for linear in block.linears:
+            check(linear, found[linear.name])
+    return found
+
+
+def whole_backward(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    blocks: list[Block],
+    needs: frozenset[str],
+    micro: MicroBatch,
+    progress: Progress,
+) -> Gradients:
+    """Differentiate the whole model, micro-batch by micro-batch: see `gradient_sums`."""
+    samples = size(batch)
+
+    def sweep(step: int) -> Gradients:
+        found = _zeros(blocks, needs)
+        for start in range(0, samples, step):
+            part = take(batch, slice(start, start + step))
+            hooks = [_hook(x, found[x.name], size(part)) for block in blocks for x in block.linears]
+            with hooked(hooks):
+                hidden = adapter.trunk(model, part)
+            _finite(adapter.loss(model, hidden, part), start).sum().backward()
+            progress(min(start + step, samples), samples)
+        return found
+
+    return micro.run(sweep)
+
+
+def block_backward(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    blocks: list[Block],
+    needs: frozenset[str],
+    micro: MicroBatch,
+    progress: Progress,
+) -> Gradients:
+    """Differentiate the model block by block, the head in micro-batches: see `gradient_sums`."""
+    found: Gradients = {}
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(done, 2 * len(blocks))
+
+    def make(block: Block, own: Forward) -> Forward:
+        def differentiate(call: Call, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+            sums, inputs = micro.run(lambda step: recompute(block, call, grads, needs, step))
+            found.update(sums)
+            advance()
+            return inputs
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = Call.of(block, own, size(batch), args, kwargs)
+            outputs, spec = tree_flatten(micro.run(call.outputs))
+            advance()
+            # The graph must reach the first block, whose input needs no gradient.
+            anchor = torch.zeros((), requires_grad=True)
+            outputs = _Block.apply(anchor, call, outputs, differentiate, *call.leaves)
+            call.leaves = [x.detach() if isinstance(x, Tensor) else x for x in call.leaves]
+            return tree_unflatten(outputs, spec)
+
+        return run
+
+    with replaced(blocks, make):
+        hidden = adapter.trunk(model, batch)
+        hidden.backward(head_backward(model, hidden.detach(), batch, adapter, micro))
+    return found
+
+
+class _Block(torch.autograd.Function):
+    """A block as one node of the graph, which keeps its input alone and recomputes the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, call: Call, outputs: list[Any], differentiate: Any, *leaves: Any
+    ) -> tuple[Any, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.differentiate = call, differentiate
+        call.wanted = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        inputs = ctx.differentiate(ctx.call, grads)
+        ctx.call = None  # frees the block's input
+        return None, None, None, None, *inputs
+
+
+def recompute(
+    block: Block, call: Call, grads: Sequence[Tensor | None], needs: frozenset[str], step: int
+) -> tuple[Gradients, list[Tensor | None]]:
+    """Run a block again in micro-batches and differentiate it.
+
+    `grads` are the gradients by its outputs. Returns the gradient sums of its linears, and the
+    gradients by the leaves it was called with, None where none is wanted.
+    """
+    sums = _zeros([block], needs)
+    totals = [
+        torch.zeros_like(leaf) if wanted else None
+        for leaf, wanted in zip(call.leaves, call.wanted, strict=True)
+    ]
+    for piece in call.pieces(step):
+        samples = piece.stop - piece.start
+        leaves = [
+            leaf.detach().requires_grad_() if wanted else leaf
+            for leaf, wanted in zip(call.arguments(piece), call.wanted, strict=True)
+        ]
+        hooks = [_hook(linear, sums[linear.name], samples) for linear in block.linears]
+        with torch.enable_grad(), hooked(hooks):
+            outputs, _ = tree_flatten(call.run(leaves))
+        tensors, parts = [], []
+        for output, grad in zip(outputs, grads, strict=True):
+            if grad is not None and grad.ndim and output.requires_grad:
+                carried = len(output) // samples
+                tensors.append(output)
+                parts.append(grad[piece.start * carried : piece.stop * carried])
+        torch.autograd.backward(tensors, parts)
+        for i, total in enumerate(totals):
+            if total is not None and leaves[i].grad is not None:
+                total[call.part(i, piece)].add_(leaves[i].grad)
+    return sums, totals
+
+
+def head_backward(
+    model: nn.Module, hidden: Tensor, batch: Batch, adapter: Adapter, micro: MicroBatch
+) -> Tensor:
+    """Return the gradient of the samples' losses by what the head takes, in micro-batches."""
+    gradient = torch.empty_like(hidden)
+
+    def sweep(step: int) -> None:
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
+            x = hidden[part].requires_grad_()
+            _finite(adapter.loss(model, x, take(batch, part)), start).sum().backward()
+            gradient[part] = x.grad
+
+    # Of its own: a head that is short of memory says nothing about the blocks.
+    MicroBatch(micro.samples, micro.auto).run(sweep)
+    return gradient
+
+
+def _hook(linear: Linear, sums: Statistics, samples: int) -> Any:
+    """Add the gradient of every sample to the sums, once backward reaches the linear's output."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        x = _by_sample(linear, args[0].detach(), samples)
+        if not output.requires_grad:  # nothing before this linear needs a gradient
+            output.requires_grad_()
+        output.register_hook(
+            lambda dy: stats.add_gradients(sums, x, _by_sample(linear, dy, samples))
+        )
+
+    return linear.module.register_forward_hook(hook)
+
+
+def _by_sample(linear: Linear, value: Tensor, samples: int) -> Tensor:
+    rows = linear.rows(value)
+    if samples > 1 and rows.shape[:-1].numel() != samples * linear.positions:
+        raise GblmError(
+            f"{linear} does not see the same number of inputs of every "
+            "sample, so that its gradients cannot be told apart; use --micro-batch 1"
+        )
+    return rows.reshape(samples, -1, rows.shape[-1])
+
+
+def _zeros(blocks: list[Block], needs: frozenset[str]) -> Gradients:
+    return {
+        linear.name: stats.zeros(needs, *linear.shape, linear.weight.device)
+        for block in blocks
+        for linear in block.linears
+    }
+
+
+def _finite(losses: Tensor, start: int) -> Tensor:
+    for i, loss in enumerate(losses.tolist()):
+        if not math.isfinite(loss):
+            raise GblmError(
+                f"the loss of calibration sample {start + i} is {loss}; check the weights and the "
+                "calibration samples, or use a wider dtype"
+            )
+    return losses
+
+
+def _fits(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    blocks: list[Block],
+    needs: frozenset[str],
+    micro: MicroBatch,
+) -> bool:
+    """Say whether a plain backward takes at most half of the free memory, from one sample's."""
+    storages: dict[int, int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    linears = [linear for block in blocks for linear in block.linears]
+    one = take(batch, slice(0, 1))
+    hooks = [_hook(linear, Statistics({}), 1) for linear in linears]
+    try:
+        with hooked(hooks), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            loss = adapter.loss(model, adapter.trunk(model, one), one)
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            return False
+        raise
+    del loss
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(count for pointer, count in storages.items() if pointer not in weights)
+    sums = sum(4 * linear.weight.numel() * len(needs) for linear in linears)
+    return activations * micro.samples + sums <= free_memory(linears[0].weight.device) / 2

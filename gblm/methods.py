@@ -1,0 +1,67 @@
+"""Methods: a name, the statistics needed and a solve, made by a factory from its options."""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from gblm import scores
+from gblm.base import GblmError, Method, one_of
+from gblm.scores import NORMS, masked
+from gblm.solvers import sparsegpt as _sparsegpt
+
+
+def magnitude() -> Method:
+    """Keep the largest |W|, of the whole weight where no group is named."""
+    return masked("magnitude", (), scores.magnitude, group="layer")
+
+
+def gradient(norm: str = "l1") -> Method:
+    """Keep the largest |W|·‖G‖ (arXiv 2311.04902); norm: "l1" or "l2"."""
+    statistic = _statistic(norm)
+    score = partial(scores.gradient, norm=norm)
+    return masked(f"gradient(norm={norm})", {statistic}, score)
+
+
+def wanda() -> Method:
+    """Keep the largest |W|·‖X‖₂ (arXiv 2306.11695)."""
+    return masked("wanda", {"input_sq"}, scores.wanda)
+
+
+def gblm(alpha: float = 100, norm: str = "l1") -> Method:
+    """Keep the largest |W|·(‖X‖₂ + α·‖G‖ₚ) (arXiv 2311.04902); norm: "l1" or "l2"."""
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise GblmError(f"alpha {alpha:g} is not a number of 0 or more; 100 is the published one")
+    statistic = _statistic(norm)
+    score = partial(scores.gblm, alpha=alpha, norm=norm)
+    return masked(f"gblm(alpha={alpha:g}, norm={norm})", {"input_sq", statistic}, score)
+
+
+def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:
+    """Prune column by column and let the weights that stay make up for it (arXiv 2301.00774)."""
+    solve = partial(_sparsegpt.solve, damping=damping, columns=columns)
+    return Method("sparsegpt", frozenset({"input_gram"}), solve, group="layer")
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "magnitude": magnitude,
+    "gradient": gradient,
+    "wanda": wanda,
+    "gblm": gblm,
+    "sparsegpt": sparsegpt,
+}
+
+
+def make(name: str, **options: Any) -> Method:
+    """Return the method of that name, made with those of the options that it takes.
+
+    Raises `GblmError` where no method has that name.
+    """
+    factory = METHODS[one_of(name, METHODS, "method")]
+    taken = inspect.signature(factory).parameters
+    return factory(**{option: value for option, value in options.items() if option in taken})
+
+
+def _statistic(norm: str) -> str:
+    return NORMS[one_of(norm, NORMS, "norm")]

@@ -1,0 +1,81 @@
+"""Patterns: which keep-masks are allowed. A pattern is a factory here and a line in `parse`."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gblm.base import GblmError, Pattern
+
+GROUPS = ("row", "layer")
+
+
+def unstructured(sparsity: float, group: str = "row") -> Pattern:
+    """Drop the lowest floor(sparsity · size) scores of each comparison group, anywhere in it.
+
+    The group is an output row (`group="row"`) or the whole weight (`group="layer"`). Of equal
+    scores the first goes first, as in the published code (arXiv 2311.04902).
+
+    Raises `GblmError` where the sparsity is outside (0, 1) or the group is unknown.
+    """
+    if not 0 < sparsity < 1:
+        raise GblmError(f"sparsity {sparsity:g} is outside (0, 1); 0.5 drops half of the weights")
+    if group not in GROUPS:
+        raise GblmError(f"unknown comparison group {group!r}; choose from {', '.join(GROUPS)}")
+
+    def keep(score: Tensor) -> Tensor:
+        groups = score if group == "row" else score.reshape(1, -1)
+        # 0.29 · 100 is 28.999… in binary: the count meant is 29.
+        dropped = int(groups.shape[1] * sparsity + 1e-6)
+        return _keep_highest(groups, groups.shape[1] - dropped).view_as(score)
+
+    return Pattern(
+        f"{sparsity:g}" + ("" if group == "row" else f"/{group}"), keep, lambda shape: None
+    )
+
+
+def nm(n: int, m: int) -> Pattern:
+    """Keep the n highest scores of every m neighbouring inputs: n:m.
+
+    Raises `GblmError` unless 0 < n < m, and from `check` where the inputs are no multiple of m.
+    """
+    if not 0 < n < m:
+        raise GblmError(f"pattern {n}:{m} needs 0 < n < m; 2:4 keeps two weights of every four")
+
+    def keep(score: Tensor) -> Tensor:
+        return _keep_highest(score.reshape(-1, m), n).view_as(score)
+
+    def check(shape: Sequence[int]) -> None:
+        if shape[1] % m:
+            raise GblmError(
+                f"in={shape[1]} is not divisible by {m}; choose an m that divides it, or a sparsity"
+            )
+
+    return Pattern(f"{n}:{m}", keep, check, window=m)
+
+
+def parse(text: str, group: str = "row") -> Pattern:
+    """Return the pattern that `text` names: "2:4", "0.5", "0.5/layer".
+
+    `group` is the comparison group of an unstructured pattern that names none itself.
+
+    Raises `GblmError` where the text is neither a sparsity nor n:m.
+    """
+    if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+        return nm(int(match[1]), int(match[2]))
+    sparsity, _, named = text.strip().partition("/")
+    try:
+        value = float(sparsity)
+    except ValueError:
+        raise GblmError(
+            f"pattern {text!r} is neither a sparsity such as 0.5 nor n:m such as 2:4"
+        ) from None
+    return unstructured(value, named or group)
+
+
+def _keep_highest(groups: Tensor, kept: int) -> Tensor:
+    """Return the mask `[groups, size]` of the `kept` highest of each row; ties keep the later."""
+    order = torch.sort(groups, dim=1, stable=True).indices
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    return mask.scatter_(1, order[:, groups.shape[1] - kept :], True)

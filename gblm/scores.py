@@ -1,0 +1,66 @@
+"""Scores: the importance of every weight, `[out, in]`; low is pruned first.
+
+Each takes the weight `[out, in]` in fp32 and the statistics of its linear. Every division by a
+count and every alpha stands here, and nowhere else.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from gblm.base import GblmError, Method, Pattern, Statistics
+
+Score = Callable[[Tensor, Statistics], Tensor]
+
+NORMS = {"l1": "grad_abs", "l2": "grad_sq"}
+
+
+def masked(name: str, needs: Iterable[str], score: Score, group: str = "row") -> Method:
+    """Lift a score into a method: keep what the pattern keeps of the score, leave it unchanged."""
+
+    def solve(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        keep = pattern.keep(finite(score(weight, statistics), "score"))
+        return weight * keep, keep
+
+    return Method(name, frozenset(needs), solve, group)
+
+
+def magnitude(weight: Tensor, statistics: Statistics) -> Tensor:
+    """Score |W|."""
+    return weight.abs()
+
+
+def gradient(weight: Tensor, statistics: Statistics, norm: str = "l1") -> Tensor:
+    """Score |W|·‖G‖ (arXiv 2311.04902, section 3)."""
+    return weight.abs() * gradient_norm(statistics, norm)
+
+
+def wanda(weight: Tensor, statistics: Statistics) -> Tensor:
+    """Score |W|·‖X‖₂ (Wanda, arXiv 2306.11695, eq. 1)."""
+    return weight.abs() * input_norm(statistics)
+
+
+def gblm(weight: Tensor, statistics: Statistics, alpha: float = 100, norm: str = "l1") -> Tensor:
+    """Score |W|·(‖X‖₂ + α·‖G‖ₚ) (GBLM, arXiv 2311.04902, eq. 4)."""
+    return weight.abs() * (input_norm(statistics) + alpha * gradient_norm(statistics, norm))
+
+
+def input_norm(statistics: Statistics) -> Tensor:
+    """Return ‖X‖₂ `[in]` = √(Σ over samples and positions of x² / samples), as published."""
+    return (statistics["input_sq"] / statistics.samples).sqrt()
+
+
+def gradient_norm(statistics: Statistics, norm: str) -> Tensor:
+    """Return ‖G‖ₚ `[out, in]`: l1 = Σ |g|, l2 = √(Σ g²) over samples; not divided, as published."""
+    return statistics["grad_abs"] if norm == "l1" else statistics["grad_sq"].sqrt()
+
+
+def finite(value: Tensor, what: str) -> Tensor:
+    """Return the value; raises `GblmError` where it holds a NaN or an Inf."""
+    if not torch.isfinite(value).all():
+        raise GblmError(
+            f"the {what} holds a NaN or an Inf; check the weights and the calibration samples, "
+            "or use a wider dtype"
+        )
+    return value

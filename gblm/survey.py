@@ -1,0 +1,195 @@
+"""What a run of one sample tells of a model: its blocks, their linears, and the order of use."""
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from gblm.base import Adapter, Batch, GblmError, Kind
+from gblm.memory import MicroBatch
+
+# A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
+POSITIONS = {"cpu": 2048, "cuda": 32768}
+
+
+@dataclass
+class Linear:
+    """One prunable weight, seen as a matrix `[out, in]`."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    positions: int = 0  # input vectors of one sample; 0 where the run did not use it
+
+    @property
+    def weight(self) -> Tensor:
+        return self.kind.weight(self.module).detach()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.weight.shape
+        return outputs, inputs
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)}"
+
+    def rows(self, value: Tensor) -> Tensor:
+        """Return an input or output of the module as `[samples, …, features]`."""
+        return value.movedim(self.kind.features, -1)
+
+
+@dataclass
+class Block:
+    """The repeated unit of a model.
+
+    `groups` are its linears in the order of use, those that see the same input together; `unused`
+    are those the run did not use. `leading` holds the first dimension of every tensor the block is
+    called with, None for other values.
+    """
+
+    name: str
+    module: nn.Module
+    groups: list[list[Linear]] = field(default_factory=list)
+    unused: list[Linear] = field(default_factory=list)
+    leading: list[int | None] = field(default_factory=list)
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [linear for group in self.groups for linear in group]
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """Return the adapter of the library the model comes from.
+
+    Adapters are entry points of the group `gblm.adapters`: a line names a library and a function
+    that makes the `Adapter` of a model, so that an installed package brings in its own families.
+
+    Raises `GblmError` where no entry point names a library of the model's classes.
+    """
+    known = {entry.name: entry for entry in importlib.metadata.entry_points(group="gblm.adapters")}
+    for kind in type(model).__mro__:
+        if entry := known.get(kind.__module__.partition(".")[0]):
+            adapter: Adapter = entry.load()(model)
+            return adapter
+    raise GblmError(
+        f"no adapter for {type(model).__name__} (known: models of {', '.join(sorted(known))}); "
+        "pass adapter="
+    )
+
+
+def take(batch: Batch, chosen: slice) -> Batch:
+    """Return the chosen samples of a batch."""
+    return {name: value[chosen] for name, value in batch.items()}
+
+
+def size(batch: Batch) -> int:
+    """Return the number of samples of a batch."""
+    return len(next(iter(batch.values())))
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode with frozen parameters, and back at the end."""
+    training = {module: module.training for module in model.modules()}
+    learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, mode in learning.items():
+            parameter.requires_grad_(mode)
+
+
+@contextmanager
+def hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    """Keep the given hook handles for the time of a run."""
+    handles = list(hooks)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
+    """Return the blocks of the model in the order of use, as a run of one sample finds them.
+
+    Raises `GblmError` where the model has no blocks or no linears in them, uses a block or a linear
+    more than once, or has a NaN or an Inf in a weight.
+    """
+    names = {module: name for name, module in adapter.blocks(model).items()}
+    if not names:
+        raise GblmError(
+            f"no blocks found in {type(model).__name__}; pass an Adapter that names them"
+        )
+    linears = {module: _linears(name, module, adapter) for module, name in names.items()}
+    if not any(linears.values()):
+        raise GblmError(f"no linears found in the blocks of {type(model).__name__}")
+    blocks: list[Block] = []
+    seen: list[Tensor] = []  # the input of every group of the block that runs now
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if any(block.module is module for block in blocks):
+            raise GblmError(f"block {names[module]} is used more than once; it cannot be pruned")
+        leaves, _ = tree_flatten((args, kwargs))
+        leading = [len(v) if isinstance(v, Tensor) and v.ndim else None for v in leaves]
+        blocks.append(Block(names[module], module, leading=leading))
+        seen.clear()
+
+    def see(linear: Linear) -> Any:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if linear.positions:
+                raise GblmError(f"linear {linear.name} is used more than once; it cannot be pruned")
+            linear.positions = linear.rows(args[0]).shape[:-1].numel()
+            for group, x in zip(blocks[-1].groups, seen, strict=True):
+                if x is args[0]:
+                    group.append(linear)
+                    return
+            blocks[-1].groups.append([linear])
+            seen.append(args[0])
+
+        return linear.module.register_forward_pre_hook(hook)
+
+    with quiet(model), torch.no_grad(), ExitStack() as stack:
+        hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
+        hooks += [see(linear) for found in linears.values() for linear in found]
+        stack.enter_context(hooked(hooks))
+        adapter.trunk(model, take(batch, slice(0, 1)))
+    for block in blocks:
+        block.unused = [linear for linear in linears[block.module] if not linear.positions]
+    return blocks
+
+
+def micro_batch(blocks: list[Block], samples: int, fixed: int | None) -> MicroBatch:
+    """Return the micro-batch the user fixed, None for one of about `POSITIONS` positions."""
+    if fixed is not None:
+        if fixed < 1:
+            raise GblmError(f"micro-batches of {fixed} samples are none; use 1 or more, or auto")
+        return MicroBatch(fixed)
+    linears = [linear for block in blocks for linear in block.linears]
+    wanted = POSITIONS.get(linears[0].weight.device.type, POSITIONS["cuda"])
+    wanted //= max(linear.positions for linear in linears)
+    return MicroBatch(max(1, min(samples, wanted)), auto=True)
+
+
+def _linears(name: str, block: nn.Module, adapter: Adapter) -> list[Linear]:
+    found = [
+        Linear(f"{name}.{inner}" if inner else name, module, kind)
+        for inner, module in block.named_modules()
+        if (kind := adapter.kind(module))
+    ]
+    for linear in found:
+        if not torch.isfinite(linear.weight).all():
+            raise GblmError(
+                f"{linear} holds a NaN or an Inf in its weight; load a sound checkpoint"
+            )
+    return found
