@@ -189,8 +189,9 @@ def recompute(
                 parts.append(grad[piece.start * carried : piece.stop * carried])
         torch.autograd.backward(tensors, parts)
         for i, total in enumerate(totals):
-            if total is not None and leaves[i].grad is not None:
-                total[call.part(i, piece)].add_(leaves[i].grad)
+            grad = leaves[i].grad if total is not None else None
+            if total is not None and grad is not None:
+                total[call.part(i, piece)].add_(grad)
     return sums, totals
 
 

@@ -1,0 +1,37 @@
+"""Perplexity of a causal language model, as published."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gblm.llm.adapters import window_loss
+from gblm.memory import MicroBatch
+
+POSITIONS = 4096  # of a batch of windows
+
+
+def perplexity(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Return exp of the mean, over windows, of the mean loss over a window's t − 1 targets.
+
+    windows: token ids `[n, t]`. Source: the published code of GBLM (arXiv 2311.04902).
+    """
+
+    def run(step: int) -> list[Tensor]:
+        losses = []
+        for start in range(0, len(windows), step):
+            ids = windows[start : start + step].to(model.device)
+            losses.append(window_loss(model(input_ids=ids, use_cache=False).logits, ids))
+            progress(min(start + step, len(windows)), len(windows))
+        return losses
+
+    step = max(1, min(len(windows), POSITIONS // windows.shape[1]))
+    with torch.no_grad():
+        losses = torch.cat(MicroBatch(step, auto=True).run(run))
+    return losses.double().mean().exp().item()

@@ -1,0 +1,229 @@
+"""Load and save causal language models with their tokenizers, as transformers does."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from gblm.base import Batch, GblmError, one_of
+from gblm.llm import data
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def load(
+    model: str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer from a local folder or a hub name.
+
+    dtype: that of the checkpoint for "auto". device: the GPU where there is one for "auto". Code
+    that comes with a model runs only with `trust_remote_code`, weights other than safetensors are
+    read only with `allow_pickle`.
+
+    Raises `GblmError` where anything is missing, damaged or does not fit.
+    """
+    check_source(model)
+    one_of(dtype, ["auto", *DTYPES], "dtype")
+    place = find_device(device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _explained(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        auto: Any = AutoModelForCausalLM
+        loaded, info = auto.from_pretrained(
+            model,
+            dtype=DTYPES.get(dtype, "auto"),
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **options,
+        )
+    wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
+    if wrong:
+        raise GblmError(
+            f"model {model}: {len(wrong)} weights are missing or of another shape, such as "
+            f"{', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
+        )
+    return loaded.to(place).eval(), tokenizer
+
+
+def check_source(model: str) -> None:
+    """Raise `GblmError` where a local model folder is missing, empty or damaged."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise GblmError(f"model {model} is a file; give the folder that holds config.json")
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+            if "/" not in model and not model.startswith("."):
+                return  # the hub has models without an owner, such as gpt2
+            raise GblmError(f"model {model}: no such folder; give a folder or a hub name")
+        return
+    if not any(folder.iterdir()):
+        raise GblmError(f"model folder {model} is empty; give one that save_pretrained wrote")
+    if not (folder / "config.json").is_file():
+        raise GblmError(f"model folder {model} has no config.json; give one of save_pretrained")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise GblmError(f"{file} is damaged ({error}); fetch or write it again") from error
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """Turn what transformers raises on loading into a `GblmError` that says the way out."""
+    try:
+        yield
+    except Exception as error:  # whatever the files, the hub or the config had against it
+        text = " ".join(str(error).split())
+        way = "check the folder or the name, and the connection to the hub"
+        if "safetensors" in text:
+            way = "convert the weights to safetensors, or trust them with --allow-pickle"
+        elif "trust_remote_code" in text:
+            way = "read that code, then trust it with --trust-remote-code"
+        raise GblmError(f"model {model} cannot be loaded: {text[:300]}; {way}") from error
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """Return the device, the GPU where there is one for "auto"; raises `GblmError` for none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise GblmError(f"device {device} is not there ({reason}); use cpu, cuda or auto") from None
+    return found
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Return the longest window the model can take, None where its config says nothing."""
+    config = model.config.get_text_config()
+    return next((getattr(config, key) for key in POSITIONS if getattr(config, key, None)), None)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of ids the model knows."""
+    return len(model.get_input_embeddings().get_parameter("weight"))
+
+
+def window_length(model: PreTrainedModel, length: int | None) -> int:
+    """Return the window: `length`, or min(2048, what the model can take) where None.
+
+    Raises `GblmError` where the model cannot take it.
+    """
+    most = positions(model)
+    if length is None:
+        return min(2048, most or 2048)
+    if length < 2:
+        raise GblmError(f"windows of {length} have no target; use a --length of 2 or more")
+    if most is not None and length > most:
+        raise GblmError(f"--length {length} is beyond the {most} positions of the model")
+    return length
+
+
+def windows(
+    source: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+) -> Batch:
+    """Return the calibration batch `{"input_ids": [samples, length]}` on the model's device.
+
+    See `gblm.llm.data.calibration` for the sources. length: min(2048, what the model can take)
+    where None. Raises `GblmError` where the source has too little, or ids the model does not know.
+    """
+    ids = data.calibration(source, tokenizer, samples, window_length(model, length), seed)
+    data.check_ids(ids, vocabulary(model), source)
+    return {"input_ids": ids.to(model.device)}
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, like: str
+) -> None:
+    """Save a model into a folder, with tokenizer, generation config, dtype and shards of `like`.
+
+    `like` is the folder or the hub name the model was loaded from.
+    """
+    folder = Path(folder)
+    shards = _shards(like)
+    dtype = _dtype(like, shards)
+    if dtype not in (None, model.dtype):
+        model = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
+    model.save_pretrained(folder, max_shard_size="100TB")
+    tokenizer.save_pretrained(folder)
+    if shards:
+        _reshard(folder, shards)
+
+
+def _shards(like: str) -> dict[str, str]:
+    """Return the shard of every tensor of a checkpoint, empty where it has but one."""
+    index = _file(like, SAFE_WEIGHTS_INDEX_NAME)
+    return json.loads(index.read_text())["weight_map"] if index else {}
+
+
+def _file(like: str, name: str) -> Path | None:
+    found = cached_file(
+        like,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return Path(found) if found else None
+
+
+def _dtype(like: str, shards: dict[str, str]) -> torch.dtype | None:
+    """Return the dtype of the first floating tensor of a checkpoint, None where it has no file."""
+    file = _file(like, next(iter(shards.values()), SAFE_WEIGHTS_NAME))
+    if file is None:
+        return None
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if (tensor := tensors.get_tensor(name)).is_floating_point():
+                return tensor.dtype
+    return None
+
+
+def _reshard(folder: Path, shards: dict[str, str]) -> None:
+    """Write the tensors of the single file in a folder anew into the given shards."""
+    whole = folder / SAFE_WEIGHTS_NAME
+    with safe_open(whole, framework="pt") as tensors:
+        names = set(tensors.keys())
+        if not names <= set(shards):
+            return  # transformers writes this family in another form than it came in
+        total = 0
+        for shard in sorted(set(shards.values())):
+            part = {
+                name: tensors.get_tensor(name) for name in sorted(names) if shards[name] == shard
+            }
+            total += sum(tensor.nbytes for tensor in part.values())
+            save_file(part, folder / shard, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: shards[name] for name in sorted(names)},
+    }
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    whole.unlink()

@@ -1,0 +1,62 @@
+"""The folder of a result: checked before work is spent, written beside, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gblm.base import GblmError
+
+
+def check_output(folder: Path, size: int, overwrite: bool) -> None:
+    """Raise `GblmError` where a result of `size` bytes cannot be written to the folder.
+
+    That is where the folder holds something and `overwrite` is not given, where it is a file, where
+    rights are missing, or the disk is too full.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise GblmError(f"output {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise GblmError(f"output {folder} is not empty; give another folder, or --overwrite")
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise GblmError(f"output {folder}: {parent} is a file; give a folder in a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise GblmError(f"output {folder}: no right to write in {parent}; give another folder")
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise GblmError(
+            f"output {folder}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            "make space, or give a folder on another disk"
+        )
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """Give a folder to write to, which becomes `folder` once all is written, and goes if not."""
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise GblmError(f"output {folder}: {error.strerror}; give another folder") from error
+    try:
+        beside.chmod(0o755)
+        yield beside
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(beside, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, folder)
+    except OSError as error:
+        raise GblmError(
+            f"output {folder}: {error.strerror or error}; give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,147 @@
+"""A tiny random member of every family: the core prunes it with no line of code for it."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import gblm
+from gblm import methods
+from gblm.llm.adapters import adapter
+
+SAMPLES, LENGTH, VOCABULARY = 7, 10, 96
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "n_inner": 48}
+
+# The class of the configuration, and what is special about the member.
+FAMILIES = {
+    "llama-1": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama-3": ("LlamaConfig", {"rope_theta": 500000.0, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 4}),
+    "mixtral": ("MixtralConfig", EXPERTS),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**EXPERTS, "moe_intermediate_size": 16}),
+    "gemma": ("GemmaConfig", {}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "phi3": ("Phi3Config", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt2": ("GPT2Config", GPT),
+    "gptj": ("GPTJConfig", {**GPT, "rotary_dim": 4}),
+    "falcon": ("FalconConfig", {"multi_query": True, "parallel_attn": True}),
+    "falcon-alibi": ("FalconConfig", {"alibi": True, "multi_query": False}),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "mpt": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2}),
+    "stablelm": ("StableLmConfig", {}),
+    "cohere": ("CohereConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 4}),
+    "smollm3": ("SmolLM3Config", {}),
+    "glm4": ("Glm4Config", {}),
+    "deepseek-v3": ("DeepseekV3Config", {**LATENT, **DEEPSEEK}),
+    "recurrent-gemma": ("RecurrentGemmaConfig", {"lru_width": 32, "attention_window_size": 4}),
+}
+
+
+def tiny(family: str) -> nn.Module:
+    """Return a small random member of a family."""
+    name, special = FAMILIES[family]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(0)
+    config = kind(**{**COMMON, **special})
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {"input_ids": torch.randint(3, VOCABULARY, (SAMPLES, LENGTH))}
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative distance of a tensor from the expected one."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_the_models_own(family, batch):
+    model, see = tiny(family), adapter(tiny(family))
+    with torch.no_grad():
+        own = model(**batch, labels=batch["input_ids"], use_cache=False).loss
+        losses = see.loss(model, see.trunk(model, batch), batch)
+    assert losses.shape == (SAMPLES,)
+    torch.testing.assert_close(losses.mean(), own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_plain_autograd(family, batch):
+    model = tiny(family)
+    found = gblm.gradient_sums(
+        model, batch, {"grad_abs", "grad_sq"}, micro_batch=3, backward="blocks"
+    )
+    expected = {name: [] for name in found}
+    for ids in batch["input_ids"]:
+        model.zero_grad()
+        model(input_ids=ids[None], labels=ids[None], use_cache=False).loss.backward()
+        for name, kept in expected.items():
+            module = model.get_submodule(name)
+            gradient = module.weight.grad
+            kept.append((gradient.T if found[name]["grad_abs"].shape != gradient.shape
+                         or type(module).__name__ == "Conv1D" else gradient).clone())
+    assert found
+    for name, gradients in expected.items():
+        gradients = torch.stack(gradients)
+        assert off(found[name]["grad_abs"], gradients.abs().sum(0)) < 1e-3, name
+        assert off(found[name]["grad_sq"], gradients.square().sum(0)) < 1e-3, name
+
+
+@pytest.mark.parametrize("method", ["gblm", "sparsegpt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning(family, method, batch):
+    model, whole = tiny(family), tiny(family)
+    report = gblm.prune(model, batch, methods.make(method), "0.5/row", micro_batch=3)
+    gblm.prune(whole, batch, methods.make(method), "0.5/row", micro_batch=SAMPLES)
+    assert len(report.linears) > 0
+    for linear in report.linears:
+        assert linear.sparsity == (linear.shape[1] // 2) / linear.shape[1], linear
+        found, expected = (m.get_submodule(linear.name).weight for m in (model, whole))
+        assert off(found, expected) < 1e-4, linear.name
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch, use_cache=False).logits).all()
