@@ -189,9 +189,8 @@ def recompute(
                 parts.append(grad[piece.start * carried : piece.stop * carried])
         torch.autograd.backward(tensors, parts)
         for i, total in enumerate(totals):
-            grad = leaves[i].grad if total is not None else None
-            if total is not None and grad is not None:
-                total[call.part(i, piece)].add_(grad)
+            if total is not None and leaves[i].grad is not None:
+                total[call.part(i, piece)] += leaves[i].grad
     return sums, totals
 
 
@@ -206,6 +205,7 @@ def head_backward(
             part = slice(start, start + step)
             x = hidden[part].requires_grad_()
             _finite(adapter.loss(model, x, take(batch, part)), start).sum().backward()
+            assert x.grad is not None
             gradient[part] = x.grad
 
     # Of its own: a head that is short of memory says nothing about the blocks.
@@ -239,7 +239,7 @@ def _by_sample(linear: Linear, value: Tensor, samples: int) -> Tensor:
 
 def _zeros(blocks: list[Block], needs: frozenset[str]) -> Gradients:
     return {
-        linear.name: stats.zeros(needs, *linear.shape, linear.weight.device)
+        linear.name: stats.zeros(needs, linear.weight)
         for block in blocks
         for linear in block.linears
     }

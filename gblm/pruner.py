@@ -98,7 +98,7 @@ def solve(
         statistics = Statistics(
             {**statistics.sums, **sums}, statistics.samples, statistics.positions
         )
-    dense = linear.weight.float()
+    dense = stats.wide(linear.weight)
     try:
         weight, keep = method.solve(dense, statistics, pattern)
     except GblmError as error:
@@ -109,8 +109,8 @@ def solve(
             f"{linear}, {method.name}, {pattern.name}: the new weight holds a NaN or an Inf; "
             "use a wider dtype"
         )
-    examples = torch.cat(inputs.examples).float()
-    off = relative_error(dense, weight.float(), examples)
+    examples = stats.wide(torch.cat(inputs.examples))
+    off = relative_error(dense, stats.wide(weight), examples)
     sparsity = (weight == 0).float().mean().item()
     seconds = time.perf_counter() - start
     return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)

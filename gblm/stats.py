@@ -54,12 +54,18 @@ GRADIENT: Mapping[str, Statistic] = {
 }
 
 
-def zeros(names: Iterable[str], outputs: int, inputs: int, device: torch.device) -> Statistics:
-    """Return the statistics of no samples for a weight `[outputs, inputs]`: every sum is 0."""
+def wide(value: Tensor) -> Tensor:
+    """Return a tensor in fp32, the precision of every sum; in float64 where that is its own."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def zeros(names: Iterable[str], weight: Tensor) -> Statistics:
+    """Return the statistics of no samples for a `weight [out, in]`: every sum is 0."""
     table = {**INPUT, **GRADIENT}
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     return Statistics(
         {
-            name: torch.zeros(table[name].shape(outputs, inputs), device=device)
+            name: torch.zeros(table[name].shape(*weight.shape), dtype=dtype, device=weight.device)
             for name in sorted(names)
         }
     )
@@ -67,7 +73,7 @@ def zeros(names: Iterable[str], outputs: int, inputs: int, device: torch.device)
 
 def add_inputs(statistics: Statistics, x: Tensor, samples: int) -> None:
     """Add the inputs `x [positions, in]` of `samples` samples to every sum of inputs."""
-    x = x.float()
+    x = wide(x)
     for name, total in statistics.sums.items():
         if name in INPUT:
             INPUT[name].add(total, x)
@@ -81,7 +87,7 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
     x: [samples, positions, in], the inputs; dy: [samples, positions, out], the gradient of each
     sample's own loss by the outputs. One sample's gradient is in memory at a time.
     """
-    x, dy = x.float(), dy.float()
+    x, dy = wide(x), wide(dy)
     gradient = x.new_empty(dy.shape[-1], x.shape[-1])
     for sample_x, sample_dy in zip(x, dy, strict=True):
         torch.mm(sample_dy.T, sample_x, out=gradient)

@@ -159,10 +159,7 @@ def collect(block: Block, call: Call, needs: frozenset[str], step: int) -> list[
 
     Raises `GblmError` with the linear's name where a statistic holds a NaN or an Inf.
     """
-    found = [
-        Inputs(stats.zeros(needs, *group[0].shape, group[0].weight.device))
-        for group in block.groups
-    ]
+    found = [Inputs(stats.zeros(needs, group[0].weight)) for group in block.groups]
     missing: set[int] = set()
     samples = 0
 

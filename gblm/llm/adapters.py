@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gblm.base import LINEAR, Adapter, Batch, GblmError, Kind
+from gblm.stats import wide
 
 CONV1D = Kind(lambda module: module.get_parameter("weight").T)
 
@@ -54,17 +55,18 @@ def loss(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
 def window_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
     """Return the mean loss `[n]` of windows `input_ids [n, t]` from logits `[n, t, vocabulary]`."""
     losses = cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
+        wide(logits[:, :-1].flatten(0, 1)), input_ids[:, 1:].flatten(), reduction="none"
     )
     return losses.view(len(input_ids), -1).mean(dim=1)
 
 
 def _base(model: nn.Module) -> nn.Module:
     assert isinstance(model, PreTrainedModel)
-    base = model.base_model
-    if base is model:
+    if model.base_model is model:
         raise GblmError(f"{type(model).__name__} has no head; load a causal language model")
-    return base
+    # What the head calls: that of OPT passes its base model by and calls the decoder within.
+    decoder: nn.Module = model.get_decoder()
+    return decoder
 
 
 @contextmanager

@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,25 +37,47 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a local folder or a hub name.
 
-    dtype: that of the checkpoint for "auto". device: the GPU where there is one for "auto". Code
-    that comes with a model runs only with `trust_remote_code`, weights other than safetensors are
-    read only with `allow_pickle`.
+    dtype: that of the checkpoint for "auto", or float32 on a CPU that is slow with it. device: the
+    GPU where there is one for "auto". Code that comes with a model runs only with
+    `trust_remote_code`, weights other than safetensors are read only with `allow_pickle`.
 
     Raises `GblmError` where anything is missing, damaged or does not fit.
     """
+    _, tokenizer = load_tokenizer(model, trust_remote_code)
+    loaded = load_model(
+        model,
+        device=find_device(device),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    return loaded, tokenizer
+
+
+def load_tokenizer(
+    model: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Load the config and the tokenizer of a model, which is all that windows take: see `load`."""
+    check_source(model)
+    with _explained(model):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return config, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    model: str, *, device: torch.device, dtype: str, trust_remote_code: bool, allow_pickle: bool
+) -> PreTrainedModel:
+    """Load a causal language model without its tokenizer: see `load`."""
     check_source(model)
     one_of(dtype, ["auto", *DTYPES], "dtype")
-    place = find_device(device)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    auto: Any = AutoModelForCausalLM
     with _explained(model):
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
-        auto: Any = AutoModelForCausalLM
         loaded, info = auto.from_pretrained(
             model,
-            dtype=DTYPES.get(dtype, "auto"),
+            dtype=DTYPES.get(dtype) or quick_dtype(model, device),
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
-            **options,
+            trust_remote_code=trust_remote_code,
         )
     wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
@@ -61,7 +85,22 @@ def load(
             f"model {model}: {len(wrong)} weights are missing or of another shape, such as "
             f"{', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
         )
-    return loaded.to(place).eval(), tokenizer
+    return loaded.to(device).eval()
+
+
+def quick_dtype(model: str, device: torch.device) -> torch.dtype | str:
+    """Return "auto", or float32 where a CPU has no products in the 16 bits of the checkpoint.
+
+    Without them such products run many times slower than in float32; `save` goes back to 16 bits.
+    """
+    if device.type != "cpu":
+        return "auto"
+    stored = _dtype(model, _shards(model))
+    slow = {
+        torch.bfloat16: not torch.cpu._is_avx512_bf16_supported(),
+        torch.float16: not torch.cpu._is_amx_fp16_supported(),
+    }
+    return torch.float32 if stored is not None and slow.get(stored) else "auto"
 
 
 def check_source(model: str) -> None:
@@ -115,23 +154,23 @@ def find_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def positions(model: PreTrainedModel) -> int | None:
-    """Return the longest window the model can take, None where its config says nothing."""
-    config = model.config.get_text_config()
-    return next((getattr(config, key) for key in POSITIONS if getattr(config, key, None)), None)
+def positions(config: PreTrainedConfig) -> int | None:
+    """Return the longest window a model can take, None where its config says nothing."""
+    text = config.get_text_config()
+    return next((getattr(text, key) for key in POSITIONS if getattr(text, key, None)), None)
 
 
-def vocabulary(model: PreTrainedModel) -> int:
-    """Return the number of ids the model knows."""
-    return len(model.get_input_embeddings().get_parameter("weight"))
+def vocabulary(config: PreTrainedConfig) -> int:
+    """Return the number of ids a model knows."""
+    return config.get_text_config().vocab_size
 
 
-def window_length(model: PreTrainedModel, length: int | None) -> int:
+def window_length(config: PreTrainedConfig, length: int | None) -> int:
     """Return the window: `length`, or min(2048, what the model can take) where None.
 
     Raises `GblmError` where the model cannot take it.
     """
-    most = positions(model)
+    most = positions(config)
     if length is None:
         return min(2048, most or 2048)
     if length < 2:
@@ -143,21 +182,21 @@ def window_length(model: PreTrainedModel, length: int | None) -> int:
 
 def windows(
     source: str,
-    model: PreTrainedModel,
+    config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
 ) -> Batch:
-    """Return the calibration batch `{"input_ids": [samples, length]}` on the model's device.
+    """Return the calibration batch `{"input_ids": [samples, length]}` for a model's config.
 
     See `gblm.llm.data.calibration` for the sources. length: min(2048, what the model can take)
     where None. Raises `GblmError` where the source has too little, or ids the model does not know.
     """
-    ids = data.calibration(source, tokenizer, samples, window_length(model, length), seed)
-    data.check_ids(ids, vocabulary(model), source)
-    return {"input_ids": ids.to(model.device)}
+    ids = data.calibration(source, tokenizer, samples, window_length(config, length), seed)
+    data.check_ids(ids, vocabulary(config), source)
+    return {"input_ids": ids}
 
 
 def save(

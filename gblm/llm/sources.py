@@ -43,6 +43,7 @@ HUB: dict[str, dict[str, dict[str, Any]]] = {  # arguments of datasets.load_data
     },
 }
 SOURCES = (*HUB, "demo")
+DEMO_CHARACTERS = 1_000_000  # any first part of the demo's text is a sample of the whole
 
 
 def read(source: str, split: str) -> Found:
@@ -58,7 +59,7 @@ def read(source: str, split: str) -> Found:
     elif source == "demo":
         from gblm.llm.demo import text
 
-        found = text(split)
+        found = text(split)[:DEMO_CHARACTERS]
     else:
         found = _local(Path(source).expanduser(), split)
     if isinstance(found, Tensor):

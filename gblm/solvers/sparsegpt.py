@@ -22,27 +22,28 @@ def solve(
     weight: [out, in]. Returns (weight, keep), both [out, in].
     Raises `GblmError` where H cannot be factored. Source: arXiv 2301.00774, algorithm 1.
     """
-    weight = weight.clone()
     factor, dead = inverse_factor(statistics, damping)
-    weight[:, dead] = 0
-    keep = torch.zeros_like(weight, dtype=torch.bool)
-    inputs = weight.shape[1]
-    for start in range(0, inputs, columns):
-        stop = min(start + columns, inputs)
-        block, u = weight[:, start:stop], factor[start:stop, start:stop]
-        window = pattern.window or stop - start
-        errors = torch.zeros_like(block)
-        for j in range(stop - start):
-            if j % window == 0:
-                chosen = slice(j, j + window)
-                score = block[:, chosen].square() / u.diagonal()[chosen].square()
-                keep[:, start:stop][:, chosen] = pattern.keep(finite(score, "score"))
-            dropped = block[:, j] * ~keep[:, start + j]
-            errors[:, j] = dropped / u[j, j]
-            block[:, j] -= dropped
-            block[:, j + 1 :].addr_(errors[:, j], u[j, j + 1 :], alpha=-1)
-        weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    return weight * keep, keep
+    rows = weight.T.masked_fill(dead[:, None], 0).contiguous()  # one per column: [in, out]
+    keep = torch.zeros_like(rows, dtype=torch.bool)
+    if pattern.window:  # a column block holds whole windows
+        columns = max(1, columns // pattern.window) * pattern.window
+    for start in range(0, len(rows), columns):
+        stop = min(start + columns, len(rows))
+        block, u = rows[start:stop], factor[start:stop, start:stop]
+        diagonal = u.diagonal()[:, None]
+        window = pattern.window or len(block)
+        errors = torch.empty_like(block)
+        for first in range(0, len(block), window):
+            chosen = slice(first, min(first + window, len(block)))
+            score = (block[chosen] / diagonal[chosen]).square()
+            kept = pattern.keep(finite(score, "score").T).T
+            keep[start:stop][chosen] = kept
+            scale = ~kept / diagonal[chosen]
+            for j in range(chosen.start, chosen.stop):
+                torch.mul(block[j], scale[j - first], out=errors[j])
+                block[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
+        rows[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return rows.mul_(keep).T.contiguous(), keep.T.contiguous()
 
 
 def inverse_factor(statistics: Statistics, damping: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,272 @@
+"""The command line both sides share: flags, progress, the runs one command asks for, the table."""
+
+import argparse
+import difflib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from gblm import patterns, stats
+from gblm.base import Adapter, Batch, GblmError, Method, Pattern, one_of
+from gblm.gradients import BACKWARDS, gradient_sums
+from gblm.memory import peak_memory
+from gblm.methods import METHODS, make
+from gblm.output import written_beside
+from gblm.pruner import check, prune
+from gblm.report import Report
+from gblm.scores import NORMS
+from gblm.survey import survey
+
+Evaluation = dict[str, dict[str, float]]  # by data set: metric and value
+Bars = Callable[[str, int, int], None]  # phase, done, of how many
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with the examples as they are written."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `GblmError` with the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in message.partition("unrecognized arguments: ")[2].split():
+            near = difflib.get_close_matches(word.split("=")[0], known, 1)
+            if word.startswith("--") and near:
+                message += f"; did you mean {near[0]}?"
+        raise GblmError(f"{message}; see --help")
+
+
+def parser(program: str, description: str, epilog: str) -> Parser:
+    """Return a parser with the flags that mean the same on both sides."""
+    new = Parser(
+        program,
+        description=description,
+        epilog=epilog,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    add = new.add_argument
+    add("--model", help="a local folder or a hub name; without it, the packaged demo")
+    add("--method", help=f"one or several of {', '.join(METHODS)}, with commas")
+    add("--sparsity", help="one or several of 0.5, 2:4, …, with commas")
+    add("--alpha", type=float, default=100.0, help="factor of the gradient term [%(default)g]")
+    add("--norm", default="l1", help="norm of the gradients over samples, l1 or l2 [%(default)s]")
+    add("--group", default="auto", help="comparison group: row, layer, auto (as published)")
+    add("--calibration", help="a data set or a local path")
+    add("--samples", type=int, help="calibration samples [128]")
+    add("--seed", type=int, default=0, help="of the calibration samples [%(default)s]")
+    add("--evaluate", help="data sets or local paths, with commas")
+    add("--device", default="auto", help="cpu, cuda, auto [%(default)s]")
+    add("--dtype", default="auto", help="float32, bfloat16, float16, auto: as stored [%(default)s]")
+    add("--micro-batch", default="auto", help="samples a block sees at a time [%(default)s]")
+    add("--backward", default="auto", help="gradients by blocks, by the whole model, or auto")
+    add("--output", type=Path, help="a folder for the pruned model and report.json")
+    add("--overwrite", action="store_true", help="let the output replace what is there")
+    return new
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Return the exit code of a command: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    try:
+        work()
+    except GblmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished results stay, nothing half done does", file=sys.stderr)
+        return 130
+    return 0
+
+
+@dataclass
+class Run:
+    """One method with one pattern, as one command may ask for several."""
+
+    label: str  # of its row, and of its folder
+    method: Method
+    pattern: Pattern
+
+
+def runs(args: argparse.Namespace) -> list[Run]:
+    """Return the runs that the flags ask for; raises `GblmError` for a value that is none."""
+    one_of(args.norm, NORMS, "norm")
+    one_of(args.group, ["auto", *patterns.GROUPS], "comparison group")
+    one_of(args.backward, BACKWARDS, "backward")
+    found = []
+    for text in listed(args.sparsity):
+        for name in listed(args.method):
+            method = make(name, alpha=args.alpha, norm=args.norm)
+            group = method.group if args.group == "auto" else args.group
+            pattern = patterns.parse(text, group)
+            found.append(
+                Run(f"{name}-{text.replace(':', 'of').replace('/', '-')}", method, pattern)
+            )
+    if not found:
+        raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")
+    return found
+
+
+def listed(text: str | None) -> list[str]:
+    """Return the values of a flag that takes several, with commas, each once."""
+    parts = (part.strip() for part in (text or "").split(","))
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def whole(text: str, what: str) -> int | None:
+    """Return a positive whole number, None for "auto"; raises `GblmError` for anything else."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise GblmError(f"{what} {text!r} is neither auto nor a whole number of 1 or more")
+    return int(text)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Show one bar per phase with the time left; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+            if done >= total:
+                progress.remove_task(tasks.pop(phase))
+
+        yield show
+
+
+def compare(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    wanted: list[Run],
+    *,
+    evaluate: Callable[[nn.Module, Bars], Evaluation],
+    save: Callable[[Path], None],
+    output: Path | None,
+    name: str,
+    seed: int,
+    micro_batch: int | None,
+    backward: str,
+    seconds: dict[str, float],
+) -> list[Report]:
+    """Carry out the runs one after the other on the same model, batch and gradients.
+
+    evaluate(model, bars): the metrics of the model as it is. save(folder): write it. output: the
+    folder of a single run, of the folders of several; a result is there before the next run starts.
+    name, seed: for the report. seconds: of the phases before.
+    """
+    blocks = survey(model, batch, adapter)
+    for run in wanted:
+        check(blocks, run.method, run.pattern)
+    device = blocks[0].linears[0].weight.device
+    linears = [linear for block in blocks for linear in block.linears]
+    # One run needs no way back to the dense weights.
+    dense = {x.name: x.weight.clone() for x in linears} if len(wanted) > 1 else {}
+    reports = []
+    with bars() as show:
+        with clock(seconds, "evaluate dense"):
+            before = evaluate(model, show)
+        needs = frozenset().union(*(run.method.needs for run in wanted)) & set(stats.GRADIENT)
+        gradients = None
+        shared: dict[str, float] = {}
+        if needs:
+            with clock(shared, "gradients"):
+                gradients = gradient_sums(
+                    model,
+                    batch,
+                    needs,
+                    adapter=adapter,
+                    micro_batch=micro_batch,
+                    backward=backward,
+                    progress=lambda done, total: show("gradients", done, total),
+                )
+        for run in wanted:
+            for linear in linears:
+                if linear.name in dense:
+                    linear.weight.copy_(dense[linear.name])
+            report = prune(
+                model,
+                batch,
+                run.method,
+                run.pattern,
+                adapter=adapter,
+                gradients=gradients,
+                micro_batch=micro_batch,
+                progress=show,
+            )
+            report.seconds = {
+                **seconds,
+                **(shared if run.method.needs & needs else {}),
+                **report.seconds,
+            }
+            with clock(report.seconds, "evaluate"):
+                after = evaluate(model, show)
+            report.evaluation = merged(before, after)
+            report.model, report.seed = name, seed
+            report.peak_memory_bytes = peak_memory(device)
+            reports.append(report)
+            if output:
+                folder = output / run.label if len(wanted) > 1 else output
+                with written_beside(folder) as beside, clock(report.seconds, "save"):
+                    save(beside)
+                    report.write(beside)
+    return reports
+
+
+@contextmanager
+def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the seconds a phase takes to the phase."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
+    """Return the metric of every data set with its value before and after pruning."""
+    return {
+        name: {"metric": metric, "dense": value, "pruned": after[name][metric]}
+        for name, metrics in before.items()
+        for metric, value in metrics.items()
+    }
+
+
+def show_table(title: str, reports: list[Report]) -> None:
+    """Print the runs of one command side by side, the dense model first."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for column in ("pattern", "sparsity", *reports[0].evaluation, "seconds"):
+        table.add_column(column, justify="right")
+    dense = [f"{value['dense']:.2f}" for value in reports[0].evaluation.values()]
+    table.add_row("dense", "", "", *dense, "", end_section=True)
+    for report in reports:
+        values = [f"{value['pruned']:.2f}" for value in report.evaluation.values()]
+        cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
+        table.add_row(
+            report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
+        )
+    Console().print(table)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters())

@@ -1,0 +1,133 @@
+"""`python -m gblm.llm`: prune a causal language model, compare methods, save the result."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gblm import cli
+from gblm.base import GblmError
+from gblm.cli import Bars, Evaluation
+from gblm.output import check_output
+
+EXAMPLES = """\
+examples:
+  python -m gblm.llm                                    the packaged demo, all methods
+  python -m gblm.llm --model DIR --sparsity 2:4 --calibration c4 --output PRUNED
+  python -m gblm.llm --model DIR --method gblm,wanda,sparsegpt --calibration notes.txt \\
+      --evaluate wikitext2
+"""
+
+
+def parser() -> cli.Parser:
+    """Return the parser of `python -m gblm.llm`."""
+    new = cli.parser(
+        "python -m gblm.llm", "Prune a causal language model, without retraining.", EXAMPLES
+    )
+    add = new.add_argument
+    add("--length", type=int, help="tokens in a window [2048, or what the model can take]")
+    add("--evaluate-windows", type=int, help="evaluate on the first windows alone")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    return new
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return cli.guarded(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Read the flags, load, calibrate, carry out the runs, show the table."""
+    args = parser().parse_args(argv)
+    demo = args.model is None
+    if demo:
+        set_demo(args)
+    for flag, value in {"method": "gblm", "sparsity": "0.5", "calibration": "c4"}.items():
+        setattr(args, flag, getattr(args, flag) or value)
+    args.samples = 128 if args.samples is None else args.samples
+    wanted = cli.runs(args)
+    micro_batch = cli.whole(args.micro_batch, "micro-batch")
+    if args.output:
+        check_output(args.output, 0, args.overwrite)
+
+    seconds: dict[str, float] = {}
+    with cli.clock(seconds, "data"):
+        from transformers.utils import logging
+
+        from gblm.llm import data, models
+        from gblm.llm.adapters import adapter
+        from gblm.llm.evaluate import perplexity
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        device = models.find_device(args.device)
+        config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+        length = models.window_length(config, args.length)
+        batch = models.windows(
+            args.calibration,
+            config,
+            tokenizer,
+            samples=args.samples,
+            length=length,
+            seed=args.seed,
+        )
+        sets = {}
+        for source in cli.listed(args.evaluate):
+            sets[source] = data.evaluation(source, tokenizer, length, args.evaluate_windows)
+            data.check_ids(sets[source], models.vocabulary(config), source)
+    with cli.clock(seconds, "load"):
+        model = models.load_model(
+            args.model,
+            device=device,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
+        )
+    if args.output:
+        check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
+
+    def evaluate(model: Any, show: Bars) -> Evaluation:
+        return {
+            name: {
+                "perplexity": perplexity(
+                    model, ids, progress=lambda done, total: show("evaluate", done, total)
+                )
+            }
+            for name, ids in sets.items()
+        }
+
+    reports = cli.compare(
+        model,
+        {name: value.to(device) for name, value in batch.items()},
+        adapter(model),
+        wanted,
+        evaluate=evaluate,
+        save=lambda folder: models.save(model, tokenizer, folder, like=args.model),
+        output=args.output,
+        name=args.model,
+        seed=args.seed,
+        micro_batch=micro_batch,
+        backward=args.backward,
+        seconds=seconds,
+    )
+    title = "the packaged demo" if demo else args.model
+    cli.show_table(f"{title}: perplexity, {args.samples} windows of {length}", reports)
+    if args.output:
+        print(f"written to {args.output}")
+
+
+def set_demo(args: Any) -> None:
+    """Fill in the packaged demo where no model is named."""
+    from gblm.llm import demo
+    from gblm.methods import METHODS
+
+    given = [flag for flag in ("calibration", "evaluate", "length") if getattr(args, flag)]
+    if given:
+        raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
+    args.model, args.calibration, args.evaluate = str(demo.FOLDER), "demo", "demo"
+    args.method = args.method or ",".join(METHODS)
+    args.evaluate_windows = args.evaluate_windows or 160
+
+
+if __name__ == "__main__":
+    sys.exit(main())

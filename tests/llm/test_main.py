@@ -1,0 +1,349 @@
+"""The command `python -m gblm.llm`: its flags, its results, and what it says of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from gblm import METHODS
+from gblm.llm.__main__ import main, parser
+
+FLAGS = [
+    "--allow-pickle",
+    "--alpha",
+    "--backward",
+    "--calibration",
+    "--device",
+    "--dtype",
+    "--evaluate",
+    "--evaluate-windows",
+    "--group",
+    "--help",
+    "--length",
+    "--method",
+    "--micro-batch",
+    "--model",
+    "--norm",
+    "--output",
+    "--overwrite",
+    "--samples",
+    "--seed",
+    "--sparsity",
+    "--trust-remote-code",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaMA in bfloat16 and two shards, with a tokenizer of bytes."""
+    where = tmp_path_factory.mktemp("model") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(where)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        dtype="bfloat16",
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.generation_config.temperature = 0.5
+    model.generation_config.do_sample = True
+    model.save_pretrained(where, max_shard_size="40KB")
+    return where
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("text") / "notes.txt"
+    where.write_text("".join(f"line {i} of the notes, {i * i}\n" for i in range(400)))
+    return where
+
+
+def command(folder: Path, text: Path, *more: str) -> list[str]:
+    return [
+        *("--model", str(folder), "--calibration", str(text), "--samples", "6", "--length", "32"),
+        *more,
+    ]
+
+
+def test_flags_are_frozen():
+    flags = {flag for action in parser()._actions for flag in action.option_strings}
+    assert sorted(flag for flag in flags if flag.startswith("--")) == FLAGS
+
+
+def test_result_loads_as_it_came_in(folder: Path, text: Path, tmp_path: Path):
+    output = tmp_path / "pruned"
+    assert main(command(folder, text, "--output", str(output), "--evaluate", str(text))) == 0
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.temperature == 0.5
+    assert AutoTokenizer.from_pretrained(output)("notes")["input_ids"]
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert sorted(file.name for file in output.glob("*.safetensors")) == shards
+    for shard in shards:
+        with safe_open(folder / shard, "pt") as before, safe_open(output / shard, "pt") as after:
+            assert sorted(before.keys()) == sorted(after.keys())
+    dense = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, weight in model.state_dict().items():
+        pruned = "_proj" in name
+        assert (weight == 0).float().mean() == (
+            0.5 if pruned else (dense[name] == 0).float().mean()
+        )
+        assert torch.equal(
+            weight, torch.where(weight == 0, 0, dense[name]) if pruned else dense[name]
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_report_says_what_happened(folder: Path, text: Path, tmp_path: Path):
+    output = tmp_path / "pruned"
+    assert main(command(folder, text, "--output", str(output), "--evaluate", str(text))) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["model"] == str(folder)
+    assert report["method"] == "gblm(alpha=100, norm=l1)"
+    assert report["pattern"] == "0.5"
+    assert report["sparsity"] == 0.5
+    assert report["seed"] == 0
+    assert report["peak_memory_bytes"] > 0
+    assert {"load", "data", "gradients", "prune", "evaluate"} <= set(report["seconds"])
+    assert {"gblm", "torch", "transformers", "python"} <= set(report["versions"])
+    assert report["command"]
+    evaluation = report["evaluation"][str(text)]
+    assert evaluation["metric"] == "perplexity"
+    assert 100 < evaluation["dense"] < 400  # random weights: near the vocabulary's 256
+    assert evaluation["pruned"] != evaluation["dense"]
+    assert len(report["linears"]) == 14
+    for linear in report["linears"]:
+        assert linear["sparsity"] == 0.5
+        assert 0 < linear["relative_error"] < 1
+        assert linear["seconds"] > 0
+
+
+def test_several_methods_and_patterns_are_compared(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "pruned"
+    more = ("--method", "gblm,wanda", "--sparsity", "0.5,2:4", "--output", str(output))
+    assert main(command(folder, text, "--evaluate", str(text), *more)) == 0
+    table = capsys.readouterr().out
+    assert table.count("wanda") == 2
+    assert table.count("2:4") == 2
+    names = {"gblm-0.5", "gblm-2of4", "wanda-0.5", "wanda-2of4"}
+    assert {path.name for path in output.iterdir()} == names
+    alone = tmp_path / "alone"
+    assert main(command(folder, text, "--method", "wanda", "--output", str(alone))) == 0
+    one = AutoModelForCausalLM.from_pretrained(alone).state_dict()
+    many = AutoModelForCausalLM.from_pretrained(output / "wanda-0.5").state_dict()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_every_method_runs_from_the_command_line(folder: Path, text: Path):
+    assert main(command(folder, text, "--method", ",".join(METHODS))) == 0
+
+
+BAD = {
+    "unknown method": (["--method", "wandas"], "did you mean 'wanda'"),
+    "unknown pattern": (["--sparsity", "half"], "neither a sparsity"),
+    "sparsity of 1": (["--sparsity", "1"], "outside (0, 1)"),
+    "sparsity of 0": (["--sparsity", "0"], "outside (0, 1)"),
+    "negative sparsity": (["--sparsity", "-0.5"], "outside (0, 1)"),
+    "n above m": (["--sparsity", "4:2"], "0 < n < m"),
+    "m not dividing": (["--sparsity", "2:5"], "model.layers.0.self_attn.q_proj [32, 32]"),
+    "unknown norm": (["--norm", "l3"], "did you mean 'l2'"),
+    "unknown group": (["--group", "rows"], "did you mean 'row'"),
+    "unknown backward": (["--backward", "block"], "did you mean 'blocks'"),
+    "unknown dtype": (["--dtype", "bfloat"], "did you mean 'bfloat16'"),
+    "unknown device": (["--device", "gpu"], "device gpu is not there"),
+    "unknown flag": (["--sparsty", "0.5"], "did you mean --sparsity"),
+    "no number": (["--samples", "many"], "many"),
+    "no samples": (["--samples", "0"], "samples"),
+    "too many samples": (["--samples", "4000"], "windows of 32"),
+    "micro-batch": (["--micro-batch", "0"], "micro-batch"),
+    "alpha": (["--alpha", "nan"], "alpha"),
+    "negative alpha": (["--alpha", "-1"], "alpha"),
+    "too long": (["--length", "65"], "64 positions"),
+    "too short": (["--length", "1"], "no target"),
+    "missing text": (["--calibration", "no/such/file.txt"], "no such file"),
+    "missing evaluation": (["--evaluate", "no/such/file.txt"], "no such file"),
+    "missing model": (["--model", "./no-such-model"], "no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_end_before_work(
+    case: str, folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags, message = BAD[case]
+    output = tmp_path / "pruned"
+    assert main([*command(folder, text, "--output", str(output)), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def broken(folder: Path, where: Path, name: str, content: bytes | None) -> Path:
+    """Copy a model folder with one file changed, or left out where the content is None."""
+    where.mkdir()
+    for file in folder.iterdir():
+        (where / file.name).write_bytes(file.read_bytes())
+    (where / name).unlink()
+    if content is not None:
+        (where / name).write_bytes(content)
+    return where
+
+
+def test_damaged_models_are_refused(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shard = sorted(folder.glob("*.safetensors"))[0].name
+    whole = (folder / shard).read_bytes()
+    (tmp_path / "empty").mkdir()
+    cases = {
+        tmp_path / "empty": "is empty",
+        broken(folder, tmp_path / "a", shard, whole[: len(whole) // 2]): "is damaged",
+        broken(folder, tmp_path / "b", shard, b"\xff" * 100): "is damaged",
+        broken(folder, tmp_path / "c", shard, None): shard,
+        broken(folder, tmp_path / "d", "config.json", None): "no config.json",
+        broken(folder, tmp_path / "e", "config.json", b"{"): "cannot be loaded",
+        broken(folder, tmp_path / "f", "tokenizer.json", b"{}"): "cannot be loaded",
+    }
+    for where, message in cases.items():
+        assert main(command(where, text)) == 2, where
+        error = capsys.readouterr().err
+        assert message in error, where
+        assert error.startswith("error: ")
+
+
+def test_missing_weights_are_no_random_weights(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    where = broken(folder, tmp_path / "more", "config.json", json.dumps(config).encode())
+    assert main(command(where, text)) == 2
+    assert "model.layers.2" in capsys.readouterr().err
+
+
+def test_pickles_are_not_read_unasked(folder: Path, text: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    where = tmp_path / "pickled"
+    AutoTokenizer.from_pretrained(folder).save_pretrained(where)
+    model.config.save_pretrained(where)
+    torch.save(model.state_dict(), where / "pytorch_model.bin")
+    assert main(command(where, text)) == 2
+    assert main(command(where, text, "--allow-pickle")) == 0
+
+
+def test_ids_outside_the_vocabulary_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import numpy as np
+
+    windows = tmp_path / "windows.npz"
+    np.savez(windows, input_ids=np.full((6, 32), 256))
+    assert main(command(folder, windows)) == 2
+    assert "outside the vocabulary of 256" in capsys.readouterr().err
+
+
+def test_output_is_not_overwritten_unasked(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "pruned"
+    output.mkdir()
+    (output / "mine.txt").write_text("keep")
+    assert main(command(folder, text, "--output", str(output))) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (output / "mine.txt").read_text() == "keep"
+    assert main(command(folder, text, "--output", str(output), "--overwrite")) == 0
+    assert (output / "report.json").exists()
+    assert not (output / "mine.txt").exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(command(folder, text, "--output", str(file))) == 2
+    assert main(command(folder, text, "--output", str(file / "below"))) == 2
+
+
+def test_full_disk_ends_before_work(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert main(command(folder, text, "--output", str(tmp_path / "pruned"))) == 2
+    assert "are free" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_that_fills_up_leaves_nothing(folder: Path, text: Path, tmp_path: Path, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gblm.llm.models.save", full)
+    assert main(command(folder, text, "--output", str(tmp_path / "pruned"))) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_leaves_no_partial_output(folder: Path, text: Path, tmp_path: Path):
+    output = tmp_path / "pruned"
+    flags = command(
+        folder, text, "--output", str(output), "--sparsity", "0.5,0.6,0.7", "--seed", "1"
+    )
+    methods = ",".join(METHODS)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gblm.llm", *flags, "--method", methods],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not output.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130, error
+    assert b"interrupted" in error
+    assert b"Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    for result in output.iterdir():  # what was finished is whole
+        assert not result.name.startswith(".")
+        assert (result / "report.json").exists()
+        AutoModelForCausalLM.from_pretrained(result)
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "python -m gblm.llm --model" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_demo_prunes_its_own_model(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 0
+    table = capsys.readouterr().out
+    assert all(method in table for method in METHODS)
