@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,14 +17,14 @@ from torch import nn
 
 from gblm import patterns, stats
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, one_of
-from gblm.gradients import BACKWARDS, gradient_sums
+from gblm.gradients import BACKWARDS, Gradients, gradient_sums
 from gblm.memory import peak_memory
 from gblm.methods import METHODS, make
 from gblm.output import written_beside
 from gblm.pruner import check, prune
 from gblm.report import Report
 from gblm.scores import NORMS
-from gblm.survey import survey
+from gblm.survey import Block
 
 Evaluation = dict[str, dict[str, float]]  # by data set: metric and value
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
@@ -62,7 +62,7 @@ def parser(program: str, description: str, epilog: str) -> Parser:
     add("--model", help="a local folder or a hub name; without it, the packaged demo")
     add("--method", help=f"one or several of {', '.join(METHODS)}, with commas")
     add("--sparsity", help="one or several of 0.5, 2:4, …, with commas")
-    add("--alpha", type=float, default=100.0, help="factor of the gradient term [%(default)g]")
+    add("--alpha", help="factor of the gradient term, or auto: terms of equal median")
     add("--norm", default="l1", help="norm of the gradients over samples, l1 or l2 [%(default)s]")
     add("--group", default="auto", help="comparison group: row, layer, auto (as published)")
     add("--calibration", help="a data set or a local path")
@@ -154,83 +154,100 @@ def bars() -> Iterator[Bars]:
         yield show
 
 
-def compare(
-    model: nn.Module,
-    batch: Batch,
-    adapter: Adapter,
-    wanted: list[Run],
-    *,
-    evaluate: Callable[[nn.Module, Bars], Evaluation],
-    save: Callable[[Path], None],
-    output: Path | None,
-    name: str,
-    seed: int,
-    micro_batch: int | None,
-    backward: str,
-    seconds: dict[str, float],
-) -> list[Report]:
-    """Carry out the runs one after the other on the same model, batch and gradients.
+@dataclass
+class Job:
+    """What the runs of one command have in common.
 
-    evaluate(model, bars): the metrics of the model as it is. save(folder): write it. output: the
-    folder of a single run, of the folders of several; a result is there before the next run starts.
-    name, seed: for the report. seconds: of the phases before.
+    evaluate(model, bars): the metrics of the model as it is. save(folder): write it as it is.
+    output: the folder of a single run, of the folders of several. seconds: of the phases before.
     """
-    blocks = survey(model, batch, adapter)
+
+    name: str
+    model: nn.Module
+    batch: Batch
+    adapter: Adapter
+    blocks: list[Block]
+    evaluate: Callable[[nn.Module, Bars], Evaluation]
+    save: Callable[[Path], None]
+    output: Path | None = None
+    seed: int = 0
+    micro_batch: int | None = None
+    backward: str = "auto"
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compare(job: Job, wanted: list[Run]) -> list[Report]:
+    """Carry out runs one after the other, on the same samples and gradients of the dense model.
+
+    A run's result is in its folder before the next run starts.
+    """
     for run in wanted:
-        check(blocks, run.method, run.pattern)
-    device = blocks[0].linears[0].weight.device
-    linears = [linear for block in blocks for linear in block.linears]
-    # One run needs no way back to the dense weights.
-    dense = {x.name: x.weight.clone() for x in linears} if len(wanted) > 1 else {}
+        check(job.blocks, run.method, run.pattern)
+    linears = [linear for block in job.blocks for linear in block.linears]
+    # A single run needs no way back to the dense weights.
+    weights = [linear.weight.clone() for linear in linears] if len(wanted) > 1 else []
+    needs = frozenset().union(*(run.method.needs for run in wanted)) & set(stats.GRADIENT)
     reports = []
     with bars() as show:
-        with clock(seconds, "evaluate dense"):
-            before = evaluate(model, show)
-        needs = frozenset().union(*(run.method.needs for run in wanted)) & set(stats.GRADIENT)
-        gradients = None
+        with clock(job.seconds, "evaluate dense"):
+            before = job.evaluate(job.model, show)
         shared: dict[str, float] = {}
+        gradients: Gradients = {}
         if needs:
             with clock(shared, "gradients"):
                 gradients = gradient_sums(
-                    model,
-                    batch,
+                    job.model,
+                    job.batch,
                     needs,
-                    adapter=adapter,
-                    micro_batch=micro_batch,
-                    backward=backward,
+                    adapter=job.adapter,
+                    blocks=job.blocks,
+                    micro_batch=job.micro_batch,
+                    backward=job.backward,
                     progress=lambda done, total: show("gradients", done, total),
                 )
         for run in wanted:
-            for linear in linears:
-                if linear.name in dense:
-                    linear.weight.copy_(dense[linear.name])
-            report = prune(
-                model,
-                batch,
-                run.method,
-                run.pattern,
-                adapter=adapter,
-                gradients=gradients,
-                micro_batch=micro_batch,
-                progress=show,
-            )
-            report.seconds = {
-                **seconds,
-                **(shared if run.method.needs & needs else {}),
-                **report.seconds,
-            }
-            with clock(report.seconds, "evaluate"):
-                after = evaluate(model, show)
-            report.evaluation = merged(before, after)
-            report.model, report.seed = name, seed
-            report.peak_memory_bytes = peak_memory(device)
+            for linear, weight in zip(linears, weights, strict=False):
+                linear.weight.copy_(weight)
+            seconds = {**job.seconds, **(shared if run.method.needs & needs else {})}
+            report = perform(job, run, gradients, seconds, before, show)
             reports.append(report)
-            if output:
-                folder = output / run.label if len(wanted) > 1 else output
-                with written_beside(folder) as beside, clock(report.seconds, "save"):
-                    save(beside)
+            if job.output:
+                folder = job.output / run.label if len(wanted) > 1 else job.output
+                with written_beside(folder) as beside:
+                    with clock(report.seconds, "save"):
+                        job.save(beside)
                     report.write(beside)
     return reports
+
+
+def perform(
+    job: Job,
+    run: Run,
+    gradients: Gradients,
+    seconds: dict[str, float],
+    before: Evaluation,
+    show: Bars,
+) -> Report:
+    """Prune the dense model by one run, and evaluate it: the run's report, but for its saving."""
+    report = prune(
+        job.model,
+        job.batch,
+        run.method,
+        run.pattern,
+        adapter=job.adapter,
+        blocks=job.blocks,
+        gradients=gradients,
+        micro_batch=job.micro_batch,
+        progress=show,
+    )
+    report.seconds = {**seconds, **report.seconds}
+    with clock(report.seconds, "evaluate"):
+        after = job.evaluate(job.model, show)
+    report.evaluation = merged(before, after)
+    report.model, report.seed, report.notes = job.name, job.seed, job.notes
+    report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
+    return report
 
 
 @contextmanager
@@ -242,9 +259,16 @@ def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
-    """Return the metric of every data set with its value before and after pruning."""
+    """Return the metrics of every data set with their values before and after pruning.
+
+    Where a data set has several metrics, each stands under the name of the set and its own.
+    """
     return {
-        name: {"metric": metric, "dense": value, "pruned": after[name][metric]}
+        name if len(metrics) == 1 else f"{name} {metric}": {
+            "metric": metric,
+            "dense": value,
+            "pruned": after[name][metric],
+        }
         for name, metrics in before.items()
         for metric, value in metrics.items()
     }

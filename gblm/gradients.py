@@ -42,6 +42,7 @@ def gradient_sums(
     needs: Iterable[str],
     *,
     adapter: Adapter | None = None,
+    blocks: list[Block] | None = None,
     micro_batch: int | None = None,
     backward: str = "auto",
     progress: Progress = lambda done, total: None,
@@ -50,13 +51,14 @@ def gradient_sums(
 
     needs: which sums, of "grad_abs" and "grad_sq". backward: "blocks" (one block's activations at a
     time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
-    memory. The other arguments are those of `prune`.
+    memory. blocks: what `survey` found of this model and batch, where that is known. The other
+    arguments are those of `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
     one_of(backward, BACKWARDS, "backward")
     adapter = adapter or find_adapter(model)
-    blocks = survey(model, batch, adapter)
+    blocks = blocks or survey(model, batch, adapter)
     micro = sized(blocks, size(batch), micro_batch)
     needs = frozenset(needs) & set(stats.GRADIENT)
     with quiet(model), torch.enable_grad():
@@ -216,13 +218,14 @@ def head_backward(
 def _hook(linear: Linear, sums: Statistics, samples: int) -> Any:
     """Add the gradient of every sample to the sums, once backward reaches the linear's output."""
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = _by_sample(linear, args[0].detach(), samples)
-        if not output.requires_grad:  # nothing before this linear needs a gradient
-            output.requires_grad_()
+        leaf = not output.requires_grad  # nothing before this linear needs a gradient
+        output.requires_grad_()
         output.register_hook(
             lambda dy: stats.add_gradients(sums, x, _by_sample(linear, dy, samples))
         )
+        return output.clone() if leaf else output  # a leaf could not be changed in place
 
     return linear.module.register_forward_hook(hook)
 

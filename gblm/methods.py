@@ -29,13 +29,21 @@ def wanda() -> Method:
     return masked("wanda", {"input_sq"}, scores.wanda)
 
 
-def gblm(alpha: float = 100, norm: str = "l1") -> Method:
-    """Keep the largest |W|·(‖X‖₂ + α·‖G‖ₚ) (arXiv 2311.04902); norm: "l1" or "l2"."""
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise GblmError(f"alpha {alpha:g} is not a number of 0 or more; 100 is the published one")
+def gblm(alpha: float | str = 100, norm: str = "l1") -> Method:
+    """Keep the largest |W|·(‖X‖₂ + α·‖G‖ₚ) (arXiv 2311.04902).
+
+    alpha: a number, 100 as published, or "auto" (see `scores.gblm`). norm: "l1" or "l2".
+    """
+    try:
+        alpha = alpha if alpha == "auto" else float(alpha)
+    except ValueError:
+        alpha = math.nan
+    if alpha != "auto" and not (math.isfinite(alpha) and alpha >= 0):  # type: ignore[arg-type]
+        raise GblmError("alpha is neither auto nor a number of 0 or more; 100 is the published one")
     statistic = _statistic(norm)
     score = partial(scores.gblm, alpha=alpha, norm=norm)
-    return masked(f"gblm(alpha={alpha:g}, norm={norm})", {"input_sq", statistic}, score)
+    label = alpha if alpha == "auto" else f"{alpha:g}"
+    return masked(f"gblm(alpha={label}, norm={norm})", {"input_sq", statistic}, score)
 
 
 def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:

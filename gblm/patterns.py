@@ -26,13 +26,12 @@ def unstructured(sparsity: float, group: str = "row") -> Pattern:
 
     def keep(score: Tensor) -> Tensor:
         groups = score if group == "row" else score.reshape(1, -1)
-        # 0.29 · 100 is 28.999… in binary: the count meant is 29.
-        dropped = int(groups.shape[1] * sparsity + 1e-6)
-        return _keep_highest(groups, groups.shape[1] - dropped).view_as(score)
+        # 0.29 · 100 is 28.999… in binary: the count meant is 29. One weight stays, always.
+        kept = groups.shape[1] - int(groups.shape[1] * sparsity + 1e-6)
+        return _keep_highest(groups, max(kept, 1)).view_as(score)
 
-    return Pattern(
-        f"{sparsity:g}" + ("" if group == "row" else f"/{group}"), keep, lambda shape: None
-    )
+    name = f"{sparsity}" if group == "row" else f"{sparsity}/{group}"
+    return Pattern(name, keep, check=lambda shape: None)
 
 
 def nm(n: int, m: int) -> Pattern:

@@ -24,6 +24,7 @@ def prune(
     pattern: Pattern | str,
     *,
     adapter: Adapter | None = None,
+    blocks: list[Block] | None = None,
     gradients: Gradients | None = None,
     micro_batch: int | None = None,
     backward: str = "auto",
@@ -35,8 +36,9 @@ def prune(
     model.
 
     batch: the calibration batch, on the model's device. pattern: a pattern, or its name, in the
-    comparison group of the method. adapter: that of the model's library where None. gradients: the
-    sums that `gradient_sums` gave for this model and batch, computed where None and needed.
+    comparison group of the method. adapter: that of the model's library where None. blocks: what
+    `survey` found of this model, where that is known. gradients: the sums that `gradient_sums` gave
+    for this model and batch, computed where None and needed.
     micro_batch: samples at a time, None to choose. backward: see `gradient_sums`.
 
     Raises `GblmError` where model, batch, method and pattern do not go together, and where a
@@ -46,11 +48,11 @@ def prune(
     if isinstance(pattern, str):
         pattern = patterns.parse(pattern, method.group)
     adapter = adapter or find_adapter(model)
-    blocks = survey(model, batch, adapter)
+    blocks = blocks or survey(model, batch, adapter)
     check(blocks, method, pattern)
     report = Report(method.name, pattern.name)
     for block in blocks:
-        report.dense.update({linear.name: "not used by the model" for linear in block.unused})
+        report.dense.update(block.dense)
     needs = method.needs & set(stats.GRADIENT)
     if gradients is None and needs:
         start = time.perf_counter()
@@ -59,6 +61,7 @@ def prune(
             batch,
             needs,
             adapter=adapter,
+            blocks=blocks,
             micro_batch=micro_batch,
             backward=backward,
             progress=lambda done, total: progress("gradients", done, total),

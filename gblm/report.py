@@ -39,6 +39,7 @@ class Report:
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     linears: list[LinearReport] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)  # linears left alone, and why
+    notes: list[str] = field(default_factory=list)  # what else a reader must know
     seed: int | None = None
 
     @property

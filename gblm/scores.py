@@ -41,9 +41,21 @@ def wanda(weight: Tensor, statistics: Statistics) -> Tensor:
     return weight.abs() * input_norm(statistics)
 
 
-def gblm(weight: Tensor, statistics: Statistics, alpha: float = 100, norm: str = "l1") -> Tensor:
-    """Score |W|·(‖X‖₂ + α·‖G‖ₚ) (GBLM, arXiv 2311.04902, eq. 4)."""
-    return weight.abs() * (input_norm(statistics) + alpha * gradient_norm(statistics, norm))
+def gblm(
+    weight: Tensor, statistics: Statistics, alpha: float | str = 100, norm: str = "l1"
+) -> Tensor:
+    """Score |W|·(‖X‖₂ + α·‖G‖ₚ) (GBLM, arXiv 2311.04902, eq. 4).
+
+    alpha = "auto" gives both terms the same median: α = median ‖X‖₂ / median ‖G‖ₚ of this linear,
+    so that the score depends neither on the scale of the loss nor on the number of samples.
+    """
+    inputs, gradients = input_norm(statistics), gradient_norm(statistics, norm)
+    if alpha == "auto":
+        # Medians of 0 say that most inputs, or gradients, are: their means are not, or all are 0.
+        middle = gradients.median() if gradients.median() > 0 else gradients.mean()
+        top = inputs.median() if inputs.median() > 0 else inputs.mean()
+        alpha = (top / middle).item() if middle > 0 else 0.0
+    return weight.abs() * (inputs + float(alpha) * gradients)
 
 
 def input_norm(statistics: Statistics) -> Tensor:

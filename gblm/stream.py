@@ -22,7 +22,7 @@ from gblm.survey import Block, Linear, hooked, quiet, size
 Forward = Callable[..., Any]
 
 # The relative error of a linear is measured on at most this many of its calibration inputs.
-ERROR_POSITIONS = 4096
+ERROR_POSITIONS = 1024
 
 
 class _Done(Exception):

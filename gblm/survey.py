@@ -1,6 +1,7 @@
-"""What a run of one sample tells of a model: its blocks, their linears, and the order of use."""
+"""What runs of one and two samples tell of a model: its blocks, linears, and the order of use."""
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ class Linear:
     name: str
     module: nn.Module
     kind: Kind
-    positions: int = 0  # input vectors of one sample; 0 where the run did not use it
+    positions: int = 0  # input vectors of one sample
 
     @property
     def weight(self) -> Tensor:
@@ -47,15 +48,15 @@ class Linear:
 class Block:
     """The repeated unit of a model.
 
-    `groups` are its linears in the order of use, those that see the same input together; `unused`
-    are those the run did not use. `leading` holds the first dimension of every tensor the block is
-    called with, None for other values.
+    `groups` are its linears in the order of use, those that see the same input together; `dense`
+    names the linears that stay dense, and why. `leading` holds the first dimension of every tensor
+    the block is called with, None for other values.
     """
 
     name: str
     module: nn.Module
     groups: list[list[Linear]] = field(default_factory=list)
-    unused: list[Linear] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
     leading: list[int | None] = field(default_factory=list)
 
     @property
@@ -121,10 +122,10 @@ def hooked(hooks: Iterable[Any]) -> Iterator[None]:
 
 
 def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
-    """Return the blocks of the model in the order of use, as a run of one sample finds them.
+    """Return the blocks of the model in the order of use, as runs of one and two samples find them.
 
-    Raises `GblmError` where the model has no blocks or no linears in them, uses a block or a linear
-    more than once, or has a NaN or an Inf in a weight.
+    Raises `GblmError` where the model has no blocks or no linears in them that can be pruned, uses
+    a block more than once, or has a NaN or an Inf in a weight.
     """
     names = {module: name for name, module in adapter.blocks(model).items()}
     if not names:
@@ -132,30 +133,85 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
             f"no blocks found in {type(model).__name__}; pass an Adapter that names them"
         )
     linears = {module: _linears(name, module, adapter) for module, name in names.items()}
-    if not any(linears.values()):
-        raise GblmError(f"no linears found in the blocks of {type(model).__name__}")
-    blocks: list[Block] = []
-    seen: list[Tensor] = []  # the input of every group of the block that runs now
+    first = take(batch, slice(0, 1))
+    twice = {name: torch.cat([value, value]) for name, value in first.items()}
+    once = _visits(model, first, adapter, names, linears)
+    again = _visits(model, twice, adapter, names, linears)
+    pointers = Counter(linear.weight.data_ptr() for found in linears.values() for linear in found)
+    blocks = []
+    for visit, other in zip(once, again, strict=True):
+        block = Block(names[visit.module], visit.module, leading=visit.leading)
+        grown = {use.linear.name: use.positions for use in other.uses}
+        uses = Counter(use.linear.name for use in visit.uses)
+        for linear in linears[visit.module]:
+            if not uses[linear.name]:
+                block.dense[linear.name] = "not used by its block"
+            elif uses[linear.name] > 1:
+                block.dense[linear.name] = "used more than once by its block"
+            elif pointers[linear.weight.data_ptr()] > 1:
+                block.dense[linear.name] = "shares its weight with another linear"
+        groups: dict[int, list[Linear]] = {}
+        for use in visit.uses:
+            if use.linear.name in block.dense:
+                continue
+            if grown.get(use.linear.name) == use.positions:
+                block.dense[use.linear.name] = "sees no samples"
+                continue
+            use.linear.positions = use.positions
+            groups.setdefault(use.group, []).append(use.linear)
+        block.groups = list(groups.values())
+        block.dense.update(_experts(block))
+        blocks.append(block)
+    if not any(block.groups for block in blocks):
+        raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
+    return blocks
+
+
+@dataclass
+class _Use:
+    """One call of a linear; uses of one group have the same input tensor."""
+
+    linear: Linear
+    group: int
+    positions: int
+
+
+@dataclass
+class _Visit:
+    """One call of a block: the first dimensions of its arguments, the uses of its linears."""
+
+    module: nn.Module
+    leading: list[int | None]
+    uses: list[_Use] = field(default_factory=list)
+
+
+def _visits(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    names: dict[nn.Module, str],
+    linears: dict[nn.Module, list[Linear]],
+) -> list[_Visit]:
+    """Return what a run of the model does with its blocks and linears."""
+    visits: list[_Visit] = []
+    inputs: list[Tensor] = []  # of every group of the block that runs now
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if any(block.module is module for block in blocks):
+        if any(visit.module is module for visit in visits):
             raise GblmError(f"block {names[module]} is used more than once; it cannot be pruned")
         leaves, _ = tree_flatten((args, kwargs))
         leading = [len(v) if isinstance(v, Tensor) and v.ndim else None for v in leaves]
-        blocks.append(Block(names[module], module, leading=leading))
-        seen.clear()
+        visits.append(_Visit(module, leading))
+        inputs.clear()
 
     def see(linear: Linear) -> Any:
         def hook(module: nn.Module, args: tuple) -> None:
-            if linear.positions:
-                raise GblmError(f"linear {linear.name} is used more than once; it cannot be pruned")
-            linear.positions = linear.rows(args[0]).shape[:-1].numel()
-            for group, x in zip(blocks[-1].groups, seen, strict=True):
-                if x is args[0]:
-                    group.append(linear)
-                    return
-            blocks[-1].groups.append([linear])
-            seen.append(args[0])
+            x = args[0]
+            group = next((i for i, other in enumerate(inputs) if other is x), len(inputs))
+            if group == len(inputs):
+                inputs.append(x)
+            positions = linear.rows(x).shape[:-1].numel()
+            visits[-1].uses.append(_Use(linear, group, positions))
 
         return linear.module.register_forward_pre_hook(hook)
 
@@ -163,10 +219,17 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
         hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
         hooks += [see(linear) for found in linears.values() for linear in found]
         stack.enter_context(hooked(hooks))
-        adapter.trunk(model, take(batch, slice(0, 1)))
-    for block in blocks:
-        block.unused = [linear for linear in linears[block.module] if not linear.positions]
-    return blocks
+        MicroBatch(size(batch)).run(lambda samples: adapter.trunk(model, batch))
+    return visits
+
+
+def _experts(block: Block) -> dict[str, str]:
+    """Return the weights of a block that hold a matrix per expert, which are not pruned."""
+    return {
+        f"{block.name}.{name}": "a tensor of expert matrices, seen as no linear"
+        for name, parameter in block.module.named_parameters()
+        if parameter.ndim == 3 and min(parameter.shape) > 1
+    }
 
 
 def micro_batch(blocks: list[Block], samples: int, fixed: int | None) -> MicroBatch:

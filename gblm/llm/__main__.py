@@ -8,6 +8,7 @@ from gblm import cli
 from gblm.base import GblmError
 from gblm.cli import Bars, Evaluation
 from gblm.output import check_output
+from gblm.survey import survey
 
 EXAMPLES = """\
 examples:
@@ -87,29 +88,30 @@ def run(argv: Sequence[str] | None) -> None:
         check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
 
     def evaluate(model: Any, show: Bars) -> Evaluation:
+        def progress(done: int, total: int) -> None:
+            show("evaluate", done, total)
+
         return {
-            name: {
-                "perplexity": perplexity(
-                    model, ids, progress=lambda done, total: show("evaluate", done, total)
-                )
-            }
+            name: {"perplexity": perplexity(model, ids, progress=progress)}
             for name, ids in sets.items()
         }
 
-    reports = cli.compare(
-        model,
-        {name: value.to(device) for name, value in batch.items()},
-        adapter(model),
-        wanted,
+    batch = {name: value.to(device) for name, value in batch.items()}
+    job = cli.Job(
+        name=args.model,
+        model=model,
+        batch=batch,
+        adapter=adapter(model),
+        blocks=survey(model, batch, adapter(model)),
         evaluate=evaluate,
         save=lambda folder: models.save(model, tokenizer, folder, like=args.model),
         output=args.output,
-        name=args.model,
         seed=args.seed,
         micro_batch=micro_batch,
         backward=args.backward,
         seconds=seconds,
     )
+    reports = cli.compare(job, wanted)
     title = "the packaged demo" if demo else args.model
     cli.show_table(f"{title}: perplexity, {args.samples} windows of {length}", reports)
     if args.output:

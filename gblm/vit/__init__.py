@@ -1,0 +1,1 @@
+"""Vision transformers, and any other image classifier of timm, through the same core."""

@@ -1,0 +1,108 @@
+"""How the core sees an image classifier of timm."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gblm.base import LINEAR, Adapter, Batch, Kind
+
+POINTWISE = Kind(lambda module: module.get_parameter("weight").flatten(1), features=1)
+
+LISTS = (nn.ModuleList, nn.Sequential)
+STEMS = ("patch_embed", "stem")  # before the blocks, though some are built of lists
+
+
+def adapter(model: nn.Module) -> Adapter:
+    """Return the adapter of an image classifier: its blocks are found, not listed."""
+    return Adapter(blocks, trunk, loss, kind)
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of a model by name: the modules of its lists that hold linears.
+
+    The lists are those with "blocks" in their name, as timm calls them (`blocks`,
+    `stages.N.blocks`, `cls_attn_blocks`, …), wherever they stand outside the stem; all lists where
+    none has that name. A list within a list is entered, unless linears stand in it bare: then it is
+    a block itself. A block within a block is none.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if name and isinstance(module, LISTS) and not any(stem in name for stem in STEMS)
+    }
+    called = {name: lists[name] for name in lists if "blocks" in name.rpartition(".")[2]}
+    found: dict[str, nn.Module] = {}
+    for name, module in (called or lists).items():  # the outer ones first
+        if not any(name.startswith(f"{outer}.") for outer in found):
+            found.update(_within(name, module))
+    return found
+
+
+def kind(module: nn.Module) -> Kind | None:
+    """See `nn.Linear` as it is and a pointwise convolution as its weight `[out, in]`.
+
+    Pointwise is a convolution of 1×1 with stride 1, one group and no padding, whatever it computes:
+    those of a squeeze-and-excitation too. Classes that standardise their weight before they use it
+    are left alone, for a zero of theirs does not stay one.
+    """
+    if isinstance(module, nn.Linear):
+        return LINEAR
+    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
+        return None
+    sizes = (module.kernel_size, module.stride, module.padding, module.groups)
+    return POINTWISE if sizes == ((1, 1), (1, 1), (0, 0), 1) else None
+
+
+def trunk(model: nn.Module, batch: Batch) -> Tensor:
+    """Return what the head takes: timm's `forward_features` of the images `[n, c, h, w]`."""
+    classifier: Any = model
+    hidden: Tensor = classifier.forward_features(batch["images"])
+    return hidden
+
+
+def loss(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    """Return the cross-entropy `[n]` of every image's label, from what the head takes.
+
+    A model with several heads (DeiT, PiT, LeViT, EfficientFormer, RepViT, distilled) gives all
+    their logits in training, and their average in evaluation. The rule of training is taken: the
+    mean of the heads' cross-entropies.
+    """
+    classifier: Any = model
+    with _all_heads(model):
+        logits = classifier.forward_head(hidden)
+    heads = logits if isinstance(logits, tuple) else (logits,)
+    losses = [cross_entropy(head.float(), batch["labels"], reduction="none") for head in heads]
+    return torch.stack(losses).mean(dim=0)
+
+
+def _within(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks in a list, or in the lists within it."""
+    if any(kind(child) for child in module.children()):
+        return {name: module}
+    found: dict[str, nn.Module] = {}
+    for inner, child in module.named_children():
+        if isinstance(child, LISTS):
+            found.update(_within(f"{name}.{inner}", child))
+        elif any(kind(part) for part in child.modules()):
+            found[f"{name}.{inner}"] = child
+    return found
+
+
+@contextmanager
+def _all_heads(model: nn.Module) -> Iterator[None]:
+    """Let a distilled model give the logits of all its heads, its dropout and norms as they are."""
+    heads: list[Any] = [m for m in model.modules() if hasattr(m, "distilled_training")]
+    before = [(module, module.training, module.distilled_training) for module in heads]
+    try:
+        for module in heads:
+            module.training = True  # of this module alone: its children stay in evaluation
+            module.distilled_training = True
+        yield
+    finally:
+        for module, training, distilled in before:
+            module.training = training
+            module.distilled_training = distilled

@@ -1,0 +1,47 @@
+"""The demo: a tiny ViT that ships with the package, and the handwritten digits it was trained on.
+
+The images are the 1,797 digits of 8×8 pixels that scikit-learn carries in its package. A third of
+every class is held out for evaluation, the others are for training and calibration. The model
+beside this file was trained by `eval/train_demo_vit.py`.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gblm.base import GblmError
+
+FOLDER = Path(__file__).parent  # config and weights lie beside this file
+HELD_OUT = 3  # one of so many images of every class
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """Return the pictures of a split, uint8 `[n, 8, 8]` with ink at 255, and their labels `[n]`.
+
+    The split is "calibration" or "evaluation", and its images stand in one mixed order. Raises
+    `GblmError` where scikit-learn is not installed.
+    """
+    if split not in ("calibration", "evaluation"):
+        raise GblmError(f"split {split!r} is unknown; take 'calibration' or 'evaluation'")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise GblmError(
+            "the demo's images are the digits of scikit-learn, which is not installed; "
+            "`pip install scikit-learn`, or name a model and a source of images"
+        ) from error
+    found = load_digits()
+    labels = torch.from_numpy(found.target).long()
+    order = list(range(len(labels)))
+    random.Random(0).shuffle(order)
+    seen = [0] * 10
+    chosen = []
+    for index in order:
+        label = int(labels[index])
+        if (seen[label] % HELD_OUT == 0) == (split == "evaluation"):
+            chosen.append(index)
+        seen[label] += 1
+    pictures = torch.from_numpy(found.images[chosen]) * (255 / 16)  # ink is 0 to 16 there
+    return pictures.round().to(torch.uint8), labels[chosen]

@@ -1,0 +1,111 @@
+"""Image classifiers of timm: by name or from a folder, and back into one."""
+
+import difflib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from gblm.base import Batch, GblmError
+from gblm.survey import quiet
+
+LOCAL = "local-dir:"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.Module:
+    """Return an image classifier in evaluation mode.
+
+    `name` is a name of timm (`vit_tiny_patch16_224`, with a tag or without), `hf-hub:` and a name
+    of the hub, or a folder with `config.json`, written as it is or after `local-dir:`. Its weights
+    come from the checkpoint (`.safetensors`, or what torch saved), else from the folder or the hub.
+    `options` go to `timm.create_model`.
+
+    Raises `GblmError` where the model is unknown, its weights cannot be had or do not fit, or it
+    has no head.
+    """
+    folder = Path(name.removeprefix(LOCAL)).expanduser()
+    if name.startswith(LOCAL) or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise GblmError(f"model {folder}: no config.json in it; give a folder timm saved")
+        checkpoint = checkpoint or next(
+            (folder / file for file in WEIGHTS if (folder / file).is_file()), None
+        )
+        if checkpoint is None:
+            raise GblmError(f"model {folder}: no {WEIGHTS[0]} in it; give --checkpoint")
+        name = f"{LOCAL}{folder}"
+    elif ":" not in name and not timm.is_model(name.partition(".")[0]):
+        raise GblmError(f"unknown model {name!r}{_near(name)}")
+    try:
+        model = timm.create_model(name, pretrained=checkpoint is None, **options)
+    except Exception as error:  # of the hub, the network, the cache, or the options
+        raise GblmError(
+            f"model {name} cannot be made ({type(error).__name__}: "
+            f"{(str(error) or 'no reason given').splitlines()[0]}); check its name and the "
+            "connection, or give its weights by --checkpoint"
+        ) from error
+    if checkpoint is not None:
+        _fill(model, Path(checkpoint).expanduser(), name)
+    if not getattr(model, "num_classes", 0):
+        raise GblmError(f"model {name} has no head of classes; choose an image classifier")
+    return model.eval()
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write `model.safetensors` and `config.json`: beside first, then renamed.
+
+    `timm.create_model(name, checkpoint_path=…/model.safetensors)` loads the first, and
+    `timm.create_model("local-dir:…", pretrained=True)` the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as beside:
+        timm.models.save_for_hf(model, beside, safe_serialization=True)
+        for file in sorted(Path(beside).iterdir()):
+            os.replace(file, folder / file.name)
+
+
+def predicted(model: nn.Module, batch: Batch, step: int = 32) -> Batch:
+    """Return the batch with the model's own predictions as its labels `[n]`."""
+    with quiet(model), torch.no_grad():
+        labels = [model(part).argmax(dim=1) for part in batch["images"].split(step)]
+    return {**batch, "labels": torch.cat(labels)}
+
+
+def _near(name: str) -> str:
+    base = name.partition(".")[0]
+    near = difflib.get_close_matches(base, timm.list_models(), 3, cutoff=0.5)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return f"{hint}; give a name of timm (timm.list_models()) or a folder with config.json"
+
+
+def _fill(model: nn.Module, file: Path, name: str) -> None:
+    """Load a checkpoint strictly; raises `GblmError` that names the first three misfits."""
+    if not file.is_file():
+        raise GblmError(f"checkpoint {file}: no such file; give a .safetensors file")
+    try:
+        state: dict[str, Tensor] = timm.models.load_state_dict(str(file), use_ema=False)
+    except Exception as error:  # every format has exceptions of its own
+        raise GblmError(
+            f"checkpoint {file} cannot be read ({type(error).__name__}: "
+            f"{(str(error) or 'no reason given').splitlines()[0]}); check that it is whole"
+        ) from error
+    own = model.state_dict()
+    wrong = [f"{key} is missing" for key in own if key not in state]
+    wrong += [f"{key} is not of the model" for key in state if key not in own]
+    wrong += [
+        f"{key} is {list(state[key].shape)}, not {list(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise GblmError(
+            f"checkpoint {file} does not fit {name}: {'; '.join(wrong[:3])}{more}; "
+            "give the checkpoint of this model, or the model of this checkpoint"
+        )
+    model.load_state_dict(state)

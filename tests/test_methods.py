@@ -1,0 +1,147 @@
+"""The contract of every method with every pattern, generated from the table of methods."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gblm import methods, patterns, scores, stats
+from gblm.base import GblmError, Method, Statistics
+
+REPAIR = {"sparsegpt"}  # these change the weights that stay
+PATTERNS = ["0.5", "0.29", "0.5/layer", "2:4", "1:4", "4:8"]
+OUT, IN = 7, 16
+few = settings(deadline=None, max_examples=5)
+
+
+def draw(
+    method: Method, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Statistics]:
+    """Return a weight and just the statistics that the method asks for."""
+    made = torch.Generator().manual_seed(seed)
+    weight = torch.randn(OUT, IN, generator=made, dtype=torch.float64).to(dtype)
+    x = torch.randn(9, 4, IN, generator=made, dtype=torch.float64).to(dtype)
+    x = x + x.roll(1, dims=-1)  # correlated
+    dy = torch.randn(9, 4, OUT, generator=made, dtype=torch.float64).to(dtype)
+    inputs = stats.zeros(method.needs & set(stats.INPUT), weight)
+    gradients = stats.zeros(method.needs & set(stats.GRADIENT), weight)
+    stats.add_inputs(inputs, x.flatten(0, 1), len(x))
+    stats.add_gradients(gradients, x, dy)
+    return weight, Statistics({**inputs.sums, **gradients.sums}, len(x), 4 * len(x))
+
+
+def check_solved(name: str, pattern: str, weight: Tensor, new: Tensor, keep: Tensor) -> None:
+    """Fail unless the result of a method is what every method promises."""
+    assert new.shape == keep.shape == weight.shape
+    assert new.dtype == weight.dtype
+    assert keep.dtype == torch.bool
+    assert torch.isfinite(new).all()
+    assert (new[~keep] == 0).all(), "dropped weights are exactly 0"
+    if name not in REPAIR:
+        assert torch.equal(new[keep], weight[keep]), "kept weights are unchanged"
+    if ":" in pattern:
+        n, m = map(int, pattern.split(":"))
+        assert (keep.view(-1, m).sum(dim=1) == n).all(), "n of every m stay"
+    elif "/" in pattern:
+        assert (~keep).sum() == OUT * IN // 2
+    else:
+        assert ((~keep).sum(dim=1) == math.floor(float(pattern) * IN)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", methods.METHODS)
+@few
+@given(seed=st.integers(0, 2**31))
+def test_contract(name, pattern, dtype, seed):
+    method = methods.make(name)
+    weight, statistics = draw(method, dtype, seed)
+    before = [weight.clone(), *(value.clone() for value in statistics.sums.values())]
+    check_solved(name, pattern, weight, *method.solve(weight, statistics, patterns.parse(pattern)))
+    after = [weight, *statistics.sums.values()]
+    assert all(map(torch.equal, before, after)), "what a method is given stays as it was"
+
+
+def drop_one_more(weight, new, keep):
+    row, column = keep.nonzero()[0]
+    keep[row, column], new[row, column] = False, 0
+
+
+def leave_a_rest(weight, new, keep):
+    row, column = (~keep).nonzero()[0]
+    new[row, column] = 1e-30
+
+
+def touch_a_kept_weight(weight, new, keep):
+    row, column = keep.nonzero()[0]
+    new[row, column] += 1e-6
+
+
+@pytest.mark.parametrize("fault", [drop_one_more, leave_a_rest, touch_a_kept_weight])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_checker_sees_a_planted_fault(fault, pattern):
+    method = methods.wanda()
+    weight, statistics = draw(method)
+    new, keep = method.solve(weight, statistics, patterns.parse(pattern))
+    fault(weight, new, keep)
+    with pytest.raises(AssertionError):
+        check_solved("wanda", pattern, weight, new, keep)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", methods.METHODS)
+@few
+@given(seed=st.integers(0, 2**31), data=st.data())
+def test_permuting_rows_permutes_the_result(name, pattern, seed, data):
+    order = data.draw(st.permutations(range(OUT)))
+    method, allowed = methods.make(name), patterns.parse(pattern)
+    weight, statistics = draw(method, seed=seed)
+    permuted = Statistics(
+        {k: v[order] if k in stats.GRADIENT else v for k, v in statistics.sums.items()},
+        statistics.samples,
+        statistics.positions,
+    )
+    new, keep = method.solve(weight, statistics, allowed)
+    new_permuted, keep_permuted = method.solve(weight[order], permuted, allowed)
+    assert torch.equal(keep_permuted, keep[order])
+    torch.testing.assert_close(new_permuted, new[order])
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_says_what_it_is_and_needs(name):
+    method = methods.make(name)
+    assert method.name.startswith(name)
+    assert method.needs <= {*stats.INPUT, *stats.GRADIENT}
+    assert method.group in patterns.GROUPS
+
+
+def test_make_hands_on_the_options_a_method_takes():
+    assert methods.make("gblm", alpha=3, norm="l2").name == "gblm(alpha=3, norm=l2)"
+    assert methods.make("wanda", alpha=3, norm="l2").name == "wanda"
+
+
+def test_a_score_of_ones_own_is_a_method():
+    method = scores.masked("smallest", {"input_sq"}, lambda weight, found: -weight.abs())
+    weight, statistics = draw(method)
+    new, keep = method.solve(weight, statistics, patterns.parse("0.5"))
+    check_solved("smallest", "0.5", weight, new, keep)
+    assert weight[keep].abs().mean() < weight[~keep].abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: methods.make("wandas"), "unknown method 'wandas'; did you mean 'wanda'"),
+        (lambda: methods.gblm(norm="l3"), "unknown norm 'l3'"),
+        (lambda: methods.gradient(norm="max"), "unknown norm 'max'"),
+        (lambda: methods.gblm(alpha=-1), "alpha -1 is not"),
+        (lambda: methods.gblm(alpha=math.nan), "alpha nan is not"),
+        (lambda: methods.gblm(alpha=math.inf), "alpha inf is not"),
+    ],
+)
+def test_what_is_no_method_is_refused(make, message):
+    with pytest.raises(GblmError, match=message):
+        make()

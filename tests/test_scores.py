@@ -1,0 +1,128 @@
+"""The laws of the scores: what each is, and how they are related."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gblm import methods, patterns, scores, stats
+from gblm.base import GblmError, Statistics
+
+OUT, IN = 6, 8
+PATTERNS = ["0.5", "0.3/layer", "2:4"]
+few = settings(deadline=None, max_examples=20)
+seeds = st.integers(0, 2**31)
+
+
+def draw(seed: int, samples: int = 5) -> tuple[Tensor, Statistics]:
+    """Return a weight and all its statistics, of inputs of very different sizes."""
+    made = torch.Generator().manual_seed(seed)
+    sizes = torch.rand(IN, generator=made, dtype=torch.float64) * 4
+    x = torch.randn(samples, 3, IN, generator=made, dtype=torch.float64) * sizes
+    dy = torch.randn(samples, 3, OUT, generator=made, dtype=torch.float64)
+    weight = torch.randn(OUT, IN, generator=made, dtype=torch.float64)
+    return weight, statistics_of(weight, x, dy)
+
+
+def statistics_of(weight: Tensor, x: Tensor, dy: Tensor) -> Statistics:
+    inputs, gradients = stats.zeros(stats.INPUT, weight), stats.zeros(stats.GRADIENT, weight)
+    stats.add_inputs(inputs, x.flatten(0, 1), len(x))
+    stats.add_gradients(gradients, x, dy)
+    return Statistics({**inputs.sums, **gradients.sums}, len(x), inputs.positions)
+
+
+def keep(method: methods.Method, weight: Tensor, statistics: Statistics, pattern: str) -> Tensor:
+    return method.solve(weight, statistics, patterns.parse(pattern))[1]
+
+
+def test_scores_are_their_formulas():
+    weight = torch.tensor([[3.0, -1.0]])
+    x = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])  # two samples of one position
+    dy = torch.tensor([[[1.0]], [[-1.0]]])  # so that g is (1, 2) and (-3, -4)
+    found = statistics_of(weight, x, dy)
+    norm = torch.tensor([[5.0, 10.0]]).sqrt()  # √((1 + 9) / 2), √((4 + 16) / 2)
+    l1, l2 = torch.tensor([[4.0, 6.0]]), torch.tensor([[10.0, 20.0]]).sqrt()
+    w = torch.tensor([[3.0, 1.0]])
+    close = torch.testing.assert_close
+    close(scores.magnitude(weight, found), w)
+    close(scores.wanda(weight, found), w * norm)
+    close(scores.gradient(weight, found, "l1"), w * l1)
+    close(scores.gradient(weight, found, "l2"), w * l2)
+    close(scores.gblm(weight, found), w * (norm + 100 * l1))
+    close(scores.gblm(weight, found, alpha=2, norm="l2"), w * (norm + 2 * l2))
+
+
+def check_same_choice(one: methods.Method, other: methods.Method, seed: int, pattern: str) -> None:
+    """Fail where two methods keep different weights."""
+    weight, found = draw(seed)
+    assert torch.equal(keep(one, weight, found, pattern), keep(other, weight, found, pattern))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("norm", scores.NORMS)
+@few
+@given(seed=seeds)
+def test_gblm_without_gradients_is_wanda(norm, pattern, seed):
+    check_same_choice(methods.gblm(alpha=0, norm=norm), methods.wanda(), seed, pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("norm", scores.NORMS)
+@few
+@given(seed=seeds)
+def test_gblm_with_a_huge_alpha_is_gradient(norm, pattern, seed):
+    check_same_choice(methods.gblm(1e12, norm), methods.gradient(norm), seed, pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_checker_sees_an_alpha(pattern):
+    with pytest.raises(AssertionError):
+        check_same_choice(methods.gblm(alpha=1), methods.wanda(), 0, pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@few
+@given(seed=seeds, size=st.floats(0.1, 10))
+def test_wanda_with_constant_inputs_is_magnitude(pattern, seed, size):
+    weight, _ = draw(seed)
+    x = torch.full((4, 3, IN), size, dtype=weight.dtype)
+    found = statistics_of(weight, x, x[..., :OUT])
+    kept = [keep(m, weight, found, pattern) for m in (methods.wanda(), methods.magnitude())]
+    assert torch.equal(*kept)
+
+
+def test_wanda_with_inputs_of_different_sizes_is_not_magnitude():
+    with pytest.raises(AssertionError):
+        check_same_choice(methods.wanda(), methods.magnitude(), 0, "0.5")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@few
+@given(seed=seeds, scale=st.integers(-20, 20))
+def test_magnitude_wanda_and_gradient_know_no_scale_of_the_weight(pattern, seed, scale):
+    weight, found = draw(seed)
+    for method in (methods.magnitude(), methods.wanda(), methods.gradient(), methods.gblm()):
+        kept = keep(method, weight, found, pattern)
+        assert torch.equal(keep(method, weight * 2.0**scale, found, pattern), kept)
+        assert torch.equal(keep(method, -weight, found, pattern), kept)
+
+
+@few
+@given(seed=seeds)
+def test_the_input_norm_is_a_mean_over_samples_and_the_gradient_norm_a_sum(seed):
+    weight, once = draw(seed)
+    twice = once + once
+    close = torch.testing.assert_close
+    close(scores.wanda(weight, twice), scores.wanda(weight, once))
+    close(scores.gradient(weight, twice, "l1"), 2 * scores.gradient(weight, once, "l1"))
+    close(scores.gradient(weight, twice, "l2"), 2**0.5 * scores.gradient(weight, once, "l2"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_finite_is_an_error(value):
+    weight, found = draw(0)
+    weight[2, 3] = value
+    for method in (methods.magnitude(), methods.wanda(), methods.gblm(), methods.gradient()):
+        with pytest.raises(GblmError, match="the score holds a NaN or an Inf"):
+            keep(method, weight, found, "0.5")

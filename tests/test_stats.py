@@ -1,0 +1,105 @@
+"""The laws of every statistic: sums, and nothing else."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gblm import stats
+from gblm.base import Statistics
+
+OUT, IN, POSITIONS = 5, 6, 4
+ALL = [*stats.INPUT, *stats.GRADIENT]
+few = settings(deadline=None, max_examples=25)
+
+
+def draw(seed: int, samples: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Return inputs `[samples, positions, in]` and output gradients `[samples, positions, out]`."""
+    made = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, POSITIONS, IN, dtype=torch.float64, generator=made)
+    dy = torch.randn(samples, POSITIONS, OUT, dtype=torch.float64, generator=made)
+    return x.to(dtype), dy.to(dtype)
+
+
+def of(name: str, x: Tensor, dy: Tensor) -> Statistics:
+    """Return one statistic of some samples."""
+    found = stats.zeros([name], torch.empty(OUT, IN, dtype=x.dtype))
+    if name in stats.INPUT:
+        stats.add_inputs(found, x.flatten(0, 1), len(x))
+    else:
+        stats.add_gradients(found, x, dy)
+    return found
+
+
+def check_additive(name: str, of, x: Tensor, dy: Tensor, cut: int) -> None:
+    """Fail unless stats(a ++ b) = stats(a) + stats(b), counts too."""
+    whole = of(name, x, dy)
+    parts = of(name, x[:cut], dy[:cut]) + of(name, x[cut:], dy[cut:])
+    torch.testing.assert_close(parts[name], whole[name], rtol=1e-12, atol=1e-12)
+    assert (parts.samples, parts.positions) == (whole.samples, whole.positions)
+    assert (whole.samples, whole.positions) == (len(x), len(x) * POSITIONS)
+
+
+@pytest.mark.parametrize("name", ALL)
+@few
+@given(seed=st.integers(0, 2**31), samples=st.integers(1, 6), cut=st.integers(0, 6))
+def test_statistics_of_two_sets_add_up(name, seed, samples, cut):
+    check_additive(name, of, *draw(seed, samples), cut)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_checker_sees_a_mean(name):
+    def mean(name: str, x: Tensor, dy: Tensor) -> Statistics:
+        found = of(name, x, dy)
+        return Statistics({name: found[name] / len(x)}, found.samples, found.positions)
+
+    with pytest.raises(AssertionError):
+        check_additive(name, mean, *draw(0, 4), 2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_samples_are_zero(name):
+    found = stats.zeros([name], torch.empty(OUT, IN))
+    assert not found[name].any()
+    assert (found.samples, found.positions) == (0, 0)
+
+
+FORMULAS = {
+    "input_sq": lambda x, gradients: sum(row * row for row in x.flatten(0, 1)),
+    "input_gram": lambda x, gradients: sum(torch.outer(row, row) for row in x.flatten(0, 1)),
+    "grad_abs": lambda x, gradients: sum(g.abs() for g in gradients),
+    "grad_sq": lambda x, gradients: sum(g * g for g in gradients),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_statistic_is_its_formula(name):
+    x, dy = draw(0, 3)
+    gradients = [sample_dy.T @ sample_x for sample_x, sample_dy in zip(x, dy, strict=True)]
+    torch.testing.assert_close(of(name, x, dy)[name], FORMULAS[name](x, gradients))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_are_fp32_whatever_the_inputs_are(name, dtype):
+    x, dy = draw(0, 64, dtype)
+    found = of(name, x, dy)[name]
+    assert found.dtype == torch.float32
+    # Summed in the inputs' own dtype they would be off by far more.
+    torch.testing.assert_close(
+        found.double(), of(name, x.double(), dy.double())[name], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_half_precision_inputs_do_not_overflow():
+    x = torch.full((1, POSITIONS, IN), 6e4, dtype=torch.float16)
+    assert torch.isfinite(of("input_sq", x, x[..., :OUT])["input_sq"]).all()
+
+
+def test_linears_of_one_input_need_no_output():
+    found = stats.zeros(stats.INPUT, torch.empty(OUT, IN))
+    assert {name: tuple(value.shape) for name, value in found.sums.items()} == {
+        "input_sq": (IN,),
+        "input_gram": (IN, IN),
+    }

@@ -1,0 +1,516 @@
+"""The stream: micro-batches change nothing, faults leave nothing, errors name their place."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import gblm
+from gblm import methods, patterns, stats, stream, survey
+from gblm.memory import MicroBatch
+from gblm.survey import find_adapter
+
+STATE = ("training", "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+STATE += ("_backward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+# A model of no library, with an adapter of its own: the core needs no transformers.
+
+
+class ToyBlock(nn.Module):
+    """`outer` may be used twice, `idle` never."""
+
+    def __init__(self, wide: int, twice: bool = False, idle: bool = False) -> None:
+        super().__init__()
+        self.inner = nn.Linear(wide, 2 * wide)
+        self.outer = nn.Linear(2 * wide, wide)
+        self.idle = nn.Linear(wide, wide) if idle else None
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.outer(self.inner(x).relu())
+        return x + self.outer(self.inner(x).relu()) if self.twice else x
+
+
+class Toy(nn.Module):
+    """Blocks one after the other, in the order given, on samples `x [n, t, wide]`."""
+
+    def __init__(self, *order: int, wide: int = 8, classes: int = 5, **options: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(ToyBlock(wide, **options) for _ in range(max(order) + 1))
+        self.order = order
+        self.head = nn.Linear(wide, classes)
+
+
+def toy_trunk(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    x = batch["x"]
+    for index in model.order:
+        x = model.layers[index](x)
+    return x
+
+
+TOY = gblm.Adapter(
+    blocks=lambda model: {f"layers.{i}": block for i, block in enumerate(model.layers)},
+    trunk=toy_trunk,
+    loss=lambda model, hidden, batch: cross_entropy(
+        model.head(hidden.mean(dim=1)), batch["label"], reduction="none"
+    ),
+)
+
+
+def toy_batch(samples: int = 6) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"x": torch.randn(samples, 4, 8), "label": torch.arange(samples) % 5}
+
+
+def prune(model: nn.Module, batch: dict[str, Tensor], method: str = "gblm", **options):
+    return gblm.prune(model, batch, methods.make(method), options.pop("pattern", "0.5"), **options)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def state(model: nn.Module) -> dict:
+    """Return everything of a model that a run changes for a time."""
+    modules = {
+        (name, key): list(value) if isinstance(value, dict) else value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key in STATE
+    }
+    return modules | {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+
+
+def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0) -> None:
+    """Fail where tensors differ by more than the tolerance; a NaN equals a NaN."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+
+
+# Micro-batches
+
+
+def run_statistics(model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """Return every statistic of inputs, and 2:4 weights, with micro-batches of `step` samples."""
+    adapter, found = find_adapter(model), {}
+    blocks = survey.survey(model, batch, adapter)
+
+    def visit(block, groups):
+        for group, inputs in zip(block.groups, groups, strict=True):
+            for name, value in inputs.statistics.sums.items():
+                found[f"{group[0].name} {name}"] = value
+            found[f"{group[0].name} counts"] = torch.tensor(
+                [inputs.statistics.samples, inputs.statistics.positions]
+            )
+
+    needs = frozenset(stats.INPUT)
+    stream.forward(model, batch, adapter, blocks, needs, visit, MicroBatch(step))
+    return found
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6])
+def test_micro_batch_never_changes_statistics(llama64, batch, step):
+    check_same(run_statistics(llama64, batch, step), run_statistics(llama64, batch, 7), 1e-10)
+
+
+def test_the_checker_sees_a_lost_sample(llama64, batch):
+    fewer = {"input_ids": batch["input_ids"][:6]}
+    with pytest.raises(AssertionError):
+        check_same(run_statistics(llama64, fewer, 3), run_statistics(llama64, batch, 7), 1e-3)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6])
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+def test_micro_batch_never_changes_gradients(llama64, batch, backward, step):
+    def run(micro_batch: int, backward: str) -> dict[str, Tensor]:
+        found = gblm.gradient_sums(
+            llama64, batch, stats.GRADIENT, micro_batch=micro_batch, backward=backward
+        )
+        return {
+            f"{name} {key}": sums[key] / sums[key].norm()
+            for name, sums in found.items()
+            for key in sums.sums
+        }
+
+    check_same(run(step, backward), run(7, "model"), 1e-10)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_micro_batch_never_changes_the_result(make_llama, batch, method, pattern, step):
+    some, whole = make_llama(torch.float64), make_llama(torch.float64)
+    prune(some, batch, method, pattern=pattern, micro_batch=step, backward="blocks")
+    prune(whole, batch, method, pattern=pattern, micro_batch=7, backward="model")
+    check_same(weights(some), weights(whole), 1e-9)
+
+
+@pytest.mark.parametrize("method", ["gblm", "sparsegpt"])
+@pytest.mark.parametrize(("samples", "length"), [(1, 12), (8, 8), (4, 12), (3, 3), (12, 6)])
+def test_sizes_that_could_be_taken_for_one_another(make_llama, make_batch, method, samples, length):
+    # One sample; as many samples as positions; as many as heads; as many as heads times blocks.
+    some, whole = make_llama(torch.float64), make_llama(torch.float64)
+    batch = make_batch(samples, length)
+    prune(some, batch, method, micro_batch=1, backward="blocks", pattern="2:4")
+    prune(whole, batch, method, micro_batch=samples, backward="model", pattern="2:4")
+    check_same(weights(some), weights(whole), 1e-9)
+
+
+# What a run leaves behind
+
+
+class Planted(Exception):
+    """A fault of the test."""
+
+
+class Fault(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, error):
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ctx.error
+
+
+def plant(model: nn.Module, error: BaseException, when: str) -> None:
+    """Let the second block's mlp fail on a micro-batch, at forward or backward time."""
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if when == "forward" and len(x) > 1:
+            raise error
+        return Fault.apply(own(x), error) if when == "backward" else own(x)
+
+    mlp.forward = forward
+
+
+@pytest.mark.parametrize("method", ["gblm", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+def test_a_run_leaves_nothing_behind(llama, batch, method, backward):
+    llama.train()
+    llama.model.layers[0].eval()
+    llama.lm_head.weight.requires_grad_(False)
+    before = state(llama)
+    prune(llama, batch, method, backward=backward, micro_batch=3)
+    assert state(llama) == before
+
+
+@pytest.mark.parametrize("error", [Planted(), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+def test_a_failed_run_leaves_nothing_behind(llama, batch, backward, when, error):
+    llama.train()
+    plant(llama, error, when)
+    before, dense = state(llama), weights(llama)
+    with pytest.raises(type(error)):
+        prune(llama, batch, "gblm", backward=backward, micro_batch=3)
+    assert state(llama) == before
+    check_same(weights(llama), dense)
+
+
+def test_a_run_interrupted_between_the_blocks_leaves_nothing_behind(llama, batch):
+    before = state(llama)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "blocks" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(llama, batch, "wanda", progress=progress)
+    assert state(llama) == before
+
+
+def test_the_check_sees_a_hook_left_behind(llama):
+    before = state(llama)
+    llama.model.layers[0].mlp.register_forward_hook(lambda module, args, output: None)
+    assert state(llama) != before
+
+
+# Out of memory
+
+
+def short_of_memory(model: nn.Module, limit: int, spare: int = 0) -> list[int]:
+    """Let the second block run out of memory on more than `limit` samples; returns the sizes.
+
+    The first `spare` calls have memory enough.
+    """
+    mlp, seen = model.model.layers[1].mlp, []
+    own = mlp.forward
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        if len(x) > limit and len(seen) > spare:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return own(x)
+
+    mlp.forward = forward
+    return seen
+
+
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+@pytest.mark.parametrize("method", ["wanda", "gblm", "sparsegpt"])
+def test_out_of_memory_halves_the_micro_batch(make_llama, batch, method, backward):
+    short, model = make_llama(torch.float64), make_llama(torch.float64)
+    seen = short_of_memory(short, limit=2)
+    prune(short, batch, method, backward=backward)
+    prune(model, batch, method, backward=backward)
+    assert 7 in seen
+    assert 3 in seen
+    check_same(weights(short), weights(model), 1e-9)
+
+
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+@pytest.mark.parametrize("method", ["wanda", "gblm"])
+def test_a_fixed_micro_batch_is_never_halved(llama, batch, method, backward):
+    short_of_memory(llama, limit=2)
+    before = state(llama)
+    with pytest.raises(gblm.GblmError, match="out of memory with micro-batches of 3"):
+        prune(llama, batch, method, micro_batch=3, backward=backward)
+    assert state(llama) == before
+
+
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+@pytest.mark.parametrize("method", ["wanda", "gblm"])
+def test_memory_for_less_than_one_sample_is_an_error(llama, batch, method, backward):
+    short_of_memory(llama, limit=0, spare=2)  # the survey's runs of one and two samples
+    before = state(llama)
+    with pytest.raises(gblm.GblmError, match="out of memory with micro-batches of 1"):
+        prune(llama, batch, method, backward=backward)
+    assert state(llama) == before
+
+
+def test_no_memory_for_the_survey_is_an_error(llama, batch):
+    short_of_memory(llama, limit=0)
+    with pytest.raises(gblm.GblmError, match="out of memory"):
+        prune(llama, batch, "wanda")
+
+
+# Statistics see the pruned blocks
+
+
+def inputs_of(
+    linears: list[nn.Linear], model: nn.Module, batch: dict[str, Tensor]
+) -> dict[nn.Linear, Tensor]:
+    """Return the inputs `[positions, in]` of linears, from one plain run of the model."""
+    inputs: dict[nn.Linear, Tensor] = {}
+
+    def see(module: nn.Linear, args: tuple[Tensor]) -> None:
+        inputs[module] = args[0].flatten(0, -2)
+
+    hooks = [module.register_forward_pre_hook(see) for module in linears]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def test_statistics_see_the_blocks_before_as_they_have_become(make_llama, batch):
+    """Against Wanda written plainly: a block's inputs come from the pruned blocks before it."""
+    found, model = make_llama(torch.float64), make_llama(torch.float64)
+    prune(found, batch, "wanda", pattern="0.5")
+    for index, block in enumerate(model.model.layers):
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        inputs = inputs_of(linears, model, batch)  # the blocks before are pruned already
+        for module in linears:
+            norm = inputs[module].norm(dim=0)
+            score = module.weight.detach().abs() * norm
+            lowest = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
+            module.weight.data.scatter_(1, lowest, 0)
+        check_same(weights(found.model.layers[index]), weights(block), 1e-12)
+
+
+# NaN and Inf
+
+
+def poison_weight(model, batch):
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    return "model.layers.1.mlp.up_proj"
+
+
+def poison_embedding(model, batch):
+    model.model.embed_tokens.weight.data[5] = float("inf")
+    batch["input_ids"][4, 2] = 5
+    batch["input_ids"][:4].clamp_(min=6)
+    batch["input_ids"][5:].clamp_(min=6)
+    return "model.layers.0.self_attn.q_proj"
+
+
+def poison_norm(model, batch):
+    model.model.layers[1].post_attention_layernorm.weight.data[0] = float("inf")
+    return "model.layers.1.mlp.gate_proj"
+
+
+@pytest.mark.parametrize("poison", [poison_weight, poison_embedding])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_statistic_that_is_not_finite_names_its_linear(llama, batch, method, poison):
+    name = poison(llama, batch)
+    dense, before = weights(llama), state(llama)
+    with pytest.raises(gblm.GblmError, match=name.replace(".", r"\.")):
+        prune(llama, batch, method, micro_batch=2)
+    check_same(weights(llama), dense)
+    assert state(llama) == before
+
+
+def test_a_block_that_fails_leaves_it_and_those_after_it_as_they_were(llama, batch):
+    name = poison_norm(llama, batch)
+    dense = weights(llama)
+    with pytest.raises(gblm.GblmError, match=name):
+        prune(llama, batch, "wanda", micro_batch=2)
+    after = {key: value for key, value in weights(llama).items() if "layers.0." not in key}
+    check_same(after, {key: dense[key] for key in after})
+
+
+@pytest.mark.parametrize("backward", ["blocks", "model", "auto"])
+@pytest.mark.parametrize("poison", [poison_embedding, poison_norm])
+def test_a_loss_that_is_not_finite_names_its_sample(llama, batch, poison, backward):
+    poison(llama, batch)
+    dense, before = weights(llama), state(llama)
+    sample = 4 if poison is poison_embedding else 0
+    with pytest.raises(gblm.GblmError, match=f"loss of calibration sample {sample} is nan"):
+        prune(llama, batch, "gblm", micro_batch=2, backward=backward)
+    check_same(weights(llama), dense)
+    assert state(llama) == before
+
+
+# Blocks and linears
+
+
+def test_the_core_prunes_a_model_of_no_library():
+    model = Toy(0, 1, 2)
+    report = prune(model, toy_batch(), "gblm", adapter=TOY, pattern="2:4")
+    assert [linear.name for linear in report.linears] == [
+        f"layers.{i}.{name}" for i in range(3) for name in ("inner", "outer")
+    ]
+    assert report.sparsity == 0.5
+
+
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+def test_blocks_are_taken_in_the_order_of_use(backward):
+    model = Toy(2, 0, 1)
+    report = prune(model, toy_batch(), "gblm", adapter=TOY, backward=backward, micro_batch=2)
+    assert [linear.name[7] for linear in report.linears] == list("220011")
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_an_unused_linear_is_reported_and_left_alone(method):
+    model = Toy(0, 1, idle=True)
+    dense = model.layers[1].idle.weight.clone()
+    report = prune(model, toy_batch(), method, adapter=TOY)
+    assert list(report.dense) == ["layers.0.idle", "layers.1.idle"]
+    assert torch.equal(model.layers[1].idle.weight, dense)
+    assert all("idle" not in linear.name for linear in report.linears)
+
+
+def test_a_linear_used_twice_stays_dense():
+    model = Toy(0, 1, twice=True, idle=True)
+    with pytest.raises(gblm.GblmError, match="no linears to prune"):
+        prune(model, toy_batch(), adapter=TOY)
+    model.layers[1].twice = False
+    report = prune(model, toy_batch(), adapter=TOY)
+    assert report.dense["layers.0.inner"] == "used more than once by its block"
+    assert [linear.name for linear in report.linears] == ["layers.1.inner", "layers.1.outer"]
+
+
+def test_a_block_used_twice_is_refused_by_name():
+    with pytest.raises(gblm.GblmError, match=r"block layers\.0 is used more than once"):
+        prune(Toy(0, 1, 0), toy_batch(), adapter=TOY)
+
+
+def test_a_weight_shared_by_two_linears_stays_dense():
+    model = Toy(0, 1)
+    model.layers[1].inner.weight = model.layers[0].inner.weight
+    report = prune(model, toy_batch(), adapter=TOY)
+    assert list(report.dense) == ["layers.0.inner", "layers.1.inner"]
+    assert "shares its weight" in report.dense["layers.1.inner"]
+    assert [linear.name for linear in report.linears] == ["layers.0.outer", "layers.1.outer"]
+
+
+def test_a_model_without_blocks_or_linears_is_refused():
+    with pytest.raises(gblm.GblmError, match="no blocks found in Toy"):
+        prune(Toy(0), toy_batch(), adapter=replace(TOY, blocks=lambda model: {}))
+    with pytest.raises(gblm.GblmError, match="no linears to prune in the blocks of Toy"):
+        prune(Toy(0), toy_batch(), adapter=replace(TOY, kind=lambda module: None))
+
+
+def test_a_model_of_an_unknown_library_needs_an_adapter():
+    with pytest.raises(gblm.GblmError, match="no adapter for Toy"):
+        prune(Toy(0), toy_batch())
+
+
+def test_a_pattern_that_does_not_fit_names_the_linear_before_work_starts(llama, batch):
+    dense = weights(llama)
+    with pytest.raises(
+        gblm.GblmError, match=r"layers\.0\.self_attn\.q_proj \[32, 32\].*divisible by 5"
+    ):
+        prune(llama, batch, "wanda", pattern="2:5")
+    check_same(weights(llama), dense)
+
+
+# The report, and the weights' own dtype
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_relative_error_is_the_exact_ratio(make_llama, batch, method):
+    model, dense = make_llama(torch.float64), make_llama(torch.float64)
+    report = prune(model, batch, method, micro_batch=2)
+    assert batch["input_ids"].numel() <= stream.ERROR_POSITIONS
+    for index, block in enumerate(model.model.layers):
+        pruned = weights(block)
+        block.load_state_dict(dense.model.layers[index].state_dict())
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        inputs = inputs_of(linears, model, batch)  # of a dense block after pruned ones
+        block.load_state_dict(pruned)
+        for linear in report.linears:
+            module = model.get_submodule(linear.name)
+            if module in inputs:
+                x, w = inputs[module], dense.get_submodule(linear.name).weight
+                exact = (x @ (module.weight - w).T).norm() / (x @ w.T).norm()
+                assert linear.relative_error == pytest.approx(exact.item(), rel=1e-9)
+
+
+def test_relative_error_is_near_the_exact_ratio_where_it_is_drawn(
+    make_llama, make_batch, monkeypatch
+):
+    batch = make_batch(30, 20)
+    exact = prune(make_llama(), batch, "wanda", micro_batch=4)
+    monkeypatch.setattr(stream, "ERROR_POSITIONS", 60)
+    drawn = prune(make_llama(), batch, "wanda", micro_batch=4)
+    for one, other in zip(drawn.linears, exact.linears, strict=True):
+        assert one.relative_error != other.relative_error
+        assert one.relative_error == pytest.approx(other.relative_error, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_statistics_are_fp32_and_weights_keep_their_dtype(make_llama, batch, method, dtype):
+    model = make_llama(dtype)
+    made = methods.make(method)
+    seen: set[torch.dtype] = set()
+
+    def solve(weight, statistics, pattern):
+        seen.update([weight.dtype, *(value.dtype for value in statistics.sums.values())])
+        return made.solve(weight, statistics, pattern)
+
+    pattern = patterns.parse("0.5", "row")
+    report = gblm.prune(model, batch, replace(made, solve=solve), pattern, micro_batch=3)
+    assert seen == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert report.sparsity == 0.5
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_micro_batches_of_none_are_refused(llama, batch):
+    with pytest.raises(gblm.GblmError, match="use 1 or more"):
+        prune(llama, batch, "wanda", micro_batch=0)
