@@ -2,7 +2,7 @@
 
     python eval/speed.py --model $GBLM_ASSETS/llama/novels-6M \\
         --calibration $GBLM_ASSETS/text/novels-calib.txt \\
-        --llmcompressor-python /tmp/llmc/bin/python --write docs/benchmarks.md
+        --llmcompressor-python ~/llmcompressor/bin/python --write docs/benchmarks.md
 
 Every contestant is a process of its own, from start to exit, on the CPU, with the same model, the
 same calibration windows, the same number of threads, to 50 %, saving nothing. They take turns, so
@@ -11,7 +11,7 @@ that a machine that slows down slows them all; a ratio is the median of those of
 
 llmcompressor needs older versions of torch and transformers, hence an environment of its own:
 
-    python -m venv /tmp/llmc && /tmp/llmc/bin/pip install llmcompressor==0.14.0.1
+    python -m venv ~/llmcompressor && ~/llmcompressor/bin/pip install llmcompressor==0.14.0.1
 
 Its `sequential` pipeline, which it chooses by itself, prunes block by block as gblm does; its
 `basic` one runs the model once and carries no pruning error on, which is less work.

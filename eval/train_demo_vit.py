@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -34,7 +35,7 @@ def tiny_vit() -> VisionTransformer:
 
     Every linear has a multiple of 16 inputs, so that all n:m patterns up to 8:16 apply.
     """
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "vit_tiny_patch16_224",  # timm loads a folder by a name that it knows
         pretrained_cfg_overlay={  # the model's own pre-processing: pixels as they are, to -1…1
             "input_size": (1, 8, 8),
@@ -121,7 +122,7 @@ def main() -> None:
 
     models.save(model, args.output)
     saved = models.load(str(args.output))
-    for name, loader in {"training": [batch], "held-out": held_out}.items():
+    for name, loader in {"training": [batch], "held-out": list(held_out)}.items():
         found = evaluate(saved, loader)
         print(f"{name}  top-1 {found['top1']:.2f} %, cross-entropy {found['cross_entropy']:.4f}")
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from gblm import patterns, stats
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, one_of
+from gblm.device import peak_memory
 from gblm.gradients import BACKWARDS, Gradients, gradient_sums
-from gblm.memory import peak_memory
 from gblm.methods import METHODS, make
 from gblm.output import written_beside
 from gblm.pruner import check, prune
@@ -66,7 +66,7 @@ def parser(program: str, description: str, epilog: str) -> Parser:
     add("--norm", default="l1", help="norm of the gradients over samples, l1 or l2 [%(default)s]")
     add("--group", default="auto", help="comparison group: row, layer, auto (as published)")
     add("--calibration", help="a data set or a local path")
-    add("--samples", type=int, help="calibration samples [128]")
+    add("--samples", type=int, help="calibration samples")
     add("--seed", type=int, default=0, help="of the calibration samples [%(default)s]")
     add("--evaluate", help="data sets or local paths, with commas")
     add("--device", default="auto", help="cpu, cuda, auto [%(default)s]")
@@ -117,6 +117,13 @@ def runs(args: argparse.Namespace) -> list[Run]:
     if not found:
         raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")
     return found
+
+
+def fill(args: argparse.Namespace, **defaults: Any) -> None:
+    """Give the flags that were not given the values this side takes for them."""
+    for flag, value in defaults.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
 
 
 def listed(text: str | None) -> list[str]:
@@ -276,9 +283,12 @@ def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
 
 def show_table(title: str, reports: list[Report]) -> None:
     """Print the runs of one command side by side, the dense model first."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file has no edge to wrap at
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for column in ("pattern", "sparsity", *reports[0].evaluation, "seconds"):
+    for column in ("pattern", "sparsity", *map(short, reports[0].evaluation), "seconds"):
         table.add_column(column, justify="right")
     dense = [f"{value['dense']:.2f}" for value in reports[0].evaluation.values()]
     table.add_row("dense", "", "", *dense, "", end_section=True)
@@ -288,7 +298,12 @@ def show_table(title: str, reports: list[Report]) -> None:
         table.add_row(
             report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
         )
-    Console().print(table)
+    console.print(table)
+
+
+def short(name: str) -> str:
+    """Return the name of an evaluation without the folders of its path."""
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm import stats
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
-from gblm.memory import MicroBatch, free_memory, out_of_memory
+from gblm.device import MicroBatch, free_memory, out_of_memory
 from gblm.stream import Call, Forward, check, replaced
 from gblm.survey import (
     Block,

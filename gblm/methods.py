@@ -34,16 +34,9 @@ def gblm(alpha: float | str = 100, norm: str = "l1") -> Method:
 
     alpha: a number, 100 as published, or "auto" (see `scores.gblm`). norm: "l1" or "l2".
     """
-    try:
-        alpha = alpha if alpha == "auto" else float(alpha)
-    except ValueError:
-        alpha = math.nan
-    if alpha != "auto" and not (math.isfinite(alpha) and alpha >= 0):  # type: ignore[arg-type]
-        raise GblmError("alpha is neither auto nor a number of 0 or more; 100 is the published one")
-    statistic = _statistic(norm)
-    score = partial(scores.gblm, alpha=alpha, norm=norm)
-    label = alpha if alpha == "auto" else f"{alpha:g}"
-    return masked(f"gblm(alpha={label}, norm={norm})", {"input_sq", statistic}, score)
+    statistic, factor = _statistic(norm), alpha if alpha == "auto" else _factor(alpha)
+    score = partial(scores.gblm, alpha=factor, norm=norm)
+    return masked(f"gblm(alpha={factor}, norm={norm})", {"input_sq", statistic}, score)
 
 
 def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:
@@ -69,6 +62,18 @@ def make(name: str, **options: Any) -> Method:
     factory = METHODS[one_of(name, METHODS, "method")]
     taken = inspect.signature(factory).parameters
     return factory(**{option: value for option, value in options.items() if option in taken})
+
+
+def _factor(alpha: float | str) -> float:
+    try:
+        value = float(alpha)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value) and value >= 0:
+        return int(value) if value.is_integer() else value
+    raise GblmError(
+        f"alpha {alpha} is neither auto nor a number of 0 or more; 100 is the published one"
+    )
 
 
 def _statistic(norm: str) -> str:

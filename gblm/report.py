@@ -16,8 +16,8 @@ PACKAGES = ("gblm", "torch", "transformers", "timm", "datasets", "accelerate", "
 class LinearReport:
     """What became of one linear.
 
-    `relative_error` is ‖(W − Ŵ)X‖ / ‖WX‖ over at most 4096 of its calibration inputs X, drawn
-    evenly; `seconds` are those of its solve.
+    `relative_error` is ‖(W − Ŵ)X‖ / ‖WX‖ over 1024 to 2048 of its calibration inputs X, drawn
+    evenly, or all where there are fewer; `seconds` are those of its solve.
     """
 
     name: str

@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gblm import stats
 from gblm.base import Adapter, Batch, GblmError, Statistics
-from gblm.memory import MicroBatch
+from gblm.device import MicroBatch
 from gblm.survey import Block, Linear, hooked, quiet, size
 
 Forward = Callable[..., Any]
@@ -98,21 +98,30 @@ class Call:
         return self.forward(*args, **kwargs)
 
     def outputs(self, step: int) -> Any:
-        """Return the outputs for the whole batch, computed in micro-batches and joined."""
-        parts, spec = [], None
+        """Return the outputs for the whole batch, computed in micro-batches.
+
+        What is not a tensor with the samples first stays as the first micro-batch gave it.
+        """
+        joined: list[Any] = []
+        spec = None
         for piece in self.pieces(step):
-            leaves, spec = tree_flatten(self.run(self.arguments(piece)))
-            parts.append(leaves)
+            parts, spec = tree_flatten(self.run(self.arguments(piece)))
+            if piece.stop - piece.start == self.samples:
+                return tree_unflatten(parts, spec)
+            if not joined:
+                joined = [self._room(part, piece.stop - piece.start) for part in parts]
+            for whole, part in zip(joined, parts, strict=True):
+                if isinstance(part, Tensor) and part.ndim:
+                    carried = len(part) // (piece.stop - piece.start)
+                    whole[piece.start * carried : piece.stop * carried] = part
         assert spec is not None
-        return tree_unflatten([join(same) for same in zip(*parts, strict=True)], spec)
+        return tree_unflatten(joined, spec)
 
-
-def join(parts: tuple[Any, ...]) -> Any:
-    """Join one output of all micro-batches; what is not a tensor with samples stays the first."""
-    first = parts[0]
-    if len(parts) == 1 or not isinstance(first, Tensor) or not first.ndim:
-        return first
-    return torch.cat(parts)
+    def _room(self, part: Any, samples: int) -> Any:
+        """Return an empty tensor for all samples, where a part holds some of them."""
+        if not isinstance(part, Tensor) or not part.ndim:
+            return part
+        return part.new_empty(len(part) // samples * self.samples, *part.shape[1:])
 
 
 @dataclass

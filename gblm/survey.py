@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch, GblmError, Kind
-from gblm.memory import MicroBatch
+from gblm.device import MicroBatch
 
 # A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
-POSITIONS = {"cpu": 2048, "cuda": 32768}
+POSITIONS = {"cpu": 512, "cuda": 32768}
 
 
 @dataclass

@@ -18,7 +18,7 @@ LAYERS = [
     ("stats", "patterns"),
     ("scores", "solvers", "allocation"),
     ("methods",),
-    ("memory", "survey", "stream", "gradients", "distributed"),
+    ("device", "survey", "stream", "gradients", "distributed"),
     ("report", "output"),
     ("pruner",),
     ("cli",),

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import gblm
 from gblm import methods, patterns, stats, stream, survey
-from gblm.memory import MicroBatch
+from gblm.device import MicroBatch
 from gblm.survey import find_adapter
 
 STATE = ("training", "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")

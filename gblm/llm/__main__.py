@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gblm import cli
-from gblm.base import GblmError
+from gblm.base import Batch, GblmError
 from gblm.cli import Bars, Evaluation
+from gblm.device import find_device
 from gblm.output import check_output
 from gblm.survey import survey
 
@@ -38,14 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Read the flags, load, calibrate, carry out the runs, show the table."""
+    """Read the flags, draw the windows, load the model, carry out the runs, show the table."""
     args = parser().parse_args(argv)
     demo = args.model is None
     if demo:
         set_demo(args)
-    for flag, value in {"method": "gblm", "sparsity": "0.5", "calibration": "c4"}.items():
-        setattr(args, flag, getattr(args, flag) or value)
-    args.samples = 128 if args.samples is None else args.samples
+    cli.fill(args, method="gblm", sparsity="0.5", alpha="100", calibration="c4", samples=128)
     wanted = cli.runs(args)
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     if args.output:
@@ -55,27 +54,13 @@ def run(argv: Sequence[str] | None) -> None:
     with cli.clock(seconds, "data"):
         from transformers.utils import logging
 
-        from gblm.llm import data, models
-        from gblm.llm.adapters import adapter
-        from gblm.llm.evaluate import perplexity
+        from gblm.llm import adapters, models
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        device = models.find_device(args.device)
+        device = find_device(args.device)
         config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
-        length = models.window_length(config, args.length)
-        batch = models.windows(
-            args.calibration,
-            config,
-            tokenizer,
-            samples=args.samples,
-            length=length,
-            seed=args.seed,
-        )
-        sets = {}
-        for source in cli.listed(args.evaluate):
-            sets[source] = data.evaluation(source, tokenizer, length, args.evaluate_windows)
-            data.check_ids(sets[source], models.vocabulary(config), source)
+        batch, sets = draw(args, config, tokenizer)
     with cli.clock(seconds, "load"):
         model = models.load_model(
             args.model,
@@ -87,23 +72,15 @@ def run(argv: Sequence[str] | None) -> None:
     if args.output:
         check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
 
-    def evaluate(model: Any, show: Bars) -> Evaluation:
-        def progress(done: int, total: int) -> None:
-            show("evaluate", done, total)
-
-        return {
-            name: {"perplexity": perplexity(model, ids, progress=progress)}
-            for name, ids in sets.items()
-        }
-
     batch = {name: value.to(device) for name, value in batch.items()}
+    adapter = adapters.adapter(model)
     job = cli.Job(
         name=args.model,
         model=model,
         batch=batch,
-        adapter=adapter(model),
-        blocks=survey(model, batch, adapter(model)),
-        evaluate=evaluate,
+        adapter=adapter,
+        blocks=survey(model, batch, adapter),
+        evaluate=lambda model, show: evaluate(model, sets, show),
         save=lambda folder: models.save(model, tokenizer, folder, like=args.model),
         output=args.output,
         seed=args.seed,
@@ -112,10 +89,38 @@ def run(argv: Sequence[str] | None) -> None:
         seconds=seconds,
     )
     reports = cli.compare(job, wanted)
+    samples, length = batch["input_ids"].shape
     title = "the packaged demo" if demo else args.model
-    cli.show_table(f"{title}: perplexity, {args.samples} windows of {length}", reports)
+    cli.show_table(f"{title}: perplexity, pruned with {samples} windows of {length}", reports)
     if args.output:
         print(f"written to {args.output}")
+
+
+def draw(args: Any, config: Any, tokenizer: Any) -> tuple[Batch, dict[str, Any]]:
+    """Return the calibration batch, and the evaluation windows by data set."""
+    from gblm.llm import data, models
+
+    sizes = {"samples": args.samples, "length": args.length, "seed": args.seed}
+    batch = models.windows(args.calibration, config, tokenizer, **sizes)
+    length = batch["input_ids"].shape[1]
+    sets = {}
+    for source in cli.listed(args.evaluate):
+        sets[source] = data.evaluation(source, tokenizer, length, args.evaluate_windows)
+        data.check_ids(sets[source], models.vocabulary(config), source)
+    return batch, sets
+
+
+def evaluate(model: Any, sets: dict[str, Any], show: Bars) -> Evaluation:
+    """Return the perplexity on every data set."""
+    from gblm.llm.evaluate import perplexity
+
+    def progress(done: int, total: int) -> None:
+        show("evaluate", done, total)
+
+    return {
+        name: {"perplexity": perplexity(model, ids, progress=progress)}
+        for name, ids in sets.items()
+    }
 
 
 def set_demo(args: Any) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gblm.device import MicroBatch
 from gblm.llm.adapters import window_loss
-from gblm.memory import MicroBatch
 
 POSITIONS = 4096  # of a batch of windows
 

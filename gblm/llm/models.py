@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from gblm.base import Batch, GblmError, one_of
+from gblm.base import Batch, GblmError
+from gblm.device import find_device, find_dtype
 from gblm.llm import data
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -37,9 +37,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a local folder or a hub name.
 
-    dtype: that of the checkpoint for "auto", or float32 on a CPU that is slow with it. device: the
-    GPU where there is one for "auto". Code that comes with a model runs only with
-    `trust_remote_code`, weights other than safetensors are read only with `allow_pickle`.
+    dtype, device: see `gblm.device`; "auto" is that of the checkpoint, and the GPU where one is.
+    Code that comes with a model runs only with `trust_remote_code`, weights other than safetensors
+    are read only with `allow_pickle`.
 
     Raises `GblmError` where anything is missing, damaged or does not fit.
     """
@@ -69,12 +69,12 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model without its tokenizer: see `load`."""
     check_source(model)
-    one_of(dtype, ["auto", *DTYPES], "dtype")
+    wanted = find_dtype(dtype, device, lambda: _dtype(model, _shards(model)))
     auto: Any = AutoModelForCausalLM
     with _explained(model):
         loaded, info = auto.from_pretrained(
             model,
-            dtype=DTYPES.get(dtype) or quick_dtype(model, device),
+            dtype=wanted or "auto",
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
@@ -86,21 +86,6 @@ def load_model(
             f"{', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
         )
     return loaded.to(device).eval()
-
-
-def quick_dtype(model: str, device: torch.device) -> torch.dtype | str:
-    """Return "auto", or float32 where a CPU has no products in the 16 bits of the checkpoint.
-
-    Without them such products run many times slower than in float32; `save` goes back to 16 bits.
-    """
-    if device.type != "cpu":
-        return "auto"
-    stored = _dtype(model, _shards(model))
-    slow = {
-        torch.bfloat16: not torch.cpu._is_avx512_bf16_supported(),
-        torch.float16: not torch.cpu._is_amx_fp16_supported(),
-    }
-    return torch.float32 if stored is not None and slow.get(stored) else "auto"
 
 
 def check_source(model: str) -> None:
@@ -139,19 +124,6 @@ def _explained(model: str) -> Iterator[None]:
         elif "trust_remote_code" in text:
             way = "read that code, then trust it with --trust-remote-code"
         raise GblmError(f"model {model} cannot be loaded: {text[:300]}; {way}") from error
-
-
-def find_device(device: str | torch.device) -> torch.device:
-    """Return the device, the GPU where there is one for "auto"; raises `GblmError` for none."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise GblmError(f"device {device} is not there ({reason}); use cpu, cuda or auto") from None
-    return found
 
 
 def positions(config: PreTrainedConfig) -> int | None:

@@ -1,5 +1,6 @@
 """Image classifiers of timm: by name or from a folder, and back into one."""
 
+import copy
 import difflib
 import os
 import tempfile
@@ -55,12 +56,14 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     return model.eval()
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
-    """Write `model.safetensors` and `config.json`: beside first, then renamed.
+def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `model.safetensors` and `config.json`, in a dtype: beside first, then renamed.
 
     `timm.create_model(name, checkpoint_path=…/model.safetensors)` loads the first, and
     `timm.create_model("local-dir:…", pretrained=True)` the folder.
     """
+    if dtype not in (None, next(model.parameters()).dtype):
+        model = copy.deepcopy(model).to(dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as beside:

@@ -1,4 +1,4 @@
-"""Memory: how much is free, and micro-batches that shrink until they fit."""
+"""The device: which one, what it is quick with, what memory it has left."""
 
 import resource
 import sys
@@ -9,9 +9,43 @@ from typing import TypeVar
 import psutil
 import torch
 
-from gblm.base import GblmError
+from gblm.base import GblmError, one_of
 
 T = TypeVar("T")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """Return the device, the GPU where there is one for "auto"; raises `GblmError` for none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise GblmError(f"device {device} is not there ({reason}); use cpu, cuda or auto") from None
+    return found
+
+
+def find_dtype(
+    dtype: str, device: torch.device, stored: Callable[[], torch.dtype | None]
+) -> torch.dtype | None:
+    """Return the dtype of that name; for "auto" None, that is as stored, where the device is quick.
+
+    A CPU without products in 16 bits is many times slower with them than in float32, which "auto"
+    then gives. `stored()` is the dtype of the checkpoint. Raises `GblmError` for an unknown name.
+    """
+    one_of(dtype, ["auto", *DTYPES], "dtype")
+    if dtype != "auto" or device.type != "cpu":
+        return DTYPES.get(dtype)
+    slow = {
+        torch.bfloat16: not torch.cpu._is_avx512_bf16_supported(),
+        torch.float16: not torch.cpu._is_amx_fp16_supported(),
+    }
+    found = stored()
+    return torch.float32 if found is not None and slow.get(found) else None
 
 
 @dataclass

@@ -1,0 +1,151 @@
+"""`python -m gblm.vit`: prune an image classifier, compare methods, save the result."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gblm import cli
+from gblm.base import Batch, GblmError
+from gblm.cli import Bars, Evaluation
+from gblm.device import find_device, find_dtype
+from gblm.output import check_output
+from gblm.survey import survey
+
+EXAMPLES = """\
+examples:
+  python -m gblm.vit                                    the packaged demo, all methods
+  python -m gblm.vit --model vit_base_patch16_224 --calibration imagenet/train --output PRUNED
+  python -m gblm.vit --model vit_tiny_patch16_224 --checkpoint FILE.safetensors \\
+      --method gblm,wanda,sparsegpt --sparsity 0.5,2:4 --calibration DIR --evaluate DIR
+"""
+
+
+def parser() -> cli.Parser:
+    """Return the parser of `python -m gblm.vit`."""
+    new = cli.parser(
+        "python -m gblm.vit", "Prune an image classifier, without retraining.", EXAMPLES
+    )
+    add = new.add_argument
+    add("--checkpoint", help="the weights, .safetensors; without it those of the model's name")
+    add("--unlabelled", action="store_true", help="the model's own predictions are the labels")
+    add("--evaluate-images", type=int, help="evaluate on a choice of this many")
+    add("--workers", default="auto", help="processes that decode images")
+    return new
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return cli.guarded(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Read the flags, load the model, choose the images, carry out the runs, show the table."""
+    args = parser().parse_args(argv)
+    demo = args.model is None
+    if demo:
+        set_demo(args)
+    cli.fill(args, method="gblm", sparsity="0.5", alpha="auto", samples=1024)
+    if not args.calibration:
+        raise GblmError("no calibration images; give a folder or a data set by --calibration")
+    wanted = cli.runs(args)
+    micro_batch = cli.whole(args.micro_batch, "micro-batch")
+    if args.output:
+        check_output(args.output, 0, args.overwrite)
+
+    seconds: dict[str, float] = {}
+    with cli.clock(seconds, "load"):
+        from gblm.vit import adapters, models
+
+        device = find_device(args.device)
+        model = models.load(args.model, args.checkpoint)
+        stored = next(model.parameters()).dtype
+        dtype = find_dtype(args.dtype, device, lambda: stored) or stored
+        model.to(device, dtype)
+    if args.output:
+        check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
+    with cli.clock(seconds, "data"):
+        batch, loaders, notes = choose(args, model)
+
+    adapter = adapters.adapter(model)
+    job = cli.Job(
+        name=args.model,
+        model=model,
+        batch=batch,
+        adapter=adapter,
+        blocks=survey(model, batch, adapter),
+        evaluate=lambda model, show: evaluate(model, loaders, show),
+        save=lambda folder: models.save(model, folder, stored),
+        output=args.output,
+        seed=args.seed,
+        micro_batch=micro_batch,
+        backward=args.backward,
+        notes=notes,
+        seconds=seconds,
+    )
+    reports = cli.compare(job, wanted)
+    title = "the packaged demo" if demo else args.model
+    cli.show_table(f"{title}, pruned with {len(batch['images'])} images", reports)
+    for note in notes:
+        print(note)
+    if args.output:
+        print(f"written to {args.output}")
+
+
+def choose(args: Any, model: Any) -> tuple[Batch, dict[str, Any], list[str]]:
+    """Return the calibration batch, the evaluation images by data set, and notes on them."""
+    from gblm.vit import data, models
+
+    workers = cli.whole(args.workers, "workers") or data.WORKERS
+    sets = {
+        source: data.open_images(source, model, "evaluation", workers=workers)
+        for source in cli.listed(args.evaluate)
+    }
+    images = data.open_images(
+        args.calibration, model, "calibration", labelled=not args.unlabelled, workers=workers
+    )
+    batch = data.calibration(images, args.samples, args.seed)
+    parameter = next(model.parameters())
+    batch = {
+        name: value.to(parameter if value.is_floating_point() else parameter.device)
+        for name, value in batch.items()
+    }
+    data.fitting(model, batch, args.calibration)
+    notes = images.notes
+    if "labels" not in batch:
+        if not args.unlabelled:
+            raise GblmError(
+                f"{args.calibration} has no labels; give a labelled source, or --unlabelled to "
+                "take the model's own predictions"
+            )
+        batch = models.predicted(model, batch)
+        notes.append("the calibration labels are the model's own predictions")
+    loaders = {
+        source: data.evaluation(found, limit=args.evaluate_images) for source, found in sets.items()
+    }
+    return batch, loaders, notes
+
+
+def evaluate(model: Any, loaders: dict[str, Any], show: Bars) -> Evaluation:
+    """Return top-1, top-5 and cross-entropy on every data set."""
+    from gblm.vit.evaluate import evaluate as measure
+
+    def progress(done: int, total: int) -> None:
+        show("evaluate", done, total)
+
+    return {name: measure(model, loader, progress) for name, loader in loaders.items()}
+
+
+def set_demo(args: Any) -> None:
+    """Fill in the packaged demo where no model is named."""
+    from gblm.methods import METHODS
+    from gblm.vit import demo
+
+    flags = ("calibration", "evaluate", "checkpoint")
+    if given := [flag for flag in flags if getattr(args, flag)]:
+        raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
+    args.model, args.calibration, args.evaluate = str(demo.FOLDER), "demo", "demo"
+    cli.fill(args, method=",".join(METHODS), sparsity="0.5,0.7,0.8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
