@@ -24,6 +24,7 @@ from gblm.survey import (
     Linear,
     find_adapter,
     hooked,
+    placed,
     quiet,
     size,
     survey,
@@ -57,16 +58,21 @@ def gradient_sums(
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
     one_of(backward, BACKWARDS, "backward")
+    batch = placed(batch, model)
     adapter = adapter or find_adapter(model)
     blocks = blocks or survey(model, batch, adapter)
     micro = sized(blocks, size(batch), micro_batch)
+    # A plain backward holds the activations of the whole model, so that it takes fewer samples.
+    fewer = MicroBatch(max(1, micro.samples // 4), auto=True) if micro.auto else micro
     needs = frozenset(needs) & set(stats.GRADIENT)
     with quiet(model), torch.enable_grad():
         if backward == "auto":
-            fits = _fits(model, batch, adapter, blocks, needs, micro)
+            fits = _fits(model, batch, adapter, blocks, needs, fewer)
             backward = "model" if fits else "blocks"
-        differentiate = whole_backward if backward == "model" else block_backward
-        found = differentiate(model, batch, adapter, blocks, needs, micro, progress)
+        if backward == "model":
+            found = whole_backward(model, batch, adapter, blocks, needs, fewer, progress)
+        else:
+            found = block_backward(model, batch, adapter, blocks, needs, micro, progress)
     for block in blocks:
         for linear in block.linears:
             check(linear, found[linear.name])

@@ -11,7 +11,7 @@ from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.gradients import Gradients, gradient_sums
 from gblm.report import LinearReport, Report
 from gblm.stream import Inputs, forward
-from gblm.survey import Block, Linear, find_adapter, size, survey
+from gblm.survey import Block, Linear, find_adapter, placed, size, survey
 from gblm.survey import micro_batch as sized
 
 Progress = Callable[[str, int, int], None]  # phase, done, of how many
@@ -35,7 +35,7 @@ def prune(
     Statistics of inputs see the blocks before them as they have become; gradients are of the dense
     model.
 
-    batch: the calibration batch, on the model's device. pattern: a pattern, or its name, in the
+    batch: the calibration batch. pattern: a pattern, or its name, in the
     comparison group of the method. adapter: that of the model's library where None. blocks: what
     `survey` found of this model, where that is known. gradients: the sums that `gradient_sums` gave
     for this model and batch, computed where None and needed.
@@ -47,6 +47,7 @@ def prune(
     """
     if isinstance(pattern, str):
         pattern = patterns.parse(pattern, method.group)
+    batch = placed(batch, model)
     adapter = adapter or find_adapter(model)
     blocks = blocks or survey(model, batch, adapter)
     check(blocks, method, pattern)

@@ -15,7 +15,7 @@ from gblm.base import Adapter, Batch, GblmError, Kind
 from gblm.device import MicroBatch
 
 # A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
-POSITIONS = {"cpu": 512, "cuda": 32768}
+POSITIONS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass
@@ -91,6 +91,14 @@ def take(batch: Batch, chosen: slice) -> Batch:
 def size(batch: Batch) -> int:
     """Return the number of samples of a batch."""
     return len(next(iter(batch.values())))
+
+
+def placed(batch: Batch, model: nn.Module) -> Batch:
+    """Return the batch on the model's device; raises `GblmError` where it holds no sample."""
+    if not batch or not size(batch):
+        raise GblmError("the calibration batch holds no sample; give one or more")
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 @contextmanager

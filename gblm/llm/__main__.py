@@ -9,7 +9,7 @@ from gblm.base import Batch, GblmError
 from gblm.cli import Bars, Evaluation
 from gblm.device import find_device
 from gblm.output import check_output
-from gblm.survey import survey
+from gblm.survey import placed, survey
 
 EXAMPLES = """\
 examples:
@@ -72,7 +72,7 @@ def run(argv: Sequence[str] | None) -> None:
     if args.output:
         check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
 
-    batch = {name: value.to(device) for name, value in batch.items()}
+    batch = placed(batch, model)
     adapter = adapters.adapter(model)
     job = cli.Job(
         name=args.model,

@@ -1,0 +1,129 @@
+"""The command `python -m gblm.vit`: its flags, its results, and what it says of bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from gblm import METHODS
+from gblm.llm.__main__ import parser as llm_parser
+from gblm.vit.__main__ import main, parser
+
+OWN = ["--checkpoint", "--evaluate-images", "--unlabelled", "--workers"]
+OF_LANGUAGE = [
+    "--allow-pickle",
+    "--evaluate-windows",
+    "--length",
+    "--trust-remote-code",
+]
+
+
+def flags(of) -> set[str]:
+    found = {flag for action in of._actions for flag in action.option_strings}
+    return {flag for flag in found if flag.startswith("--")}
+
+
+def test_flags_are_those_of_language_but_for_each_sides_own():
+    assert flags(parser()) - flags(llm_parser()) == set(OWN)
+    assert flags(llm_parser()) - flags(parser()) == set(OF_LANGUAGE)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve noisy pictures in three folders, one a class."""
+    where = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for index in range(12):
+        folder = where / f"class{index % 3}"
+        folder.mkdir(exist_ok=True)
+        pixels = draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return where
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random ViT of three classes, as timm saves it."""
+    where = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    timm.models.save_for_hf(model, where, model_args=sizes, safe_serialization=True)
+    return where
+
+
+def command(folder: Path, images: Path, *more: str) -> list[str]:
+    sizes = ["--samples", "8", "--workers", "1"]
+    return ["--model", str(folder), "--calibration", str(images), *sizes, *more]
+
+
+def test_result_loads_in_timm_and_says_what_happened(folder: Path, images: Path, tmp_path: Path):
+    output = tmp_path / "pruned"
+    assert main(command(folder, images, "--output", str(output), "--evaluate", str(images))) == 0
+    model = timm.create_model(f"local-dir:{output}", pretrained=True)
+    dense = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    for name, weight in model.state_dict().items():
+        linear = ".attn." in name or ".mlp." in name
+        if linear and name.endswith("weight"):
+            assert (weight == 0).float().mean() == 0.5
+            assert torch.equal(weight, torch.where(weight == 0, 0, dense[name]))
+        else:
+            assert torch.equal(weight, dense[name])
+    report = json.loads((output / "report.json").read_text())
+    metrics = {value["metric"]: value for value in report["evaluation"].values()}
+    assert set(metrics) == {"top1", "top5", "cross_entropy"}
+    assert report["method"] == "gblm(alpha=auto, norm=l1)"
+    assert len(report["linears"]) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_every_method_runs_and_unlabelled_says_so(
+    folder: Path, images: Path, capsys: pytest.CaptureFixture[str]
+):
+    more = ["--method", ",".join(METHODS), "--sparsity", "0.5,2:4", "--unlabelled"]
+    assert main(command(folder, images, *more)) == 0
+    said = capsys.readouterr().out
+    assert "the model's own predictions" in said
+    assert said.count("sparsegpt") == 2
+
+
+BAD = {
+    "unknown model": (["--model", "vit_tiny_patch16_223"], "did you mean vit_tiny_patch16_224"),
+    "missing checkpoint": (["--checkpoint", "no/file.safetensors"], "no such file"),
+    "missing images": (["--calibration", "no/such/folder"], "no/such/folder"),
+    "too few images": (["--samples", "13"], "12 images"),
+    "unknown method": (["--method", "sparsegtp"], "did you mean 'sparsegpt'"),
+    "m not dividing": (["--sparsity", "2:5"], "blocks.0.attn.qkv [96, 32]"),
+    "alpha": (["--alpha", "much"], "neither auto nor a number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_end_before_work(
+    case: str, folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    given, message = BAD[case]
+    output = tmp_path / "pruned"
+    assert main([*command(folder, images, "--output", str(output)), *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_images_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(command(folder, tmp_path)) == 2
+    assert "image" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_prunes_its_own_model(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 0
+    table = capsys.readouterr().out
+    assert all(method in table for method in METHODS)
