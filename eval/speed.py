@@ -191,6 +191,8 @@ def contestants(args: argparse.Namespace, windows: str) -> dict[str, list[str]]:
         theirs = [args.llmcompressor_python, __file__]
         found["start-up, llmcompressor's packages"] = [*theirs, "load", args.model]
         for _, name in list(RATIOS)[1:]:  # "llmcompressor METHOD" or "llmcompressor METHOD, basic"
+            if "basic" in name and not args.basic:
+                continue
             words = name.replace(",", "").split()
             found[name] = [*theirs, *(*words, "sequential")[:3], args.model, windows]
     return found
@@ -247,8 +249,8 @@ A run is a whole process, from start to exit; medians of the rounds, after one t
 |---|--:|--:|--:|--:|
 {ratios}
 `plain gblm` is what the published code does: autograd on one sample after the other, then Wanda
-layer by layer. The `basic` pipeline of llmcompressor runs the model once and lets no block see
-that those before it are pruned; the rows without it are of its `sequential` pipeline.
+layer by layer. The rows of llmcompressor are of its `sequential` pipeline, which like gblm lets
+every block see that those before it are pruned.
 
 {result["machine"]}
 
@@ -265,6 +267,13 @@ def write(path: Path, text: str) -> None:
     path.write_text(page.split(start)[0] + f"{start}\n{text}{end}" + page.split(end)[1])
 
 
+def portable(text: str) -> str:
+    """Return a command line without the folders of this machine."""
+    for folder, name in ((os.environ.get("GBLM_ASSETS"), "$GBLM_ASSETS"), (str(Path.home()), "~")):
+        text = text.replace(folder, name) if folder else text
+    return text
+
+
 def main() -> None:
     """Draw the windows, let the contestants take turns, show and write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -277,6 +286,7 @@ def main() -> None:
     add("--threads", type=int, default=2, help="of every process [%(default)s]")
     add("--llmcompressor-python", help="python of its environment; without it, it is left out")
     add("--write", type=Path, help="Markdown file to write into; speed.json goes beside it")
+    add("--basic", action="store_true", help="the `basic` pipeline of llmcompressor as well")
     add("--check", action="store_true", help="only compare the masks of baseline and gblm")
     args = parser.parse_args()
 
@@ -311,7 +321,7 @@ def main() -> None:
         "setting": f"{Path(args.model).name}, {args.samples} windows of {args.length} tokens, "
         f"to {SPARSITY:.0%}, {args.threads} threads, {args.runs} rounds",
         "machine": f"{machine(args.llmcompressor_python)}; load before {busy:.1f}",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": portable(shlex.join(["python", *sys.argv])),
         "ratios": ratios,
         "runs": runs,
     }

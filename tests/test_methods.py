@@ -137,9 +137,9 @@ def test_a_score_of_ones_own_is_a_method():
         (lambda: methods.make("wandas"), "unknown method 'wandas'; did you mean 'wanda'"),
         (lambda: methods.gblm(norm="l3"), "unknown norm 'l3'"),
         (lambda: methods.gradient(norm="max"), "unknown norm 'max'"),
-        (lambda: methods.gblm(alpha=-1), "alpha -1 is not"),
-        (lambda: methods.gblm(alpha=math.nan), "alpha nan is not"),
-        (lambda: methods.gblm(alpha=math.inf), "alpha inf is not"),
+        (lambda: methods.gblm(alpha=-1), "alpha -1 is neither"),
+        (lambda: methods.gblm(alpha=math.nan), "alpha nan is neither"),
+        (lambda: methods.gblm(alpha=math.inf), "alpha inf is neither"),
     ],
 )
 def test_what_is_no_method_is_refused(make, message):
