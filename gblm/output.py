@@ -45,8 +45,10 @@ def written_beside(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise GblmError(f"output {folder}: {error.strerror}; give another folder") from error
     try:
-        beside.chmod(0o755)
+        beside.chmod(0o755)  # made for its owner alone, as safetensors makes its files
         yield beside
+        for file in beside.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             os.replace(folder, old)
