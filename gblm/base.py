@@ -96,8 +96,8 @@ class Adapter:
     """What the core must know of a model family.
 
     blocks(model): its blocks by name, in any order.
-    trunk(model, batch): run the model through its last block; returns what its head takes,
-        `[samples, …]`.
+    trunk(model, batch): run the model through its last block; returns what its head takes: a
+        tensor `[samples, …]`, or a list, tuple or dict of them.
     loss(model, hidden, batch): the loss of every sample `[samples]`, through the model's own head.
     kind(module): how a module is seen as a linear, None where it is not prunable.
     """

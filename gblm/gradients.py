@@ -144,7 +144,10 @@ def block_backward(
 
     with replaced(blocks, make):
         hidden = adapter.trunk(model, batch)
-        hidden.backward(head_backward(model, hidden.detach(), batch, adapter, micro))
+        gradients = head_backward(model, hidden, batch, adapter, micro)
+        pairs = zip(tree_flatten(hidden)[0], gradients, strict=True)
+        reached = [(x, gradient) for x, gradient in pairs if x.requires_grad]  # by some block
+        torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
     return found
 
 
@@ -203,22 +206,29 @@ def recompute(
 
 
 def head_backward(
-    model: nn.Module, hidden: Tensor, batch: Batch, adapter: Adapter, micro: MicroBatch
-) -> Tensor:
-    """Return the gradient of the samples' losses by what the head takes, in micro-batches."""
-    gradient = torch.empty_like(hidden)
+    model: nn.Module, hidden: Any, batch: Batch, adapter: Adapter, micro: MicroBatch
+) -> list[Tensor]:
+    """Return the gradients of the samples' losses by the leaves of what the head takes.
+
+    The head runs in micro-batches.
+    """
+    leaves, spec = tree_flatten(hidden)
+    leaves = [leaf.detach() for leaf in leaves]
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]  # a head need not use them all
 
     def sweep(step: int) -> None:
-        for start in range(0, len(hidden), step):
+        for start in range(0, size(batch), step):
             part = slice(start, start + step)
-            x = hidden[part].requires_grad_()
-            _finite(adapter.loss(model, x, take(batch, part)), start).sum().backward()
-            assert x.grad is not None
-            gradient[part] = x.grad
+            parts = [leaf[part].requires_grad_() for leaf in leaves]
+            losses = adapter.loss(model, tree_unflatten(parts, spec), take(batch, part))
+            _finite(losses, start).sum().backward()
+            for x, gradient in zip(parts, gradients, strict=True):
+                if x.grad is not None:
+                    gradient[part] = x.grad
 
     # Of its own: a head that is short of memory says nothing about the blocks.
     MicroBatch(micro.samples, micro.auto).run(sweep)
-    return gradient
+    return gradients
 
 
 def _hook(linear: Linear, sums: Statistics, samples: int) -> Any:

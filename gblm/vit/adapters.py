@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gblm.base import LINEAR, Adapter, Batch, Kind
+from gblm.survey import hooked
 
 POINTWISE = Kind(lambda module: module.get_parameter("weight").flatten(1), features=1)
 
@@ -17,7 +18,16 @@ STEMS = ("patch_embed", "stem")  # before the blocks, though some are built of l
 
 
 def adapter(model: nn.Module) -> Adapter:
-    """Return the adapter of an image classifier: its blocks are found, not listed."""
+    """Return the adapter of an image classifier: its blocks are found, not listed.
+
+    The attention of BEiT, EVA and Swin v2 is set to run its `qkv` as a module of its own.
+    """
+    # By default it gives the weight of `qkv` to F.linear, with a bias put together of three, and no
+    # hook on `qkv` sees what it takes. timm's switch calls `qkv` and adds the same bias after it:
+    # equal but for rounding.
+    attentions: list[Any] = [m for m in model.modules() if hasattr(m, "qkv_bias_separate")]
+    for attention in attentions:
+        attention.qkv_bias_separate = True
     return Adapter(blocks, trunk, loss, kind)
 
 
@@ -57,14 +67,14 @@ def kind(module: nn.Module) -> Kind | None:
     return POINTWISE if sizes == ((1, 1), (1, 1), (0, 0), 1) else None
 
 
-def trunk(model: nn.Module, batch: Batch) -> Tensor:
+def trunk(model: nn.Module, batch: Batch) -> Any:
     """Return what the head takes: timm's `forward_features` of the images `[n, c, h, w]`."""
     classifier: Any = model
-    hidden: Tensor = classifier.forward_features(batch["images"])
-    return hidden
+    with hooked(_contiguous(model) if len(batch["images"]) == 1 else ()):
+        return classifier.forward_features(batch["images"])
 
 
-def loss(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+def loss(model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
     """Return the cross-entropy `[n]` of every image's label, from what the head takes.
 
     A model with several heads (DeiT, PiT, LeViT, EfficientFormer, RepViT, distilled) gives all
@@ -90,6 +100,26 @@ def _within(name: str, module: nn.Module) -> dict[str, nn.Module]:
         elif any(kind(part) for part in child.modules()):
             found[f"{name}.{inner}"] = child
     return found
+
+
+def _contiguous(model: nn.Module) -> list[Any]:
+    """Let every batch norm of images, and its gradient, see contiguous tensors.
+
+    On a CPU torch 2.15 gives a batch norm in evaluation a wrong gradient of a single sample, where
+    one of its input and its output's gradient is transposed and the other is not.
+    """
+
+    def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].contiguous(),)
+
+    def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient.contiguous())
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [norm.register_forward_pre_hook(before) for norm in norms] + [
+        norm.register_forward_hook(after) for norm in norms
+    ]
 
 
 @contextmanager

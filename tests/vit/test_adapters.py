@@ -95,6 +95,34 @@ FAMILIES = {
     ),
     "visformer": by_name("visformer_tiny", 64, img_size=64, embed_dim=32, depth=3, num_heads=2),
     "davit": by_name("davit_tiny", depths=(1, 1), embed_dims=(16, 16), num_heads=(2, 2)),
+    "crossvit": by_class(
+        "crossvit.CrossVit",
+        img_size=32,
+        img_scale=(1.0, 0.75),
+        patch_size=(8, 8),
+        embed_dim=(16, 32),
+        depth=((1, 2, 0), (1, 1, 0)),
+        num_heads=(2, 2),
+        mlp_ratio=(2.0, 2.0, 1.0),
+    ),
+    "coat": by_class(
+        "coat.CoaT",
+        64,
+        img_size=64,
+        patch_size=4,
+        embed_dims=(16, 16, 16, 16),
+        serial_depths=(1, 1, 1, 1),
+        parallel_depth=2,
+        num_heads=8,
+        mlp_ratios=(2, 2, 2, 2),
+    ),
+    "efficientvim": by_class(
+        "efficientvim.EfficientViM",
+        64,
+        embed_dim=(16, 16, 32),
+        depths=(1, 1, 1),
+        state_dim=(9, 4, 4),
+    ),
     "convmixer": by_class("convmixer.ConvMixer", dim=16, depth=2, kernel_size=3, patch_size=4),
 }
 
@@ -102,9 +130,8 @@ BLOCKS = {"cait": 4, "xcit": 4, "swin": 3, "convnext": 5, "hiera": 4, "volo": 4,
 
 # What of the blocks stays dense, though it is of a prunable kind.
 DENSE = {
-    "beit": "attn.qkv",
-    "eva02 fused": "attn.qkv",
-    "swinv2": ("attn.qkv", "cpb_mlp.0", "cpb_mlp.2"),
+    "swinv2": ("cpb_mlp.0", "cpb_mlp.2"),  # of the positions: they see no samples
+    "coat": ("mlp2.fc1", "mlp2.fc2"),  # one MLP for three scales
 }
 
 
@@ -178,6 +205,52 @@ def test_every_method_prunes_all_linears_of_the_blocks(name: str) -> None:
             assert model(batch["images"]).isfinite().all()
         # Rounding decides between equals, such as the zero gradients of a lone key's query.
         assert (masks[0] != masks[1]).float().mean() < 2e-3, method
+
+
+@pytest.mark.parametrize("name", ["beit", "eva02 fused", "swinv2"])
+def test_a_qkv_is_run_as_a_module_of_its_own(name: str) -> None:
+    model, batch = make(name).eval(), batch_of(name)
+    before = model(batch["images"])
+    found = [linear for block in survey(model, batch, adapter(model)) for linear in block.linears]
+    qkv = [linear.name for linear in found if linear.name.endswith("attn.qkv")]
+    assert len(qkv) == sum(key.endswith("q_bias") for key in model.state_dict()) > 0
+    torch.testing.assert_close(model(batch["images"]), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["crossvit", "coat", "efficientvim"])
+def test_a_trunk_gives_several_tensors(name: str) -> None:
+    model, batch = make(name), batch_of(name)
+    own = adapter(model)
+    hidden = own.trunk(model.eval(), batch)
+    assert len(hidden) > 1
+    assert all(len(x) == SAMPLES for x in hidden)
+    sums = [
+        gradient_sums(model, batch, ["grad_abs", "grad_sq"], adapter=own, backward=backward)
+        for backward in ("blocks", "model")
+    ]
+    for linear, found in sums[0].items():
+        for statistic, total in found.sums.items():
+            expected = sums[1][linear][statistic]
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+def test_micro_batches_of_one_have_the_gradients_of_more(backward: str) -> None:
+    name = "efficientformer"  # batch norms, and a transposition after the last of them
+    model, batch = make(name), batch_of(name)
+    own = adapter(model)
+    one, more = (
+        gradient_sums(
+            model, batch, ["grad_abs"], adapter=own, micro_batch=micro_batch, backward=backward
+        )
+        for micro_batch in (1, SAMPLES)
+    )
+    for linear, found in one.items():
+        torch.testing.assert_close(
+            found["grad_abs"], more[linear]["grad_abs"], rtol=1e-3, atol=1e-6
+        )
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
