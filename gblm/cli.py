@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from gblm.gradients import BACKWARDS, Gradients, gradient_sums
 from gblm.methods import METHODS, make
 from gblm.output import written_beside
 from gblm.pruner import check, prune
-from gblm.report import Report
+from gblm.report import Report, clock
 from gblm.scores import NORMS
 from gblm.survey import Block
 
@@ -255,14 +254,6 @@ def perform(
     report.model, report.seed, report.notes = job.name, job.seed, job.notes
     report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
     return report
-
-
-@contextmanager
-def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the seconds a phase takes to the phase."""
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gblm import patterns, stats
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.gradients import Gradients, gradient_sums
-from gblm.report import LinearReport, Report
+from gblm.report import LinearReport, Report, clock
 from gblm.stream import Inputs, forward
 from gblm.survey import Block, Linear, find_adapter, placed, size, survey
 from gblm.survey import micro_batch as sized
@@ -56,18 +56,17 @@ def prune(
         report.dense.update(block.dense)
     needs = method.needs & set(stats.GRADIENT)
     if gradients is None and needs:
-        start = time.perf_counter()
-        gradients = gradient_sums(
-            model,
-            batch,
-            needs,
-            adapter=adapter,
-            blocks=blocks,
-            micro_batch=micro_batch,
-            backward=backward,
-            progress=lambda done, total: progress("gradients", done, total),
-        )
-        report.seconds["gradients"] = time.perf_counter() - start
+        with clock(report.seconds, "gradients"):
+            gradients = gradient_sums(
+                model,
+                batch,
+                needs,
+                adapter=adapter,
+                blocks=blocks,
+                micro_batch=micro_batch,
+                backward=backward,
+                progress=lambda done, total: progress("gradients", done, total),
+            )
 
     def visit(block: Block, found: list[Inputs]) -> None:
         solved = [
@@ -80,10 +79,9 @@ def prune(
             report.linears.append(entry)
         progress("blocks", blocks.index(block) + 1, len(blocks))
 
-    start = time.perf_counter()
     micro = sized(blocks, size(batch), micro_batch)
-    forward(model, batch, adapter, blocks, method.needs & set(stats.INPUT), visit, micro)
-    report.seconds["prune"] = time.perf_counter() - start
+    with clock(report.seconds, "prune"):
+        forward(model, batch, adapter, blocks, method.needs & set(stats.INPUT), visit, micro)
     return report
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import shlex
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,6 +66,14 @@ class Report:
         beside = folder / "report.json.part"
         beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         os.replace(beside, folder / "report.json")
+
+
+@contextlib.contextmanager
+def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the seconds a phase takes to the phase."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def versions() -> dict[str, str]:
