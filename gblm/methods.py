@@ -39,6 +39,24 @@ def gblm(alpha: float | str = 100, norm: str = "l1") -> Method:
     return masked(f"gblm(alpha={factor}, norm={norm})", {"input_sq", statistic}, score)
 
 
+def ria(power: float = 0.5) -> Method:
+    """Keep the largest (|W| / Σ_i |W| + |W| / Σ_j |W|)·‖X‖₂^power (RIA, see `scores.ria`).
+
+    As published, the whole weight is compared where no group is named.
+    """
+    if not (math.isfinite(power) and power >= 0):
+        raise GblmError(f"power {power:g} is no number of 0 or more; 0.5 is the published one")
+    score = partial(scores.ria, power=power)
+    return masked(f"ria(power={power:g})", {"input_sq"}, score, group="layer")
+
+
+def pruner_zero(norm: str = "l2") -> Method:
+    """Keep the largest |W|²·σ(‖G‖), σ scaling to 0 … 1 (arXiv 2406.02924); norm: "l1" or "l2"."""
+    statistic = _statistic(norm)
+    score = partial(scores.pruner_zero, norm=norm)
+    return masked(f"pruner-zero(norm={norm})", {statistic}, score)
+
+
 def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:
     """Prune column by column and let the weights that stay make up for it (arXiv 2301.00774)."""
     solve = partial(_sparsegpt.solve, damping=damping, columns=columns)
@@ -50,6 +68,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "gradient": gradient,
     "wanda": wanda,
     "gblm": gblm,
+    "ria": ria,
+    "pruner-zero": pruner_zero,
     "sparsegpt": sparsegpt,
 }
 

@@ -58,6 +58,30 @@ def gblm(
     return weight.abs() * (inputs + float(alpha) * gradients)
 
 
+def ria(weight: Tensor, statistics: Statistics, power: float = 0.5) -> Tensor:
+    """Score (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|)·‖X_j‖₂^power (RIA, ICLR 2024).
+
+    The paper is "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language
+    Models"; its code has Wanda's ‖X‖₂. A row or column of zeros scores 0.
+    """
+    size = weight.abs()
+    tiny = torch.finfo(size.dtype).tiny
+    rows = size.sum(dim=1, keepdim=True).clamp_min(tiny)
+    columns = size.sum(dim=0, keepdim=True).clamp_min(tiny)
+    return (size / columns + size / rows) * input_norm(statistics) ** power
+
+
+def pruner_zero(weight: Tensor, statistics: Statistics, norm: str = "l2") -> Tensor:
+    """Score |W|²·σ(‖G‖), σ(x) = (x − min x) / (max x − min x) (Pruner-Zero, arXiv 2406.02924).
+
+    Minimum and maximum are of the whole weight; where they are equal, σ is 1.
+    """
+    gradients = gradient_norm(statistics, norm)
+    low, high = gradients.min(), gradients.max()
+    scaled = (gradients - low) / (high - low) if high > low else torch.ones_like(gradients)
+    return weight.square() * scaled
+
+
 def input_norm(statistics: Statistics) -> Tensor:
     """Return ‖X‖₂ `[in]` = √(Σ over samples and positions of x² / samples), as published."""
     return (statistics["input_sq"] / statistics.samples).sqrt()

@@ -1,5 +1,7 @@
 """The laws of the scores: what each is, and how they are related."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,6 +53,58 @@ def test_scores_are_their_formulas():
     close(scores.gradient(weight, found, "l2"), w * l2)
     close(scores.gblm(weight, found), w * (norm + 100 * l1))
     close(scores.gblm(weight, found, alpha=2, norm="l2"), w * (norm + 2 * l2))
+
+
+def test_ria_is_its_formula_cell_by_cell():
+    weight, found = draw(3)
+    weight[2], weight[:, 5] = 0, 0
+    weights, squares = weight.tolist(), found["input_sq"].tolist()
+    for power in (0.5, 1.0):
+        score = scores.ria(weight, found, power)
+        for i, row in enumerate(weights):
+            for j, w in enumerate(row):
+                of_row = sum(abs(other) for other in row)
+                of_column = sum(abs(other[j]) for other in weights)
+                relative = abs(w) / of_column + abs(w) / of_row if w else 0.0
+                norm = math.sqrt(squares[j] / found.samples)
+                assert score[i, j].item() == pytest.approx(relative * norm**power, rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", scores.NORMS)
+def test_pruner_zero_is_its_formula_cell_by_cell(norm):
+    weight, found = draw(4)
+    rows = found["grad_abs"].tolist()
+    if norm == "l2":
+        rows = [[math.sqrt(cell) for cell in row] for row in found["grad_sq"].tolist()]
+    low, high = min(map(min, rows)), max(map(max, rows))
+    score = scores.pruner_zero(weight, found, norm)
+    for i, row in enumerate(weight.tolist()):
+        for j, w in enumerate(row):
+            expected = abs(w * w) * (rows[i][j] - low) / (high - low)
+            assert score[i, j].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_pruner_zero_with_equal_gradients_is_magnitude():
+    weight, found = draw(5)
+    flat = Statistics({"grad_sq": torch.full_like(weight, 3.0)}, found.samples)
+    torch.testing.assert_close(scores.pruner_zero(weight, flat), weight.square())
+
+
+@pytest.mark.parametrize("power", [-1, math.nan, math.inf])
+def test_a_power_below_0_is_refused(power):
+    with pytest.raises(GblmError, match="is no number of 0 or more"):
+        methods.ria(power)
+
+
+@few
+@given(seed=seeds, scale=st.integers(-20, 20))
+def test_ria_and_pruner_zero_know_no_scale(seed, scale):
+    weight, found = draw(seed)
+    other = Statistics({k: v * 4.0**scale for k, v in found.sums.items()}, found.samples)
+    for pattern in PATTERNS:
+        for method in (methods.ria(), methods.pruner_zero()):
+            kept = keep(method, weight, found, pattern)
+            assert torch.equal(keep(method, weight * 2.0**scale, other, pattern), kept)
 
 
 def check_same_choice(one: methods.Method, other: methods.Method, seed: int, pattern: str) -> None:
@@ -123,6 +177,8 @@ def test_the_input_norm_is_a_mean_over_samples_and_the_gradient_norm_a_sum(seed)
 def test_a_score_that_is_not_finite_is_an_error(value):
     weight, found = draw(0)
     weight[2, 3] = value
-    for method in (methods.magnitude(), methods.wanda(), methods.gblm(), methods.gradient()):
+    for method in map(
+        methods.make, ("magnitude", "wanda", "gblm", "gradient", "ria", "pruner-zero")
+    ):
         with pytest.raises(GblmError, match="the score holds a NaN or an Inf"):
             keep(method, weight, found, "0.5")
