@@ -1,0 +1,273 @@
+"""Allocation: how much of each linear goes, given one budget for the model.
+
+An allocation is a value made by a factory here, with a line in `ALLOCATIONS`. `patterns_for` turns
+the shares it gives into a pattern for each linear, and keeps the count of the whole model.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm import patterns, scores, stats
+from gblm.base import GblmError, Pattern, Statistics, one_of
+from gblm.scores import NORMS
+
+STEPS = 4096  # points at most on the loss curve of a linear
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A linear as an allocation sees it: `weight [out, in]` and statistics of the dense model."""
+
+    name: str
+    weight: Tensor
+    statistics: Statistics
+    block: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The share of all prunable weights that goes, and where scores are compared.
+
+    `group` is "row" or "layer"; `window` is the m of n:m, where scores are compared within m.
+    """
+
+    sparsity: float
+    group: str = "row"
+    window: int | None = None
+
+    def width(self, weight: Tensor) -> int:
+        """Return the number of weights of one comparison group of a weight `[out, in]`."""
+        return self.window or (weight.shape[1] if self.group == "row" else weight.numel())
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A way to spend a budget: a name, the statistics it needs, and the function that does it.
+
+    `shares(linears, budget)` returns the share of each linear that goes, about the budget's
+    sparsity in all; `patterns_for` makes the count exact.
+    """
+
+    name: str
+    needs: frozenset[str]
+    shares: Callable[[Sequence[Weighed], Budget], list[float]]
+
+
+def uniform() -> Allocation:
+    """Take the same share of every linear."""
+    return Allocation(
+        "uniform", frozenset(), lambda linears, budget: [budget.sparsity] * len(linears)
+    )
+
+
+def gradient(norm: str = "l1", bound: float = 0.15) -> Allocation:
+    """Take what costs least: the next weight of every linear costs the same loss.
+
+    The loss of dropping a weight is |w|·Σ|g| (norm "l1") or w²·Σg² ("l2"), sums over the samples,
+    on the dense model; each linear's curve is that of its own comparison groups (see `loss_curve`).
+    bound: how far a share may lie from the budget's sparsity, one of m at least for n:m.
+
+    Raises `GblmError` where the norm is unknown or the bound outside (0, 1].
+    """
+    return _by_loss("gradient", norm, bound)
+
+
+def global_(norm: str = "l1", bound: float = 1.0) -> Allocation:
+    """Take of each linear the share that one threshold for the whole model would drop.
+
+    The threshold is on |w|·Σ|g| (norm "l1") or w²·Σg² ("l2") of every weight by itself, whatever
+    the comparison group of the pattern. bound: see `gradient`; 1 leaves the shares free.
+
+    Raises `GblmError` where the norm is unknown or the bound outside (0, 1].
+    """
+    return _by_loss("global", norm, bound, group="layer")
+
+
+def owl(m: float = 5, lam: float = 0.08) -> Allocation:
+    """Take less of blocks with more outliers (OWL, arXiv 2310.05175).
+
+    d = the share of scores |W|·‖X‖₂ of a block above m times their mean; a block's share is
+    S − (u − mean u) with u = 2·lam·(d − min d) / (max d − min d), the mean over all weights, and
+    the same for all its linears. Where all d are equal, so are the shares.
+
+    Raises `GblmError` where m or lam is not above 0.
+    """
+    if not (m > 0 and lam > 0):
+        raise GblmError(f"owl needs m > 0 and lam > 0, not {m:g} and {lam:g}; published: 5, 0.08")
+
+    def shares(linears: Sequence[Weighed], budget: Budget) -> list[float]:
+        names = list(dict.fromkeys(linear.block for linear in linears))
+        blocks = {name: [x for x in linears if x.block == name] for name in names}
+        outliers = {name: _outliers(block, m) for name, block in blocks.items()}
+        low, high = min(outliers.values()), max(outliers.values())
+        spread = high - low or 1.0
+        less = [2 * lam * (outliers[linear.block] - low) / spread for linear in linears]
+        sizes = [linear.weight.numel() for linear in linears]
+        mean = sum(u * size for u, size in zip(less, sizes, strict=True)) / sum(sizes)
+        return [min(max(budget.sparsity - u + mean, 0.0), 1.0) for u in less]
+
+    return Allocation(f"owl(m={m:g}, lam={lam:g})", frozenset({"input_sq"}), shares)
+
+
+ALLOCATIONS: dict[str, Callable[..., Allocation]] = {
+    "uniform": uniform,
+    "gradient": gradient,
+    "global": global_,
+    "owl": owl,
+}
+
+
+def make(name: str, **options: Any) -> Allocation:
+    """Return the allocation of that name, made with those of the options that it takes.
+
+    Raises `GblmError` where no allocation has that name.
+    """
+    factory = ALLOCATIONS[one_of(name, ALLOCATIONS, "allocation")]
+    taken = inspect.signature(factory).parameters
+    return factory(**{option: value for option, value in options.items() if option in taken})
+
+
+def patterns_for(
+    allocation: Allocation, linears: Sequence[Weighed], pattern: Pattern
+) -> dict[str, Pattern]:
+    """Return the pattern of each linear by its name; a linear that is not in it stays dense.
+
+    pattern: the budget, as it would be for all linears alike; each gets one of its kind. Together
+    they drop as many weights as floor(sparsity · all weights) lets them: with "layer" exactly that,
+    else less by fewer weights than the smallest step of a linear (`out` for a row, size / m for
+    n:m). With n:m every linear keeps 1 to m − 1 of m; a row or layer keeps one weight at least.
+
+    Raises `GblmError` where a linear lacks a statistic or cannot have the pattern.
+    """
+    for linear in linears:
+        _check(allocation, linear, pattern)
+    budget = _budget(pattern)
+    chosen = _counts(linears, allocation.shares(linears, budget), budget)
+    found: dict[str, Pattern] = {}
+    for linear, count in zip(linears, chosen, strict=True):
+        width = budget.width(linear.weight)
+        if budget.window:
+            found[linear.name] = patterns.nm(width - count, width)
+        elif count:
+            found[linear.name] = patterns.unstructured(count / width, budget.group)
+    return found
+
+
+def loss_curve(linear: Weighed, norm: str, width: int) -> Tensor:
+    """Return the loss per weight of dropping a little more of a linear, `[steps]`, on the CPU.
+
+    The k-th of `width` steps drops the k-th lowest weight of each comparison group of `width`
+    weights; its loss is the mean of theirs, |w|·Σ|g| ("l1") or w²·Σg² ("l2"). The curve never
+    falls. Beyond `STEPS` steps it is read at as many points, evenly.
+    """
+    score = scores.gradient(stats.wide(linear.weight), linear.statistics, norm)
+    lowest = scores.finite(score, "score").reshape(-1, width).sort(dim=1).values
+    loss = lowest if norm == "l1" else lowest.square()
+    steps = min(width, STEPS)
+    middles = (torch.arange(steps, dtype=torch.float64) + 0.5) * (width / steps)
+    return loss.mean(dim=0, dtype=torch.float64).cpu()[middles.long()]
+
+
+def _by_loss(name: str, norm: str, bound: float, group: str | None = None) -> Allocation:
+    """Return the allocation that drops the cheapest steps of all loss curves, within the bound."""
+    statistic = NORMS[one_of(norm, NORMS, "norm")]
+    if not 0 < bound <= 1:
+        raise GblmError(f"bound {bound:g} is outside (0, 1]; 0.15 is the usual one")
+
+    def shares(linears: Sequence[Weighed], budget: Budget) -> list[float]:
+        own = Budget(budget.sparsity, group) if group else budget
+        curves = [loss_curve(x, norm, own.width(x.weight)) for x in linears]
+        reach = max(bound, 1 / budget.window) if budget.window else bound
+        return _cheapest(curves, [x.weight.numel() for x in linears], budget.sparsity, reach)
+
+    return Allocation(f"{name}(norm={norm}, bound={bound:g})", frozenset({statistic}), shares)
+
+
+def _cheapest(curves: list[Tensor], sizes: list[int], sparsity: float, bound: float) -> list[float]:
+    """Return the shares that drop the cheapest steps of all curves, within sparsity ± bound.
+
+    Curves never fall, so that the steps of a linear go in their order; each drops size / steps.
+    """
+    steps = [len(curve) for curve in curves]
+    low = [max(0, math.ceil((sparsity - bound) * n - 1e-6)) for n in steps]
+    low = [min(k, math.floor(sparsity * n + 1e-6)) for k, n in zip(low, steps, strict=True)]
+    high = [min(n, math.floor((sparsity + bound) * n + 1e-6)) for n in steps]
+    free = [curve[a:b] for curve, a, b in zip(curves, low, high, strict=True)]
+    owner = torch.repeat_interleave(torch.tensor([len(part) for part in free]))
+    drops = torch.tensor(sizes, dtype=torch.float64) / torch.tensor(steps)
+    order = torch.cat(free).argsort(stable=True)
+    left = sparsity * sum(sizes) - (drops * torch.tensor(low)).sum()
+    taken = order[drops[owner[order]].cumsum(dim=0) <= left + 1e-6 * drops.min()]
+    more = torch.bincount(owner[taken], minlength=len(curves)).tolist()
+    return [(a + k) / n for a, k, n in zip(low, more, steps, strict=True)]
+
+
+def _counts(linears: Sequence[Weighed], shares: list[float], budget: Budget) -> list[int]:
+    """Return how many weights of each comparison group of a linear go, the total kept.
+
+    All shares are moved by the largest amount at which what they drop, rounded down, is within the
+    budget; then linears nearest to their next step take one more, as long as one fits.
+    """
+    widths = [budget.width(linear.weight) for linear in linears]
+    drops = [x.weight.numel() // width for x, width in zip(linears, widths, strict=True)]
+    least = 1 if budget.window else 0
+    sizes = [linear.weight.numel() for linear in linears]
+    total = math.floor(budget.sparsity * sum(sizes) + 1e-6)
+
+    def counts(moved: float) -> list[int]:
+        exact = [(s + moved) * width + 1e-6 for s, width in zip(shares, widths, strict=True)]
+        return [max(least, min(math.floor(k), n - 1)) for k, n in zip(exact, widths, strict=True)]
+
+    def left(chosen: list[int]) -> int:
+        return total - sum(k * drop for k, drop in zip(chosen, drops, strict=True))
+
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if left(counts(middle)) >= 0 else (low, middle)
+    chosen = counts(low)
+
+    def distance(i: int) -> tuple[float, str]:
+        return (chosen[i] + 1) / widths[i] - shares[i], linears[i].name
+
+    room = left(chosen)
+    while fits := [i for i, n in enumerate(widths) if drops[i] <= room and chosen[i] < n - 1]:
+        nearest = min(fits, key=distance)
+        chosen[nearest] += 1
+        room -= drops[nearest]
+    return chosen
+
+
+def _outliers(block: list[Weighed], m: float) -> float:
+    """Return the share of the scores |W|·‖X‖₂ of a block that lie above m times their mean."""
+    found = [scores.wanda(stats.wide(x.weight), x.statistics).flatten() for x in block]
+    size = sum(len(score) for score in found)
+    threshold = m * sum(score.sum(dtype=torch.float64).item() for score in found) / size
+    return sum((score > threshold).sum().item() for score in found) / size
+
+
+def _budget(pattern: Pattern) -> Budget:
+    """Return the budget that a pattern names; raises `GblmError` where it names none."""
+    patterns.parse(pattern.name)
+    if pattern.window:
+        n, m = map(int, pattern.name.split(":"))
+        return Budget((m - n) / m, window=m)
+    sparsity, _, group = pattern.name.partition("/")
+    return Budget(float(sparsity), group or "row")
+
+
+def _check(allocation: Allocation, linear: Weighed, pattern: Pattern) -> None:
+    """Raise `GblmError` where a linear lacks a statistic or cannot have the pattern."""
+    where = f"{linear.name} {list(linear.weight.shape)}, {allocation.name}, {pattern.name}"
+    if missing := sorted(allocation.needs - set(linear.statistics.sums)):
+        raise GblmError(f"{where}: no {', '.join(missing)} of it; collect what `needs` names")
+    try:
+        pattern.check(linear.weight.shape)
+    except GblmError as error:
+        raise GblmError(f"{where}: {error}") from None
