@@ -1,0 +1,361 @@
+"""Measure what methods leave of a model: methods × patterns × calibration draws, one model a call.
+
+    python eval/quality.py llm --model $GBLM_ASSETS/llama/novels-6M --length 256 --windows 160 \\
+        --calibration $GBLM_ASSETS/text/novels-calib.txt \\
+        --evaluate $GBLM_ASSETS/text/novels-eval.txt \\
+        --methods magnitude,wanda,gblm:alpha=50:norm=l2 --patterns 0.5/row,0.5/layer,2:4 \\
+        --draws 3 --write docs/benchmarks.md --section novels-6M
+
+A method has its options after colons, a pattern without a group is compared in the method's own.
+Every finished run stands in a JSON file at once, and a second call does only what is missing there;
+the tables are those of the runs a call asks for, measured now or before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import shlex
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import tables
+from torch import nn
+
+import gblm
+from gblm import GblmError, Method, Pattern, cli, patterns, pruner, stats
+from gblm.base import Batch
+from gblm.device import find_device
+from gblm.gradients import Gradients
+from gblm.methods import METHODS, make
+from gblm.survey import Block, find_adapter, placed, survey
+
+VERSION = 1  # raise it when a run means something else than its key says
+DEFAULTS = {"llm": {"alpha": 100, "samples": 128}, "vit": {"alpha": "auto", "samples": 1024}}
+METRICS = {  # the first is that of the figure
+    "llm": {"perplexity": "perplexity, lower is better"},
+    "vit": {"top1": "top-1 in %, higher is better", "cross_entropy": "cross-entropy in nats"},
+}
+DENSE = "dense"
+SETTING = ("side", "model", "checkpoint", "calibration", "evaluate", "samples", "length", "windows")
+
+Key = tuple[Any, ...]
+
+# 1. What is asked for.
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one pattern on one calibration draw; row and column of the table."""
+
+    row: str
+    column: str
+    method: Method
+    pattern: Pattern
+    seed: int
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the script."""
+    new = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = new.add_argument
+    add("side", choices=sorted(METRICS), help="language or vision")
+    add("--model", required=True, help="as the command line of the side takes it")
+    add("--checkpoint", help="the weights of a model of timm")
+    add("--calibration", required=True, help="a source of the side")
+    add("--evaluate", required=True, help="a source of the side")
+    add("--samples", type=int, help="calibration samples [128 windows, 1024 images]")
+    add("--length", type=int, help="tokens in a window [2048, or what the model can take]")
+    add("--windows", type=int, help="evaluate on the first windows alone")
+    add("--methods", default=",".join(METHODS), help="NAME[:OPTION=VALUE…], with commas")
+    add("--patterns", default="0.5/row,2:4", help="0.5/row, 0.5/layer, 2:4, …, with commas")
+    add("--draws", type=int, default=1, help="calibration draws, of seeds from 0 [%(default)s]")
+    add("--device", default="auto", help="cpu, cuda, auto [%(default)s]")
+    add("--store", type=Path, default=Path("docs/quality.json"), help="[%(default)s]")
+    add("--again", action="store_true", help="forget the stored runs that are asked for")
+    add("--write", type=Path, help="Markdown file for the tables; the figure goes beside it")
+    add("--section", help="of that file [the name of the model]")
+    return new
+
+
+def wanted(args: argparse.Namespace) -> list[Run]:
+    """Return the runs that the flags ask for; raises `GblmError` for a value that is none."""
+    cli.fill(args, samples=DEFAULTS[args.side]["samples"])
+    if args.draws < 1:
+        raise GblmError(f"--draws is {args.draws}; give 1 or more")
+    ready = args.side == "llm" and Path(args.calibration).suffix in (".npz", ".safetensors")
+    if ready and args.draws > 1:
+        raise GblmError(f"{args.calibration}: ready windows are the same in every draw; --draws 1")
+    methods = dict(named(text, args.side) for text in cli.listed(args.methods))
+    runs = [
+        Run(row, column, method, patterns.parse(column, method.group), seed)
+        for seed in range(args.draws)
+        for column in cli.listed(args.patterns)
+        for row, method in methods.items()
+    ]
+    if not runs:
+        raise GblmError("no method or no pattern given; try --methods gblm --patterns 0.5/row")
+    return runs
+
+
+def named(text: str, side: str) -> tuple[str, Method]:
+    """Return a method and its full text: "gblm:norm=l2" is "gblm:alpha=100:norm=l2" for llm.
+
+    Raises `GblmError` where no method has that name or those options.
+    """
+    name, *parts = text.split(":")
+    options = {option: value for option, _, value in (part.partition("=") for part in parts)}
+    make(name)  # says what is wrong with a name
+    taken = inspect.signature(METHODS[name]).parameters
+    if unknown := [option for option in options if option not in taken]:
+        known = ", ".join(taken) or "none"
+        raise GblmError(f"method {text}: no option {unknown[0]!r}; those of {name}: {known}")
+    if "alpha" in taken:
+        options = {"alpha": DEFAULTS[side]["alpha"], **options}
+    values = {option: _value(value) for option, value in sorted(options.items())}
+    full = ":".join([name, *(f"{option}={value}" for option, value in values.items())])
+    return full, make(name, **values)
+
+
+def _value(text: Any) -> Any:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+# 2. What is stored.
+
+
+def key(args: argparse.Namespace, run: Run | None = None) -> dict[str, Any]:
+    """Return what tells the runs of a store apart; without a run, the key of the dense model."""
+    setting = {name: getattr(args, name) for name in SETTING}
+    setting = {k: tables.portable(v) if isinstance(v, str) else v for k, v in setting.items()}
+    if run is None:
+        return {"version": VERSION, **setting, "method": DENSE, "pattern": "", "seed": 0}
+    names = {"method": run.row, "pattern": run.pattern.name, "seed": run.seed}
+    return {"version": VERSION, **setting, **names}
+
+
+def stored(path: Path) -> dict[Key, dict[str, Any]]:
+    """Return the entries of a store by the values of their keys."""
+    names = ("version", *SETTING, "method", "pattern", "seed")
+    entries = json.loads(path.read_text()) if path.exists() else []
+    return {tuple(entry[name] for name in names): entry for entry in entries}
+
+
+def add(path: Path, *entries: dict[str, Any], forget: tuple[Key, ...] = ()) -> None:
+    """Add entries to a store, in the place of those of the same keys, and forget others."""
+    found = stored(path)
+    for old in forget:
+        found.pop(old, None)
+    lines = [json.dumps(entry) for entry in [*found.values(), *entries]]
+    tables.replace(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+# 3. The runs.
+
+
+@dataclass
+class Bench:
+    """A dense model, how its calibration batches are drawn, and how good it is."""
+
+    model: nn.Module
+    draw: Callable[[int], Batch]  # by the seed
+    evaluate: Callable[[], dict[str, float]]  # of the model as it is
+
+
+@dataclass
+class Draw:
+    """One calibration draw, with what all its runs share; `seconds` are those of the gradients."""
+
+    batch: Batch
+    blocks: list[Block]
+    gradients: Gradients
+    seconds: float
+
+
+def language(args: argparse.Namespace) -> Bench:
+    """Load a causal language model and its evaluation windows."""
+    from transformers.utils import logging
+
+    from gblm.llm import data, models
+    from gblm.llm.evaluate import perplexity
+
+    logging.disable_progress_bar()
+    model, tokenizer = models.load(args.model, device=args.device)
+    length = models.window_length(model.config, args.length)
+    windows = data.evaluation(args.evaluate, tokenizer, length, args.windows)
+    data.check_ids(windows, models.vocabulary(model.config), args.evaluate)
+    sizes = {"samples": args.samples, "length": length}
+
+    def draw(seed: int) -> Batch:
+        return models.windows(args.calibration, model.config, tokenizer, seed=seed, **sizes)
+
+    return Bench(model, draw, lambda: {"perplexity": perplexity(model, windows)})
+
+
+def vision(args: argparse.Namespace) -> Bench:
+    """Load an image classifier and its evaluation images, which stay decoded in memory."""
+    from gblm.vit import data, models
+    from gblm.vit.evaluate import evaluate
+
+    model = models.load(args.model, args.checkpoint).to(find_device(args.device))
+    images = data.open_images(args.calibration, model, "calibration")
+    batches = list(data.evaluation(data.open_images(args.evaluate, model, "evaluation")))
+
+    def draw(seed: int) -> Batch:
+        batch = data.calibration(images, args.samples, seed)
+        data.fitting(model, batch, args.calibration)
+        if "labels" not in batch:
+            raise GblmError(f"{args.calibration} has no labels; give a labelled source")
+        return batch
+
+    return Bench(model, draw, lambda: evaluate(model, batches))
+
+
+OPEN = {"llm": language, "vit": vision}
+
+
+def prepare(bench: Bench, seed: int, needs: frozenset[str]) -> Draw:
+    """Draw the calibration batch of a seed and sum the gradients over it, where any are needed."""
+    adapter = find_adapter(bench.model)
+    batch = placed(bench.draw(seed), bench.model)
+    blocks = survey(bench.model, batch, adapter)
+    start = time.perf_counter()
+    needs &= set(stats.GRADIENT)
+    gradients = (
+        gblm.gradient_sums(bench.model, batch, needs, adapter=adapter, blocks=blocks)
+        if needs
+        else {}
+    )
+    return Draw(batch, blocks, gradients, time.perf_counter() - start if needs else 0.0)
+
+
+def pruned(bench: Bench, draw: Draw, method: Method, pattern: Pattern) -> dict[str, Any]:
+    """Prune and measure the dense model, and leave it dense: the only place that prunes."""
+    dense = [parameter.detach().clone() for parameter in bench.model.parameters()]
+    shared = {"blocks": draw.blocks, "gradients": draw.gradients}
+    try:
+        report = gblm.prune(bench.model, draw.batch, method, pattern, **shared)
+        metrics = bench.evaluate()
+    finally:
+        for parameter, value in zip(bench.model.parameters(), dense, strict=True):
+            parameter.data.copy_(value)
+    gradients = draw.seconds if method.needs & set(stats.GRADIENT) else 0.0
+    seconds = {"gradients": round(gradients, 1), "prune": round(report.seconds["prune"], 1)}
+    found = {"name": report.method, "metrics": metrics, "sparsity": report.sparsity}
+    return {**found, "seconds": seconds}
+
+
+def measure(args: argparse.Namespace, runs: list[Run]) -> dict[Key, dict[str, Any]]:
+    """Carry out the runs that the store does not have, and return all it then has.
+
+    Raises `GblmError` for a linear that cannot have a pattern, before any run of its draw.
+    """
+    asked = [tuple(key(args, run).values()) for run in (None, *runs)]
+    if args.again:
+        add(args.store, forget=tuple(asked))
+    found = stored(args.store)
+    left = [run for run in runs if tuple(key(args, run).values()) not in found]
+    if not left and asked[0] in found:
+        return found
+    bench = OPEN[args.side](args)
+    if asked[0] not in found:
+        add(args.store, {**key(args), "metrics": bench.evaluate()})
+    for seed in range(args.draws):
+        here = [run for run in left if run.seed == seed]
+        if not here:
+            continue
+        draw = prepare(bench, seed, frozenset().union(*(run.method.needs for run in here)))
+        for run in here:
+            pruner.check(draw.blocks, run.method, run.pattern)
+        for run in here:
+            entry = {**key(args, run), **pruned(bench, draw, run.method, run.pattern)}
+            add(args.store, entry)
+            values = "  ".join(f"{k} {tables.number(v)}" for k, v in entry["metrics"].items())
+            print(f"seed {seed}  {run.column:10} {entry['name']:28} {values}", flush=True)
+    return stored(args.store)
+
+
+# 4. The tables.
+
+
+def cells(
+    args: argparse.Namespace, runs: list[Run], found: dict[Key, dict[str, Any]], metric: str
+) -> dict[tuple[str, str], list[float]]:
+    """Return the values of a metric over the draws, by row and column."""
+    values = defaultdict(list)
+    for run in runs:
+        entry = found[tuple(key(args, run).values())]
+        values[run.row, run.column].append(entry["metrics"][metric])
+    return values
+
+
+def dense(args: argparse.Namespace, found: dict[Key, dict[str, Any]]) -> dict[str, float]:
+    """Return the metrics of the dense model."""
+    return found[tuple(key(args).values())]["metrics"]
+
+
+def described(args: argparse.Namespace) -> str:
+    """Return what the runs were calibrated and evaluated on, in words."""
+    name, source, test = (Path(v).name for v in (args.model, args.calibration, args.evaluate))
+    length = f" of {args.length} tokens" if args.length else ""
+    unit = f"windows{length}" if args.side == "llm" else "images"
+    first = f", its first {args.windows} windows{length}" if args.windows else ""
+    return f"{name}: {args.samples} calibration {unit} of {source}; evaluated on {test}{first}"
+
+
+def draw_patterns(args: argparse.Namespace, metric: str, values: dict, level: float) -> Any:
+    """Return what draws a metric against the patterns, a line for every method."""
+
+    def draw(axes: Any) -> None:
+        for row in dict.fromkeys(row for row, _ in values):
+            line = {column: mean(found) for (own, column), found in values.items() if own == row}
+            axes.plot(list(line), list(line.values()), marker="o", label=row)
+        axes.axhline(level, color="gray", linestyle=":", label=DENSE)
+        axes.set_ylabel(METRICS[args.side][metric])
+        axes.tick_params(axis="x", rotation=45)
+        if args.side == "llm":
+            axes.set_yscale("log")
+
+    return draw
+
+
+def markdown(args: argparse.Namespace, runs: list[Run], found: dict[Key, dict[str, Any]]) -> str:
+    """Return a table for every metric, the figure where a file is written, and the command."""
+    over = f"; mean ± standard deviation of {args.draws} draws" if args.draws > 1 else ""
+    text, level = f"{described(args)}{over}.\n\n", dense(args, found)
+    for metric, title in METRICS[args.side].items():
+        values = cells(args, runs, found, metric)
+        text += f"{title[0].upper()}{title[1:]} (dense: {tables.number(level[metric])}):\n\n"
+        text += f"{tables.table('method', values)}\n"
+    first = next(iter(METRICS[args.side]))
+    if args.write:
+        path = args.write.with_name(f"quality-{args.section}.svg")
+        values = cells(args, runs, found, first)
+        text += tables.figure(path, draw_patterns(args, first, values, level[first]))
+    return f"{text}    {tables.portable(shlex.join(['python', *sys.argv]))}\n"
+
+
+def main() -> None:
+    """Read the flags, carry out what is missing, show and write the tables."""
+    args = parser().parse_args()
+    cli.fill(args, section=Path(args.model).name)
+    runs = wanted(args)
+    text = markdown(args, runs, measure(args, runs))
+    print(text)
+    if args.write:
+        tables.write(args.write, f"quality:{args.section}", f"## Quality: {args.section}", text)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))

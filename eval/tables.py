@@ -1,0 +1,79 @@
+"""What the scripts share that write tables and figures into the documents."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+def portable(text: str) -> str:
+    """Return a command line, or a path, without the folders of this machine."""
+    assets = os.environ.get("GBLM_ASSETS", "").rstrip("/")
+    for folder, name in ((assets, "$GBLM_ASSETS"), (str(Path.home()), "~")):
+        text = text.replace(folder, name) if folder else text
+    return text
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def write(path: Path, section: str, heading: str, text: str) -> None:
+    """Put the text between the markers of a section of a Markdown file, at its end where none."""
+    start, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+    page = path.read_text() if path.exists() else ""
+    if start not in page:
+        page = f"{page}\n{heading}\n\n{start}\n{end}\n".lstrip("\n")
+    replace(path, page.split(start)[0] + f"{start}\n{text}{end}" + page.split(end)[1])
+
+
+def number(value: float) -> str:
+    """Return a value with two decimals, a large one with four digits."""
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def cell(values: Sequence[float]) -> str:
+    """Return the mean of the draws, and ± their standard deviation where there are several."""
+    spread = f" ± {number(stdev(values))}" if len(values) > 1 else ""
+    return f"{number(mean(values))}{spread}"
+
+
+def table(corner: str, cells: Mapping[tuple[str, str], Sequence[float]]) -> str:
+    """Return a Markdown table of the draws by row and column, both in their first order."""
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    lines = [[corner, *columns], ["---", *["--:"] * len(columns)]]
+    lines += [[row, *(cell(cells[row, column]) for column in columns)] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def figure(path: Path, draw: Callable[[Any], None]) -> str:
+    """Draw an SVG figure on the axes of matplotlib; return the Markdown that shows it.
+
+    Without matplotlib that is nothing, and a message says so.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: matplotlib is missing; pip install 'gblm[eval]'", file=sys.stderr)
+        return ""
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):  # the same file for the same values
+        canvas = Figure(figsize=(7, 4), layout="constrained")
+        axes = canvas.subplots()
+        draw(axes)
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        canvas.savefig(beside, format="svg", metadata={"Date": None})
+        os.replace(beside, path)
+    return f"![{path.stem}]({path.name})\n\n"
