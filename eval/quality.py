@@ -204,13 +204,13 @@ def language(args: argparse.Namespace) -> Bench:
 
 
 def vision(args: argparse.Namespace) -> Bench:
-    """Load an image classifier and its evaluation images, which stay decoded in memory."""
+    """Load an image classifier and its evaluation images."""
     from gblm.vit import data, models
     from gblm.vit.evaluate import evaluate
 
     model = models.load(args.model, args.checkpoint).to(find_device(args.device))
     images = data.open_images(args.calibration, model, "calibration")
-    batches = list(data.evaluation(data.open_images(args.evaluate, model, "evaluation")))
+    loader = data.evaluation(data.open_images(args.evaluate, model, "evaluation"))
 
     def draw(seed: int) -> Batch:
         batch = data.calibration(images, args.samples, seed)
@@ -219,7 +219,7 @@ def vision(args: argparse.Namespace) -> Bench:
             raise GblmError(f"{args.calibration} has no labels; give a labelled source")
         return batch
 
-    return Bench(model, draw, lambda: evaluate(model, batches))
+    return Bench(model, draw, lambda: evaluate(model, loader))
 
 
 OPEN = {"llm": language, "vit": vision}

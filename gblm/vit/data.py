@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from gblm.base import Batch, GblmError
+from gblm.device import free_memory
 from gblm.survey import quiet
 from gblm.vit.sources import Source, read
 
 BROKEN = 0.01  # the share of broken images above which a run stops
+KEPT = 0.25  # the share of the free memory that decoded images may take
 WORKERS = min(8, os.cpu_count() or 1)
 
 Transform = Callable[[Image.Image], Tensor]
@@ -102,17 +104,34 @@ class Images:
 
 @dataclass
 class Loader:
-    """Batches of images, decoded anew each time they are gone through."""
+    """Batches of images, which are decoded once where memory allows it.
+
+    Where all batches, each as large as the first, take at most a quarter of the free memory, those
+    of the first whole pass stay for the passes after it; else each pass decodes anew.
+    """
 
     images: Images
     indices: list[int]
     size: int
+    decoded: list[Batch] = field(default_factory=list)  # all of them, or none
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.images.batches(self.indices, self.size)
+        if self.decoded:
+            yield from self.decoded
+            return
+        held: list[Batch] = []
+        keep = True
+        for done, batch in enumerate(self.images.batches(self.indices, self.size), 1):
+            if done == 1:
+                whole = len(self) * sum(value.nbytes for value in batch.values())
+                keep = whole <= free_memory(torch.device("cpu")) * KEPT
+            if keep:
+                held.append(batch)
+            yield batch
+        self.decoded = held
 
 
 def preprocessing(model: nn.Module) -> Transform:

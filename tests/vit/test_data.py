@@ -95,6 +95,31 @@ def test_workers_read_many_batches(tmp_path: Path, ten: nn.Module) -> None:
     assert sorted(torch.cat([batch["labels"] for batch in few]).tolist()) == [0, 1, 2]
 
 
+def test_images_are_decoded_once_where_they_fit(
+    tmp_path: Path, ten: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_images(str(folder(tmp_path, *"abc")), ten, "evaluation", workers=0)
+    opened: list[int] = []
+    own = images.source.open
+    images.source.open = lambda index: opened.append(index) or own(index)
+
+    loader = evaluation(images, size=4)
+    next(iter(loader))  # a pass that is broken off keeps nothing
+    first, again = list(loader), list(loader)
+    assert opened == [*range(4), *range(6)]
+    assert [batch["labels"].tolist() for batch in again] == [[0, 0, 1, 1], [2, 2]]
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one["images"], other["images"])
+
+    held = 2 * sum(value.nbytes for value in first[0].values())
+    for free, passes in ((4 * held, 1), (4 * held - 1, 2)):
+        monkeypatch.setattr("gblm.vit.data.free_memory", lambda device, free=free: free)
+        opened.clear()
+        loader = evaluation(images, size=4)
+        assert len(list(loader)) == len(list(loader)) == 2
+        assert opened == passes * list(range(6))
+
+
 def test_unlabelled_folder(tmp_path: Path, ten: nn.Module) -> None:
     Image.new("L", (9, 9)).save(tmp_path / "a.png")
     with pytest.raises(GblmError, match=r"lies in no class folder.*--unlabelled"):
