@@ -73,7 +73,7 @@ def run(argv: Sequence[str] | None) -> None:
         batch=batch,
         adapter=adapter,
         blocks=survey(model, batch, adapter),
-        evaluate=lambda model, show: evaluate(model, loaders, show),
+        evaluate=lambda model, show: evaluate(model, loaders, notes, show),
         save=lambda folder: models.save(model, folder, stored),
         output=args.output,
         seed=args.seed,
@@ -100,6 +100,9 @@ def choose(args: Any, model: Any) -> tuple[Batch, dict[str, Any], list[str]]:
         source: data.open_images(source, model, "evaluation", workers=workers)
         for source in cli.listed(args.evaluate)
     }
+    for source, found in sets.items():
+        for first in found.batches([0], 1, of=len(found)):  # none where that image is broken
+            data.fitting(model, first, source)
     images = data.open_images(
         args.calibration, model, "calibration", labelled=not args.unlabelled, workers=workers
     )
@@ -125,24 +128,30 @@ def choose(args: Any, model: Any) -> tuple[Batch, dict[str, Any], list[str]]:
     return batch, loaders, notes
 
 
-def evaluate(model: Any, loaders: dict[str, Any], show: Bars) -> Evaluation:
-    """Return top-1, top-5 and cross-entropy on every data set."""
+def evaluate(model: Any, loaders: dict[str, Any], notes: list[str], show: Bars) -> Evaluation:
+    """Return top-1, top-5 and cross-entropy on every data set, and note what it says of itself."""
     from gblm.vit.evaluate import evaluate as measure
 
     def progress(done: int, total: int) -> None:
         show("evaluate", done, total)
 
-    return {name: measure(model, loader, progress) for name, loader in loaders.items()}
+    found = {name: measure(model, loader, progress) for name, loader in loaders.items()}
+    said = (note for loader in loaders.values() for note in loader.images.notes)
+    notes += [note for note in dict.fromkeys(said) if note not in notes]
+    return found
 
 
 def set_demo(args: Any) -> None:
     """Fill in the packaged demo where no model is named."""
+    import torch
+
     from gblm.methods import METHODS
     from gblm.vit import demo
 
     flags = ("calibration", "evaluate", "checkpoint")
     if given := [flag for flag in flags if getattr(args, flag)]:
         raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
+    torch.set_num_threads(1)  # so small a model is slower on more, by far where others run too
     args.model, args.calibration, args.evaluate = str(demo.FOLDER), "demo", "demo"
     cli.fill(args, method=",".join(METHODS), sparsity="0.5,0.7,0.8")
 

@@ -47,8 +47,11 @@ class Images:
 
     @property
     def notes(self) -> list[str]:
-        lines = [f"{name} is broken and was skipped: {why}" for name, why in self.broken.items()]
-        return [*self.source.notes, *lines]
+        if not self.broken:
+            return [*self.source.notes]
+        named = ", ".join(f"{name} ({why})" for name, why in self.broken.items())
+        skipped = f"{self.source.name}: {len(self.broken)} broken and skipped: {named}"
+        return [*self.source.notes, skipped]
 
     def chosen(self, samples: int | None, seed: int = 0) -> list[int]:
         """Return the indices of all images in the order they are chosen, at least `samples`.
@@ -199,7 +202,7 @@ def fitting(model: nn.Module, batch: Batch, source: str) -> None:
         return
     try:
         with quiet(model), torch.no_grad():
-            model(batch["images"][:1])
+            model(batch["images"][:1].to(next(model.parameters())))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise GblmError(
             f"{source}: its images are {_by(shape)} and the model takes {_by(own)} "

@@ -136,7 +136,7 @@ def test_broken_images_are_skipped_and_named(tmp_path: Path, ten: nn.Module) -> 
     assert len(batch["images"]) == len(batch["labels"]) == 119  # the next took its place
     assert len(calibration(images, 120)["images"]) == 119
     assert list(images.broken) == ["a/7.png"]
-    assert "a/7.png is broken and was skipped" in images.notes[-1]
+    assert "1 broken and skipped: a/7.png (UnidentifiedImageError" in images.notes[-1]
     (tmp_path / "b" / "3.png").write_bytes(b"")
     with pytest.raises(GblmError, match=r"2 of 120 images are broken, more than 1 %.*repair"):
         list(evaluation(open_images(str(tmp_path), ten, "evaluation", workers=0)))

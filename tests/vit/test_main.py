@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from gblm import METHODS
 from gblm.llm.__main__ import parser as llm_parser
@@ -65,6 +66,9 @@ def test_result_loads_in_timm_and_says_what_happened(folder: Path, images: Path,
     output = tmp_path / "pruned"
     assert main(command(folder, images, "--output", str(output), "--evaluate", str(images))) == 0
     model = timm.create_model(f"local-dir:{output}", pretrained=True)
+    file = output / "model.safetensors"
+    for name, weight in timm.models.load_state_dict(str(file)).items():
+        assert torch.equal(weight, model.state_dict()[name])
     dense = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
     for name, weight in model.state_dict().items():
         linear = ".attn." in name or ".mlp." in name
@@ -78,17 +82,81 @@ def test_result_loads_in_timm_and_says_what_happened(folder: Path, images: Path,
     assert set(metrics) == {"top1", "top5", "cross_entropy"}
     assert report["method"] == "gblm(alpha=auto, norm=l1)"
     assert len(report["linears"]) == 8
+    assert report["notes"] == []
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
 def test_every_method_runs_and_unlabelled_says_so(
-    folder: Path, images: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     more = ["--method", ",".join(METHODS), "--sparsity", "0.5,2:4", "--unlabelled"]
-    assert main(command(folder, images, *more)) == 0
+    assert main(command(folder, images, *more, "--output", str(tmp_path / "all"))) == 0
     said = capsys.readouterr().out
     assert "the model's own predictions" in said
     assert said.count("sparsegpt") == 2
+    reports = list(tmp_path.glob("all/*/report.json"))
+    assert len(reports) == 2 * len(METHODS)
+    for file in reports:
+        assert "the model's own predictions" in json.loads(file.read_text())["notes"][-1]
+
+
+def test_weights_are_those_of_the_checkpoint(folder: Path, images: Path, tmp_path: Path):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    torch.nn.init.constant_(model.norm.weight, 3)
+    save_file(model.state_dict(), tmp_path / "other.safetensors")
+    more = ["--checkpoint", str(tmp_path / "other.safetensors"), "--method", "wanda"]
+    assert main(command(folder, images, *more, "--output", str(tmp_path / "pruned"))) == 0
+    pruned = timm.create_model(f"local-dir:{tmp_path / 'pruned'}", pretrained=True)
+    assert (pruned.norm.weight == 3).all()
+
+
+def test_the_report_names_what_was_broken(folder: Path, tmp_path: Path):
+    draw = np.random.default_rng(0)
+    for index in range(201):
+        where = tmp_path / "images" / f"class{index % 2}"
+        where.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(where / f"{index:03}.png")
+    (tmp_path / "images" / "class0" / "000.png").write_bytes(b"no image")
+    output = tmp_path / "pruned"
+    more = ["--evaluate", str(tmp_path / "images"), "--output", str(output), "--method", "wanda"]
+    assert main(command(folder, tmp_path / "images", *more)) == 0
+    notes = json.loads((output / "report.json").read_text())["notes"]
+    assert sum("2 classes, by rank the first of the model's 3" in note for note in notes) == 2
+    (broken,) = [note for note in notes if "broken" in note]  # none of the 8 of calibration is
+    assert broken.startswith("evaluation images")
+    assert "1 broken and skipped: class0/000.png (UnidentifiedImageError" in broken
+
+
+def ready(folder: Path, size: int, label: int) -> str:
+    """Return a file of four ready images."""
+    file = folder / "ready.npz"
+    images = np.zeros((4, 3, size, size), dtype=np.float32)
+    np.savez(file, images=images, labels=np.full(4, label))
+    return str(file)
+
+
+@pytest.mark.parametrize("flag", ["--calibration", "--evaluate"])
+@pytest.mark.parametrize(
+    ("size", "label", "said"),
+    [
+        (40, 0, "its images are 3×40×40 and the model takes 3×32×32"),
+        (32, 3, "image 0 has label 3, outside the model's 3 classes"),
+    ],
+)
+def test_images_that_do_not_go_with_the_model_are_refused(
+    flag: str,
+    size: int,
+    label: int,
+    said: str,
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    source = ready(tmp_path, size, label)
+    assert main([*command(folder, images), "--samples", "4", flag, source]) == 2
+    assert said in capsys.readouterr().err
 
 
 BAD = {
@@ -120,10 +188,3 @@ def test_a_folder_without_images_is_refused(
 ):
     assert main(command(folder, tmp_path)) == 2
     assert "image" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_demo_prunes_its_own_model(capsys: pytest.CaptureFixture[str]):
-    assert main([]) == 0
-    table = capsys.readouterr().out
-    assert all(method in table for method in METHODS)
