@@ -191,6 +191,28 @@ def test_parquet(tmp_path: Path, ten: nn.Module, monkeypatch: pytest.MonkeyPatch
         open_images(str(without), ten, "evaluation")
 
 
+def test_a_data_set_of_the_hub(ten: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [Image.new("RGB", (40, 40))] * 2, "label": [4, 9]}
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source, split in (("one/digits", "evaluation"), ("one/digits:few", "evaluation")):
+        images = open_images(source, ten, split, workers=0)
+        assert [batch["labels"].tolist() for batch in evaluation(images)] == [[4, 9]]
+    assert (
+        len(calibration(open_images("one/digits", ten, "calibration", workers=0), 2)["labels"]) == 2
+    )
+    assert asked == [("one/digits", "test"), ("one/digits", "few"), ("one/digits", "train")]
+
+
 def test_bad_sources(tmp_path: Path, ten: nn.Module) -> None:
     with pytest.raises(GblmError, match="no image in it"):
         open_images(str(tmp_path), ten, "calibration")
