@@ -30,11 +30,11 @@ import tables
 from torch import nn
 
 import gblm
-from gblm import GblmError, Method, Pattern, cli, patterns, pruner, stats
+from gblm import GblmError, Method, Pattern, cli, patterns, pruner
 from gblm.base import Batch
 from gblm.device import find_device
 from gblm.gradients import Gradients
-from gblm.methods import METHODS, make
+from gblm.methods import METHODS, factory, make
 from gblm.survey import Block, find_adapter, placed, survey
 
 VERSION = 1  # raise it when a run means something else than its key says
@@ -112,8 +112,7 @@ def named(text: str, side: str) -> tuple[str, Method]:
     """
     name, *parts = text.split(":")
     options = {option: value for option, _, value in (part.partition("=") for part in parts)}
-    make(name)  # says what is wrong with a name
-    taken = inspect.signature(METHODS[name]).parameters
+    taken = inspect.signature(factory(name)[0]).parameters
     if unknown := [option for option in options if option not in taken]:
         known = ", ".join(taken) or "none"
         raise GblmError(f"method {text}: no option {unknown[0]!r}; those of {name}: {known}")
@@ -125,6 +124,8 @@ def named(text: str, side: str) -> tuple[str, Method]:
 
 
 def _value(text: Any) -> Any:
+    if text == "none":
+        return None
     try:
         number = float(text)
     except ValueError:
@@ -231,7 +232,6 @@ def prepare(bench: Bench, seed: int, needs: frozenset[str]) -> Draw:
     batch = placed(bench.draw(seed), bench.model)
     blocks = survey(bench.model, batch, adapter)
     start = time.perf_counter()
-    needs &= set(stats.GRADIENT)
     gradients = (
         gblm.gradient_sums(bench.model, batch, needs, adapter=adapter, blocks=blocks)
         if needs
@@ -243,15 +243,18 @@ def prepare(bench: Bench, seed: int, needs: frozenset[str]) -> Draw:
 def pruned(bench: Bench, draw: Draw, method: Method, pattern: Pattern) -> dict[str, Any]:
     """Prune and measure the dense model, and leave it dense: the only place that prunes."""
     dense = [parameter.detach().clone() for parameter in bench.model.parameters()]
-    shared = {"blocks": draw.blocks, "gradients": draw.gradients}
+    # A method that takes the gradients of fewer samples computes them itself.
+    gradients = draw.gradients if method.share == 1 else None
+    shared = {"blocks": draw.blocks, "gradients": gradients}
     try:
         report = gblm.prune(bench.model, draw.batch, method, pattern, **shared)
         metrics = bench.evaluate()
     finally:
         for parameter, value in zip(bench.model.parameters(), dense, strict=True):
             parameter.data.copy_(value)
-    gradients = draw.seconds if method.needs & set(stats.GRADIENT) else 0.0
-    seconds = {"gradients": round(gradients, 1), "prune": round(report.seconds["prune"], 1)}
+    taken = draw.seconds if pruner.needed(method, pattern) else 0.0
+    taken = report.seconds.get("gradients", taken)
+    seconds = {"gradients": round(taken, 1), "prune": round(report.seconds["prune"], 1)}
     found = {"name": report.method, "metrics": metrics, "sparsity": report.sparsity}
     return {**found, "seconds": seconds}
 
@@ -275,7 +278,8 @@ def measure(args: argparse.Namespace, runs: list[Run]) -> dict[Key, dict[str, An
         here = [run for run in left if run.seed == seed]
         if not here:
             continue
-        draw = prepare(bench, seed, frozenset().union(*(run.method.needs for run in here)))
+        sums = (pruner.needed(run.method, run.pattern) for run in here if run.method.share == 1)
+        draw = prepare(bench, seed, frozenset().union(*sums))
         for run in here:
             pruner.check(draw.blocks, run.method, run.pattern)
         for run in here:

@@ -66,12 +66,24 @@ class Method:
     `solve(weight [out, in], statistics, pattern)` returns `(weight, keep)`: the new weight, exactly
     0 where `keep` is False. `group` is the comparison group the method was published with, taken
     for unstructured patterns where the user names none.
+
+    allocation: how a budget is spent over the linears, by its name; None gives each the same
+        pattern, "auto" follows the gradients but leaves n:m alike everywhere.
+    focus: the part of a position's weight in the statistics of inputs that its gradients decide.
+    refine: passes over the samples that refine what a block keeps, once its linears are solved.
+    share: the part of the samples whose gradients are taken.
+    regional: gradients are of each block's output norm instead of the model's loss.
     """
 
     name: str
     needs: frozenset[str]
     solve: Callable[[Tensor, Statistics, Pattern], tuple[Tensor, Tensor]]
     group: str = "row"
+    allocation: str | None = None
+    focus: float = 0.0
+    refine: float = 0.0
+    share: float = 1.0
+    regional: bool = False
 
 
 @dataclass(frozen=True)

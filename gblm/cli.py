@@ -2,10 +2,11 @@
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,13 +15,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from torch import nn
 
-from gblm import patterns, stats
+from gblm import patterns
+from gblm.allocation import ALLOCATIONS
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, one_of
 from gblm.device import peak_memory
 from gblm.gradients import BACKWARDS, Gradients, gradient_sums
-from gblm.methods import METHODS, make
+from gblm.methods import METHODS, SOLVERS, make
 from gblm.output import written_beside
-from gblm.pruner import check, prune
+from gblm.pruner import check, needed, prune
 from gblm.report import Report, clock
 from gblm.scores import NORMS
 from gblm.survey import Block
@@ -59,11 +61,17 @@ def parser(program: str, description: str, epilog: str) -> Parser:
     )
     add = new.add_argument
     add("--model", help="a local folder or a hub name; without it, the packaged demo")
-    add("--method", help=f"one or several of {', '.join(METHODS)}, with commas")
+    add(
+        "--method",
+        help=f"one or several of {', '.join(METHODS)}, with commas; "
+        f"a score's mask mended by METHOD+{'|'.join(SOLVERS)}",
+    )
     add("--sparsity", help="one or several of 0.5, 2:4, …, with commas")
     add("--alpha", help="factor of the gradient term, or auto: terms of equal median")
     add("--norm", default="l1", help="norm of the gradients over samples, l1 or l2 [%(default)s]")
     add("--group", default="auto", help="comparison group: row, layer, auto (as published)")
+    add("--allocation", help=f"spread the budget over the linears: {', '.join(ALLOCATIONS)}")
+    add("--refine", type=float, help="passes over the samples that refine each block's weights")
     add("--calibration", help="a data set or a local path")
     add("--samples", type=int, help="calibration samples")
     add("--seed", type=int, default=0, help="of the calibration samples [%(default)s]")
@@ -104,10 +112,18 @@ def runs(args: argparse.Namespace) -> list[Run]:
     one_of(args.norm, NORMS, "norm")
     one_of(args.group, ["auto", *patterns.GROUPS], "comparison group")
     one_of(args.backward, BACKWARDS, "backward")
+    if args.allocation is not None:
+        one_of(args.allocation, ALLOCATIONS, "allocation")
+    if args.refine is not None and not 0 <= args.refine < math.inf:
+        raise GblmError(f"--refine {args.refine:g} is no number of passes; 0.5 is the usual one")
     found = []
     for text in listed(args.sparsity):
         for name in listed(args.method):
             method = make(name, alpha=args.alpha, norm=args.norm)
+            if args.allocation is not None:
+                method = replace(method, allocation=args.allocation)
+            if args.refine is not None:
+                method = replace(method, refine=args.refine)
             group = method.group if args.group == "auto" else args.group
             pattern = patterns.parse(text, group)
             found.append(
@@ -193,7 +209,8 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
     linears = [linear for block in job.blocks for linear in block.linears]
     # A single run needs no way back to the dense weights.
     weights = [linear.weight.clone() for linear in linears] if len(wanted) > 1 else []
-    needs = frozenset().union(*(run.method.needs for run in wanted)) & set(stats.GRADIENT)
+    needs = frozenset().union(*(needed(run.method, run.pattern) for run in wanted))
+    share = max([run.method.share for run in wanted if needed(run.method, run.pattern)], default=1)
     reports = []
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
@@ -210,12 +227,13 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
                     blocks=job.blocks,
                     micro_batch=job.micro_batch,
                     backward=job.backward,
+                    share=share,
                     progress=lambda done, total: show("gradients", done, total),
                 )
         for run in wanted:
             for linear, weight in zip(linears, weights, strict=False):
                 linear.weight.copy_(weight)
-            seconds = {**job.seconds, **(shared if run.method.needs & needs else {})}
+            seconds = {**job.seconds, **(shared if needed(run.method, run.pattern) else {})}
             report = perform(job, run, gradients, seconds, before, show)
             reports.append(report)
             if job.output:

@@ -32,6 +32,7 @@ from gblm.survey import (
 )
 from gblm.survey import micro_batch as sized
 
+FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
 Progress = Callable[[int, int], None]  # done, of how many
@@ -46,19 +47,22 @@ def gradient_sums(
     blocks: list[Block] | None = None,
     micro_batch: int | None = None,
     backward: str = "auto",
+    share: float = 1.0,
     progress: Progress = lambda done, total: None,
 ) -> Gradients:
     """Return the sums of the per-sample gradients of every linear of a model, by its name.
 
     needs: which sums, of "grad_abs" and "grad_sq". backward: "blocks" (one block's activations at a
     time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
-    memory. blocks: what `survey` found of this model and batch, where that is known. The other
+    memory. share: the part of the samples, from the first, 16 at least.
+    blocks: what `survey` found of this model and batch, where that is known. The other
     arguments are those of `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
     one_of(backward, BACKWARDS, "backward")
     batch = placed(batch, model)
+    batch = take(batch, slice(0, max(FEWEST, math.ceil(share * size(batch)))))
     adapter = adapter or find_adapter(model)
     blocks = blocks or survey(model, batch, adapter)
     micro = sized(blocks, size(batch), micro_batch)
@@ -205,6 +209,27 @@ def recompute(
     return sums, totals
 
 
+def regional_sums(block: Block, call: Call, needs: Iterable[str], micro: MicroBatch) -> Gradients:
+    """Return the sums of the gradients of ‖f(X)‖₂ of every sample, f being the block alone.
+
+    The regional gradients of Wanda++ (arXiv 2503.04992, eq. 3), which need no backward pass of the
+    model. f(X) is the first tensor that the block makes of its linears.
+    """
+
+    def sweep(step: int) -> Gradients:
+        sums = _zeros([block], frozenset(needs) & set(stats.GRADIENT))
+        for piece in call.pieces(step):
+            samples = piece.stop - piece.start
+            hooks = [_hook(linear, sums[linear.name], samples) for linear in block.linears]
+            with torch.enable_grad(), hooked(hooks):
+                outputs = tree_flatten(call.run(call.arguments(piece)))[0]
+                output = next(x for x in outputs if isinstance(x, Tensor) and x.requires_grad)
+                stats.wide(output).reshape(samples, -1).norm(dim=1).sum().backward()
+        return sums
+
+    return micro.run(sweep)
+
+
 def head_backward(
     model: nn.Module, hidden: Any, batch: Batch, adapter: Adapter, micro: MicroBatch
 ) -> list[Tensor]:
@@ -258,7 +283,7 @@ def _by_sample(linear: Linear, value: Tensor, samples: int) -> Tensor:
 
 def _zeros(blocks: list[Block], needs: frozenset[str]) -> Gradients:
     return {
-        linear.name: stats.zeros(needs, linear.weight)
+        linear.name: stats.zeros(needs, linear.weight, linear.positions)
         for block in blocks
         for linear in block.linears
     }

@@ -3,12 +3,16 @@
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from gblm import scores
-from gblm.base import GblmError, Method, one_of
+from gblm.base import GblmError, Method, Pattern, Statistics, one_of
 from gblm.scores import NORMS, masked
+from gblm.solvers import admm as _admm
 from gblm.solvers import sparsegpt as _sparsegpt
 
 
@@ -57,10 +61,52 @@ def pruner_zero(norm: str = "l2") -> Method:
     return masked(f"pruner-zero(norm={norm})", {statistic}, score)
 
 
+def wanda_plus(factor: float = 100, refine: float = 0.0) -> Method:
+    """Keep the largest |W|·(factor·G + ‖X‖₂) by regional gradients (Wanda++, arXiv 2503.04992).
+
+    refine: passes of the regional optimisation, of what a block keeps towards its dense outputs by
+    Adam; the paper lets RMSprop change all weights between rounds of pruning.
+    """
+    score = partial(scores.wanda_plus, alpha=_factor(factor))
+    method = masked(f"wanda++(factor={_factor(factor)})", {"input_sq", "grad_sq"}, score)
+    return replace(method, regional=True, refine=float(refine))
+
+
 def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:
     """Prune column by column and let the weights that stay make up for it (arXiv 2301.00774)."""
     solve = partial(_sparsegpt.solve, damping=damping, columns=columns)
     return Method("sparsegpt", frozenset({"input_gram"}), solve, group="layer")
+
+
+def admm() -> Method:
+    """Choose mask and weights together by least squares (ALPS, arXiv 2406.07831)."""
+    return Method("admm", frozenset({"input_gram"}), _admm.solve)
+
+
+def best(
+    allocation: str = "auto",
+    focus: float = 0.5,
+    mix: float = 0.5,
+    refine: float = 1.0,
+) -> Method:
+    """The settings gblm stands for: gradients decide where, least squares and refinement mend.
+
+    `admm` on one group of linears after the other, each on the inputs that the mended ones before
+    it make, towards mix·dense + (1 − mix)·own outputs, biases included; positions weighted by their
+    gradients (focus), the budget spread over the linears by them (allocation), and every block
+    refined (refine: passes over the samples). Gradients are those of an eighth of the samples.
+    docs/benchmarks.md shows what each part is worth.
+
+    Raises `GblmError` where focus or mix is outside [0, 1], or refine below 0.
+    """
+    for name, value in {"focus": focus, "mix": mix}.items():
+        if not 0 <= value <= 1:
+            raise GblmError(f"{name} {value:g} is outside [0, 1]; 0.5 is the usual one")
+    needs = {"input_gram", "cross_gram", "input_sum", "dense_sum"}
+    needs |= {"grad_position"} if focus else set()
+    solve = partial(_admm.solve, mix=mix)
+    method = Method("best", frozenset(needs), solve, "layer", focus=focus, share=0.125)
+    return replace(method, allocation=allocation, refine=float(refine))
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -70,18 +116,52 @@ METHODS: dict[str, Callable[..., Method]] = {
     "gblm": gblm,
     "ria": ria,
     "pruner-zero": pruner_zero,
+    "wanda++": wanda_plus,
     "sparsegpt": sparsegpt,
+    "admm": admm,
+    "best": best,
+}
+
+# What mends the weights of a mask that a score has chosen: METHOD+SOLVER.
+SOLVERS: dict[str, Callable[[Tensor, Statistics, Pattern, Tensor], tuple[Tensor, Tensor]]] = {
+    "repair": _admm.repair,
+    "sparsegpt": _sparsegpt.solve,
+    "admm": _admm.solve,
 }
 
 
-def make(name: str, **options: Any) -> Method:
-    """Return the method of that name, made with those of the options that it takes.
+def seeded(method: Method, solver: str) -> Method:
+    """Return the method that keeps what `method` keeps, with the weights a solver gives that mask.
 
-    Raises `GblmError` where no method has that name.
+    `repair` is the least-squares refit, which is also where `admm` leads once its mask is given.
+    Raises `GblmError` where there is no such solver.
     """
-    factory = METHODS[one_of(name, METHODS, "method")]
-    taken = inspect.signature(factory).parameters
-    return factory(**{option: value for option, value in options.items() if option in taken})
+    mend = SOLVERS[one_of(solver, SOLVERS, "solver")]
+
+    def solve(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        return mend(weight, statistics, pattern, method.solve(weight, statistics, pattern)[1])
+
+    needs = method.needs | {"input_gram"}
+    return replace(method, name=f"{method.name}+{solver}", needs=needs, solve=solve)
+
+
+def factory(name: str) -> tuple[Callable[..., Method], str | None]:
+    """Return what makes the method of a name, METHOD or METHOD+SOLVER, and the solver.
+
+    Raises `GblmError` where no method or no solver has that name.
+    """
+    if name not in METHODS and "+" in name:
+        method, _, solver = name.rpartition("+")
+        return METHODS[one_of(method, METHODS, "method")], one_of(solver, SOLVERS, "solver")
+    return METHODS[one_of(name, METHODS, "method")], None
+
+
+def make(name: str, **options: Any) -> Method:
+    """Return the method that `factory` names, made with those of the options that it takes."""
+    maker, solver = factory(name)
+    taken = inspect.signature(maker).parameters
+    method = maker(**{option: value for option, value in options.items() if option in taken})
+    return seeded(method, solver) if solver else method
 
 
 def _factor(alpha: float | str) -> float:

@@ -1,16 +1,20 @@
-"""Prune a model: the only place where weights change."""
+"""Prune a model: the only place, beside `refine`, where weights change."""
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gblm import patterns, stats
+from gblm import allocation, patterns, stats
+from gblm.allocation import Allocation, Weighed
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
-from gblm.gradients import Gradients, gradient_sums
+from gblm.device import MicroBatch
+from gblm.gradients import Gradients, gradient_sums, regional_sums
+from gblm.refine import refine
 from gblm.report import LinearReport, Report, clock
-from gblm.stream import Inputs, forward
+from gblm.stream import Call, Inputs, Weights, forward, forward_beside
 from gblm.survey import Block, Linear, find_adapter, placed, size, survey
 from gblm.survey import micro_batch as sized
 
@@ -35,10 +39,10 @@ def prune(
     Statistics of inputs see the blocks before them as they have become; gradients are of the dense
     model.
 
-    batch: the calibration batch. pattern: a pattern, or its name, in the
-    comparison group of the method. adapter: that of the model's library where None. blocks: what
-    `survey` found of this model, where that is known. gradients: the sums that `gradient_sums` gave
-    for this model and batch, computed where None and needed.
+    batch: the calibration batch. pattern: a pattern, or its name, in the comparison group of the
+    method; with an allocation, the budget of the model. adapter: that of the model's library where
+    None. blocks: what `survey` found of this model, where that is known. gradients: the sums that
+    `gradient_sums` gave for this model and batch, computed where None and needed (see `needed`).
     micro_batch: samples at a time, None to choose. backward: see `gradient_sums`.
 
     Raises `GblmError` where model, batch, method and pattern do not go together, and where a
@@ -54,7 +58,7 @@ def prune(
     report = Report(method.name, pattern.name)
     for block in blocks:
         report.dense.update(block.dense)
-    needs = method.needs & set(stats.GRADIENT)
+    needs = needed(method, pattern)
     if gradients is None and needs:
         with clock(report.seconds, "gradients"):
             gradients = gradient_sums(
@@ -65,36 +69,136 @@ def prune(
                 blocks=blocks,
                 micro_batch=micro_batch,
                 backward=backward,
+                share=method.share,
                 progress=lambda done, total: progress("gradients", done, total),
             )
+    gradients = gradients or {}
+    micro = sized(blocks, size(batch), micro_batch)
+    chosen = {linear.name: pattern for block in blocks for linear in block.linears}
+    if spent := allocated(method, pattern):
+        with clock(report.seconds, "allocation"):
+            chosen = allot(model, batch, adapter, blocks, spent, pattern, gradients, micro)
+    weights = position_weights(blocks, gradients, method.focus)
 
-    def visit(block: Block, found: list[Inputs]) -> None:
+    def visit(block: Block, found: list[Inputs], call: Call) -> None:
+        own = gradients
+        if method.regional:
+            own = regional_sums(block, call, method.needs, micro)
         solved = [
-            (linear, *solve(linear, inputs, method, pattern, (gradients or {}).get(linear.name)))
-            for group, inputs in zip(block.groups, found, strict=True)
-            for linear in group
+            (
+                linear,
+                *solve(linear, inputs, method, chosen.get(linear.name), own.get(linear.name)),
+            )
+            for inputs in found
+            for linear in inputs.group
         ]
-        for linear, weight, entry in solved:
+        for linear, weight, bias, entry in solved:
             linear.weight.copy_(weight)
+            if bias is not None and linear.bias is not None:
+                linear.bias.copy_(bias)
             report.linears.append(entry)
         progress("blocks", blocks.index(block) + 1, len(blocks))
 
-    micro = sized(blocks, size(batch), micro_batch)
+    def again(block: Block, call: Call, target: Any, step: int) -> None:
+        last = weights.get(block.groups[-1][0].name)  # its outputs are the block's, or added to it
+        refine(block, call, target, step, passes=method.refine, weights=last)
+
+    run = forward_beside if "cross_gram" in method.needs else forward
     with clock(report.seconds, "prune"):
-        forward(model, batch, adapter, blocks, method.needs & set(stats.INPUT), visit, micro)
+        run(
+            model,
+            batch,
+            adapter,
+            blocks,
+            method.needs & set(stats.INPUT),
+            visit,
+            micro,
+            weights=weights,
+            refine=again if method.refine else None,
+        )
     return report
+
+
+def allocated(method: Method, pattern: Pattern) -> Allocation | None:
+    """Return how a method spends a budget over the linears, None where all have the pattern."""
+    if method.allocation is None or (method.allocation == "auto" and pattern.window):
+        return None
+    return allocation.make("gradient" if method.allocation == "auto" else method.allocation)
+
+
+def needed(method: Method, pattern: Pattern) -> frozenset[str]:
+    """Return the sums of gradients of the whole model that a method with a pattern needs."""
+    spent = allocated(method, pattern)
+    needs = (spent.needs if spent else frozenset()) | (
+        frozenset() if method.regional else method.needs
+    )
+    return needs & set(stats.GRADIENT)
+
+
+def allot(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    blocks: list[Block],
+    spent: Allocation,
+    pattern: Pattern,
+    gradients: Gradients,
+    micro: MicroBatch,
+) -> dict[str, Pattern]:
+    """Return the pattern of each linear by its name, by statistics of the dense model."""
+    sums = {name: dict(found.sums) for name, found in gradients.items()}
+    counts: dict[str, Statistics] = dict(gradients)
+
+    def record(block: Block, found: list[Inputs], call: Call) -> None:
+        for inputs in found:
+            for linear in inputs.group:
+                sums.setdefault(linear.name, {}).update(inputs.statistics.sums)
+                counts[linear.name] = inputs.statistics
+
+    if inputs := spent.needs & set(stats.INPUT):
+        forward(model, batch, adapter, blocks, inputs, record, micro)
+    weighed = [
+        Weighed(
+            linear.name,
+            linear.weight,
+            Statistics(sums[linear.name], counts[linear.name].samples),
+            block.name,
+        )
+        for block in blocks
+        for linear in block.linears
+    ]
+    return allocation.patterns_for(spent, weighed, pattern)
+
+
+def position_weights(blocks: list[Block], gradients: Gradients, focus: float) -> Weights:
+    """Return how much each position counts, by the name of the first linear of a group."""
+    found: Weights = {}
+    for group in (group for block in blocks for group in block.groups) if focus else ():
+        weights = stats.position_weights((gradients[x.name] for x in group), focus)
+        if weights is not None:
+            found[group[0].name] = weights
+    return found
 
 
 def solve(
     linear: Linear,
     inputs: Inputs,
     method: Method,
-    pattern: Pattern,
+    pattern: Pattern | None,
     gradient: Statistics | None = None,
-) -> tuple[Tensor, LinearReport]:
-    """Return the new weight of a linear, in its own dtype, and what is to be reported of it."""
+) -> tuple[Tensor, Tensor | None, LinearReport]:
+    """Return the new weight of a linear, in its own dtype, its new bias, and what to report of it.
+
+    Without a pattern the linear stays dense. The bias is None where it stays; where `input_sum` is
+    collected, it makes up for the means, b + W·x̄_d − Ŵ·x̄.
+    """
     start = time.perf_counter()
+    if pattern is None:
+        return linear.weight, None, LinearReport(linear.name, list(linear.shape), 0.0, 0.0, 0.0)
     statistics = inputs.statistics
+    bias = linear.bias if "input_sum" in method.needs else None
+    if bias is not None:
+        statistics = stats.centred(statistics)
     if gradient is not None:
         sums = {name: total.to(linear.weight.device) for name, total in gradient.sums.items()}
         statistics = Statistics(
@@ -106,16 +210,21 @@ def solve(
     except GblmError as error:
         raise GblmError(f"{linear}, {method.name}, {pattern.name}: {error}") from None
     weight = weight.masked_fill(~keep, 0).to(linear.weight.dtype)
-    if not torch.isfinite(weight).all():
-        raise GblmError(
-            f"{linear}, {method.name}, {pattern.name}: the new weight holds a NaN or an Inf; "
-            "use a wider dtype"
-        )
-    examples = stats.wide(torch.cat(inputs.examples))
-    off = relative_error(dense, stats.wide(weight), examples)
+    if bias is not None:
+        moved = dense @ statistics["dense_sum"] - stats.wide(weight) @ statistics["input_sum"]
+        bias = (stats.wide(bias) + moved / max(1, statistics.positions)).to(bias.dtype)
+    for new in (weight, bias):
+        if new is not None and not torch.isfinite(new).all():
+            raise GblmError(
+                f"{linear}, {method.name}, {pattern.name}: the new weight holds a NaN or an Inf; "
+                "use a wider dtype"
+            )
+    off = 0.0
+    if inputs.examples:
+        off = relative_error(dense, stats.wide(weight), stats.wide(torch.cat(inputs.examples)))
     sparsity = (weight == 0).float().mean().item()
     seconds = time.perf_counter() - start
-    return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
+    return weight, bias, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
 
 
 def relative_error(dense: Tensor, weight: Tensor, x: Tensor) -> float:

@@ -82,6 +82,15 @@ def pruner_zero(weight: Tensor, statistics: Statistics, norm: str = "l2") -> Ten
     return weight.square() * scaled
 
 
+def wanda_plus(weight: Tensor, statistics: Statistics, alpha: float = 100) -> Tensor:
+    """Score |W|·(α·G + ‖X‖₂), G = √(Σ g² / samples) (Wanda++, arXiv 2503.04992, eq. 4).
+
+    g are the regional gradients of every sample: of the norm of its block's output.
+    """
+    gradients = (statistics["grad_sq"] / statistics.samples).sqrt()
+    return weight.abs() * (alpha * gradients + input_norm(statistics))
+
+
 def input_norm(statistics: Statistics) -> Tensor:
     """Return ‖X‖₂ `[in]` = √(Σ over samples and positions of x² / samples), as published."""
     return (statistics["input_sq"] / statistics.samples).sqrt()

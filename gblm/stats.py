@@ -13,44 +13,72 @@ from torch import Tensor
 from gblm.base import Statistics
 
 
-def input_sq(total: Tensor, x: Tensor) -> None:
+def input_sq(total: Tensor, x: Tensor, dense: Tensor) -> None:
     """Add Σ x² of the inputs `x [positions, in]` to `total [in]` (arXiv 2306.11695)."""
     total += torch.einsum("pi,pi->i", x, x) if x.is_cuda else x.square().sum(dim=0)
 
 
-def input_gram(total: Tensor, x: Tensor) -> None:
+def input_gram(total: Tensor, x: Tensor, dense: Tensor) -> None:
     """Add XᵀX of the inputs `x [positions, in]` to `total [in, in]` (arXiv 2301.00774)."""
     total.addmm_(x.T, x)
 
 
-def grad_abs(total: Tensor, gradient: Tensor) -> None:
+def cross_gram(total: Tensor, x: Tensor, dense: Tensor) -> None:
+    """Add X_dᵀX to `total [in, in]`, X_d being what the dense model has in the place of X."""
+    total.addmm_(dense.T, x)
+
+
+def input_sum(total: Tensor, x: Tensor, dense: Tensor) -> None:
+    """Add Σ x of the inputs `x [positions, in]` to `total [in]`."""
+    total += x.sum(dim=0)
+
+
+def dense_sum(total: Tensor, x: Tensor, dense: Tensor) -> None:
+    """Add Σ x of what the dense model has in their place, `dense [positions, in]`, to `total`."""
+    total += dense.sum(dim=0)
+
+
+def grad_abs(total: Tensor, gradient: Tensor, dy: Tensor) -> None:
     """Add |g| of one sample's `gradient [out, in]` to `total [out, in]` (arXiv 2311.04902)."""
     total += gradient.abs()
 
 
-def grad_sq(total: Tensor, gradient: Tensor) -> None:
+def grad_sq(total: Tensor, gradient: Tensor, dy: Tensor) -> None:
     """Add g² of one sample's `gradient [out, in]` to `total [out, in]` (arXiv 2311.04902)."""
     total.addcmul_(gradient, gradient)
 
 
+def grad_position(total: Tensor, gradient: Tensor, dy: Tensor) -> None:
+    """Add Σ_out dY² of one sample's output gradient `dy [positions, out]` to `total [positions]`.
+
+    A linear that sees another number of positions of every sample has none to tell apart.
+    """
+    if len(total) == len(dy):
+        total += dy.square().sum(dim=1)
+
+
 @dataclass(frozen=True)
 class Statistic:
-    """How a statistic is summed, and the shape of its sum for a weight `[out, in]`."""
+    """How a statistic is summed, and the shape of its sum by outputs, inputs and positions."""
 
-    add: Callable[[Tensor, Tensor], None]
-    shape: Callable[[int, int], tuple[int, ...]]
+    add: Callable[[Tensor, Tensor, Tensor], None]
+    shape: Callable[[int, int, int], tuple[int, ...]]
 
 
 # Of the inputs of a linear; linears that see the same input share one sum.
 INPUT: Mapping[str, Statistic] = {
-    "input_sq": Statistic(input_sq, lambda outputs, inputs: (inputs,)),
-    "input_gram": Statistic(input_gram, lambda outputs, inputs: (inputs, inputs)),
+    "input_sq": Statistic(input_sq, lambda outputs, inputs, positions: (inputs,)),
+    "input_gram": Statistic(input_gram, lambda outputs, inputs, positions: (inputs, inputs)),
+    "cross_gram": Statistic(cross_gram, lambda outputs, inputs, positions: (inputs, inputs)),
+    "input_sum": Statistic(input_sum, lambda outputs, inputs, positions: (inputs,)),
+    "dense_sum": Statistic(dense_sum, lambda outputs, inputs, positions: (inputs,)),
 }
 
-# Of the gradient of one sample's loss by the weight of a linear.
+# Of the gradient of one sample's loss by the weight, or by the outputs, of a linear.
 GRADIENT: Mapping[str, Statistic] = {
-    "grad_abs": Statistic(grad_abs, lambda outputs, inputs: (outputs, inputs)),
-    "grad_sq": Statistic(grad_sq, lambda outputs, inputs: (outputs, inputs)),
+    "grad_abs": Statistic(grad_abs, lambda outputs, inputs, positions: (outputs, inputs)),
+    "grad_sq": Statistic(grad_sq, lambda outputs, inputs, positions: (outputs, inputs)),
+    "grad_position": Statistic(grad_position, lambda outputs, inputs, positions: (positions,)),
 }
 
 
@@ -59,24 +87,39 @@ def wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def zeros(names: Iterable[str], weight: Tensor) -> Statistics:
-    """Return the statistics of no samples for a `weight [out, in]`: every sum is 0."""
+def zeros(names: Iterable[str], weight: Tensor, positions: int = 0) -> Statistics:
+    """Return the statistics of no samples for a `weight [out, in]`: every sum is 0.
+
+    positions: the input vectors of one sample.
+    """
     table = {**INPUT, **GRADIENT}
     dtype = torch.promote_types(weight.dtype, torch.float32)
+    outputs, inputs = weight.shape
+    shapes = {name: table[name].shape(outputs, inputs, positions) for name in sorted(names)}
     return Statistics(
-        {
-            name: torch.zeros(table[name].shape(*weight.shape), dtype=dtype, device=weight.device)
-            for name in sorted(names)
-        }
+        {n: torch.zeros(shape, dtype=dtype, device=weight.device) for n, shape in shapes.items()}
     )
 
 
-def add_inputs(statistics: Statistics, x: Tensor, samples: int) -> None:
-    """Add the inputs `x [positions, in]` of `samples` samples to every sum of inputs."""
-    x = wide(x)
+def add_inputs(
+    statistics: Statistics,
+    x: Tensor,
+    samples: int,
+    dense: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """Add the inputs `x [positions, in]` of `samples` samples to every sum of inputs.
+
+    dense: what the dense model has in their place, `[positions, in]`; the same where None.
+    weights: how much each position of a sample counts, of mean 1; all alike where None.
+    """
+    x, dense = wide(x), wide(x if dense is None else dense)
+    if weights is not None and len(x) == samples * len(weights):
+        root = weights.to(x).sqrt().repeat(samples)[:, None]
+        x, dense = x * root, x * root if dense is x else dense * root
     for name, total in statistics.sums.items():
         if name in INPUT:
-            INPUT[name].add(total, x)
+            INPUT[name].add(total, x, dense)
     statistics.samples += samples
     statistics.positions += len(x)
 
@@ -92,6 +135,36 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
     for sample_x, sample_dy in zip(x, dy, strict=True):
         torch.mm(sample_dy.T, sample_x, out=gradient)
         for name, total in statistics.sums.items():
-            GRADIENT[name].add(total, gradient)
+            GRADIENT[name].add(total, gradient, sample_dy)
     statistics.samples += len(x)
     statistics.positions += x.shape[0] * x.shape[1]
+
+
+def position_weights(gradients: Iterable[Statistics], focus: float) -> Tensor | None:
+    """Return how much each position counts, `[positions]`: 1 − focus + focus·g / mean g.
+
+    g = Σ over the samples and the linears of `grad_position`. None where they tell nothing. In a
+    model that is judged by its first position alone, that one holds most of g in later blocks.
+    """
+    total = sum(statistics["grad_position"] for statistics in gradients)
+    if not isinstance(total, Tensor) or not total.sum() > 0:
+        return None
+    return 1 - focus + focus * total / total.mean()
+
+
+def centred(statistics: Statistics) -> Statistics:
+    """Return the statistics with the Gram matrices of inputs less their means, X − x̄ and X_d − x̄_d.
+
+    That is the problem that is left where a bias makes up for the means. An input that hardly
+    moves, with a variance below 1e-5 of its mean square, does not move: the rest is rounding.
+    """
+    sums = dict(statistics.sums)
+    mean = sums["input_sum"] / max(1, statistics.positions)
+    raw = sums["input_gram"].diagonal()
+    sums["input_gram"] = sums["input_gram"] - torch.outer(sums["input_sum"], mean)
+    still = sums["input_gram"].diagonal() <= 1e-5 * raw
+    sums["input_gram"].masked_fill_(still | still[:, None], 0)
+    if "cross_gram" in sums:
+        sums["cross_gram"] = sums["cross_gram"] - torch.outer(sums["dense_sum"], mean)
+        sums["cross_gram"].masked_fill_(still, 0)
+    return Statistics(sums, statistics.samples, statistics.positions)

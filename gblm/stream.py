@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -20,6 +21,8 @@ from gblm.device import MicroBatch
 from gblm.survey import Block, Linear, hooked, quiet, size
 
 Forward = Callable[..., Any]
+
+Weights = dict[str, Tensor]  # how much each position counts, by the first linear of a group
 
 # The relative error of a linear is measured on at most this many of its calibration inputs.
 ERROR_POSITIONS = 1024
@@ -92,20 +95,33 @@ class Call:
             for i, leaf in enumerate(self.leaves)
         ]
 
+    def halves(self) -> tuple["Call", "Call"]:
+        """Return the calls for the first and for the last half of the samples."""
+        half = self.samples // 2
+        first, last = (self.arguments(slice(i * half, (i + 1) * half)) for i in range(2))
+        return (
+            Call(self.forward, first, self.spec, self.carries, half),
+            Call(self.forward, last, self.spec, self.carries, half),
+        )
+
     def run(self, leaves: list[Any]) -> Any:
         """Return what the block's own forward gives for these leaves."""
         args, kwargs = tree_unflatten(leaves, self.spec)
         return self.forward(*args, **kwargs)
 
     def outputs(self, step: int) -> Any:
-        """Return the outputs for the whole batch, computed in micro-batches.
+        """Return the outputs for the whole batch, computed in micro-batches."""
+        return self.joined(step, (self.run(self.arguments(piece)) for piece in self.pieces(step)))
+
+    def joined(self, step: int, outputs: Iterable[Any]) -> Any:
+        """Return the outputs for the whole batch, from those of its pieces.
 
         What is not a tensor with the samples first stays as the first micro-batch gave it.
         """
         joined: list[Any] = []
         spec = None
-        for piece in self.pieces(step):
-            parts, spec = tree_flatten(self.run(self.arguments(piece)))
+        for piece, output in zip(self.pieces(step), outputs, strict=True):
+            parts, spec = tree_flatten(output)
             if piece.stop - piece.start == self.samples:
                 return tree_unflatten(parts, spec)
             if not joined:
@@ -126,10 +142,30 @@ class Call:
 
 @dataclass
 class Inputs:
-    """What the linears of one group saw: their statistics, and some inputs to measure errors on."""
+    """What the linears of one group saw: their statistics, and some inputs to measure errors on.
 
+    `weights` is how much each position of a sample counts in the statistics: see `add_inputs`.
+    """
+
+    group: list[Linear]
     statistics: Statistics
+    weights: Tensor | None = None
     examples: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def none(cls, group: list[Linear], needs: frozenset[str], weights: Weights) -> "Inputs":
+        """Return what a group has before it has seen anything."""
+        return cls(group, stats.zeros(needs, group[0].weight), weights.get(group[0].name))
+
+    def add(self, x: Tensor, samples: int, of: int, dense: Tensor | None = None) -> None:
+        """Add the inputs `x` of `samples` samples, of so many in all; see `stats.add_inputs`."""
+        stride = max(1, self.group[0].positions * of // ERROR_POSITIONS)
+        self.examples.append(x[-self.statistics.positions % stride :: stride].clone())
+        stats.add_inputs(self.statistics, x, samples, dense, self.weights)
+
+
+Visit = Callable[[Block, list[Inputs], Call], None]
+Refine = Callable[[Block, Call, Any, int], None]
 
 
 def forward(
@@ -138,24 +174,82 @@ def forward(
     adapter: Adapter,
     blocks: list[Block],
     needs: frozenset[str],
-    visit: Callable[[Block, list[Inputs]], None],
+    visit: Visit,
     micro: MicroBatch,
+    *,
+    weights: Weights | None = None,
+    refine: Refine | None = None,
 ) -> None:
     """Run the model once over the batch; every block collects, is visited, and runs again.
 
-    `visit(block, inputs by group)` may write the block's weights: what the block then gives goes on
-    to the next, so that its statistics see the blocks before it as they have become.
+    `visit(block, inputs by group, call)` may write the block's weights: what the block then gives
+    goes on to the next, so that its statistics see the blocks before it as they have become.
+    `refine(block, call, outputs, step)` may write them again, towards what the block gave before.
+    weights: how much the positions count, by the name of the first linear of a group.
     """
+
+    def work(block: Block, call: Call) -> Any:
+        target = micro.run(call.outputs) if refine and block.groups else None
+        if block.groups:
+            found = micro.run(lambda step: collect(block, call, needs, step, weights or {}))
+            visit(block, found, call)
+        if refine and block.groups:
+            micro.run(lambda step: refine(block, call, target, step))
+        return None if block is blocks[-1] else micro.run(call.outputs)
+
+    _run(model, batch, adapter, blocks, work)
+
+
+def forward_beside(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    blocks: list[Block],
+    needs: frozenset[str],
+    visit: Visit,
+    micro: MicroBatch,
+    *,
+    weights: Weights | None = None,
+    refine: Refine | None = None,
+) -> None:
+    """Run the model once over the batch, with the dense stream beside the pruned one.
+
+    The model is called on the samples twice over: the first half of every tensor is what the dense
+    model has, the last half what the pruned one has. `visit` is called for one group after the
+    other, in the order of use, each with inputs that the groups before it, as visited, have made;
+    `refine` goes towards the outputs of the dense stream. The other arguments are `forward`'s.
+    """
+
+    def work(block: Block, call: Call) -> Any:
+        dense, pruned = call.halves()
+        target, ours = micro.run(
+            lambda step: _beside(block, dense, pruned, needs, visit, step, weights or {})
+        )
+        if refine and block.groups:
+            micro.run(lambda step: refine(block, pruned, target, step))
+            ours = ours if block is blocks[-1] else micro.run(pruned.outputs)
+        return None if block is blocks[-1] else _both(target, ours)
+
+    twice = {name: torch.cat([value, value]) for name, value in batch.items()}
+    _run(model, twice, adapter, blocks, work)
+
+
+def _run(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    blocks: list[Block],
+    work: Callable[[Block, Call], Any],
+) -> None:
+    """Run the model through its last block; `work(block, call)` gives the outputs of each."""
     samples = size(batch)
 
     def make(block: Block, own: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            call = Call.of(block, own, samples, args, kwargs)
-            if block.groups:
-                visit(block, micro.run(lambda step: collect(block, call, needs, step)))
+            outputs = work(block, Call.of(block, own, samples, args, kwargs))
             if block is blocks[-1]:
                 raise _Done
-            return micro.run(call.outputs)
+            return outputs
 
         return run
 
@@ -163,23 +257,120 @@ def forward(
         adapter.trunk(model, batch)
 
 
-def collect(block: Block, call: Call, needs: frozenset[str], step: int) -> list[Inputs]:
+def _both(first: Any, last: Any) -> Any:
+    """Return the outputs of all samples, from those of both halves."""
+    parts, spec = tree_flatten(first)
+    pairs = zip(parts, tree_flatten(last)[0], strict=True)
+    joined = [torch.cat(p) if isinstance(p[0], Tensor) and p[0].ndim else p[1] for p in pairs]
+    return tree_unflatten(joined, spec)
+
+
+def _beside(
+    block: Block,
+    dense: Call,
+    pruned: Call,
+    needs: frozenset[str],
+    visit: Visit,
+    step: int,
+    weights: Weights,
+) -> tuple[Any, Any]:
+    """Run a block on both streams and visit its groups; return the outputs of both streams.
+
+    The micro-batches of both wait before each group until all have come that far. Then the group is
+    visited, and first the dense ones go on to the next group, with the weights as they were. Where
+    that fails, the block is left as it was.
+    """
+    before = _Parameters(block)
+    hooks = [
+        group[0].module.register_forward_pre_hook(_wait(index, group[0]))
+        for index, group in enumerate(block.groups)
+    ]
+    streams = [[_piece(call, piece) for piece in call.pieces(step)] for call in (dense, pruned)]
+    try:
+        with hooked(hooks):
+            theirs, ours = ([piece.switch() for piece in stream] for stream in streams)
+            for index, group in enumerate(block.groups):
+                inputs = Inputs.none(group, needs, weights)
+                for piece, own, other in zip(pruned.pieces(step), ours, theirs, strict=True):
+                    if _waits(own, index):
+                        # What routes its inputs gives the streams other ones, which make no pair.
+                        paired = _waits(other, index) and other.x.shape == own.x.shape
+                        beside = other.x if paired else own.x
+                        inputs.add(own.x, piece.stop - piece.start, pruned.samples, beside)
+                check(group[0], inputs.statistics)
+                visit(block, [inputs], pruned)
+                now = _Parameters(block)
+                before.write()
+                theirs = _go_on(streams[0], theirs, index)
+                now.write()
+                ours = _go_on(streams[1], ours, index)
+    except BaseException:
+        before.write()
+        raise
+    finally:
+        for piece in streams[0] + streams[1]:
+            piece.throw()
+    return dense.joined(step, theirs), pruned.joined(step, ours)
+
+
+@dataclass
+class _Waiting:
+    """Where a micro-batch waits: before which group, with which inputs `[positions, in]`."""
+
+    index: int
+    x: Tensor
+
+
+def _piece(call: Call, piece: slice) -> greenlet:
+    """Return a run of the block on some samples, which can wait in the middle."""
+    return greenlet(lambda: call.run(call.arguments(piece)))
+
+
+def _wait(index: int, linear: Linear) -> Callable[[nn.Module, tuple], None]:
+    def hook(module: nn.Module, args: tuple) -> None:
+        parent = getcurrent().parent
+        assert parent is not None
+        parent.switch(_Waiting(index, linear.rows(args[0]).flatten(0, -2)))
+
+    return hook
+
+
+def _waits(at: Any, index: int) -> bool:
+    return isinstance(at, _Waiting) and at.index == index
+
+
+def _go_on(pieces: list[greenlet], found: list[Any], index: int) -> list[Any]:
+    """Let the micro-batches that wait before a group go on; return where they are then."""
+    pairs = zip(pieces, found, strict=True)
+    return [piece.switch() if _waits(at, index) else at for piece, at in pairs]
+
+
+class _Parameters:
+    """The weights and biases of a block's linears at some time, to be written again."""
+
+    def __init__(self, block: Block) -> None:
+        tensors = [t for x in block.linears for t in (x.weight, x.bias) if t is not None]
+        self.kept = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def write(self) -> None:
+        for tensor, value in self.kept:
+            tensor.copy_(value)
+
+
+def collect(
+    block: Block, call: Call, needs: frozenset[str], step: int, weights: Weights
+) -> list[Inputs]:
     """Run the block in micro-batches; return what each group of its linears saw.
 
     Raises `GblmError` with the linear's name where a statistic holds a NaN or an Inf.
     """
-    found = [Inputs(stats.zeros(needs, group[0].weight)) for group in block.groups]
+    found = [Inputs.none(group, needs, weights) for group in block.groups]
     missing: set[int] = set()
     samples = 0
 
     def see(index: int, linear: Linear) -> Callable[[nn.Module, tuple], None]:
-        stride = max(1, linear.positions * call.samples // ERROR_POSITIONS)
-
         def hook(module: nn.Module, args: tuple) -> None:
-            x = linear.rows(args[0]).flatten(0, -2)
-            inputs = found[index]
-            inputs.examples.append(x[-inputs.statistics.positions % stride :: stride].clone())
-            stats.add_inputs(inputs.statistics, x, samples)
+            found[index].add(linear.rows(args[0]).flatten(0, -2), samples, call.samples)
             missing.discard(index)
             if not missing:  # nothing after the last linear's input is of use
                 raise _Done

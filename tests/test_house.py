@@ -18,7 +18,7 @@ LAYERS = [
     ("stats", "patterns"),
     ("scores", "solvers", "allocation"),
     ("methods",),
-    ("device", "survey", "stream", "gradients", "distributed"),
+    ("device", "survey", "stream", "gradients", "refine", "distributed"),
     ("report", "output"),
     ("pruner",),
     ("cli",),

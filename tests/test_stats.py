@@ -24,7 +24,7 @@ def draw(seed: int, samples: int, dtype: torch.dtype = torch.float64) -> tuple[T
 
 def of(name: str, x: Tensor, dy: Tensor) -> Statistics:
     """Return one statistic of some samples."""
-    found = stats.zeros([name], torch.empty(OUT, IN, dtype=x.dtype))
+    found = stats.zeros([name], torch.empty(OUT, IN, dtype=x.dtype), POSITIONS)
     if name in stats.INPUT:
         stats.add_inputs(found, x.flatten(0, 1), len(x))
     else:
@@ -66,10 +66,14 @@ def test_no_samples_are_zero(name):
 
 
 FORMULAS = {
-    "input_sq": lambda x, gradients: sum(row * row for row in x.flatten(0, 1)),
-    "input_gram": lambda x, gradients: sum(torch.outer(row, row) for row in x.flatten(0, 1)),
-    "grad_abs": lambda x, gradients: sum(g.abs() for g in gradients),
-    "grad_sq": lambda x, gradients: sum(g * g for g in gradients),
+    "input_sq": lambda x, gradients, dy: sum(row * row for row in x.flatten(0, 1)),
+    "input_gram": lambda x, gradients, dy: sum(torch.outer(row, row) for row in x.flatten(0, 1)),
+    "cross_gram": lambda x, gradients, dy: sum(torch.outer(row, row) for row in x.flatten(0, 1)),
+    "input_sum": lambda x, gradients, dy: sum(row for row in x.flatten(0, 1)),
+    "dense_sum": lambda x, gradients, dy: sum(row for row in x.flatten(0, 1)),
+    "grad_abs": lambda x, gradients, dy: sum(g.abs() for g in gradients),
+    "grad_sq": lambda x, gradients, dy: sum(g * g for g in gradients),
+    "grad_position": lambda x, gradients, dy: sum((one * one).sum(1) for one in dy),
 }
 
 
@@ -77,7 +81,7 @@ FORMULAS = {
 def test_a_statistic_is_its_formula(name):
     x, dy = draw(0, 3)
     gradients = [sample_dy.T @ sample_x for sample_x, sample_dy in zip(x, dy, strict=True)]
-    torch.testing.assert_close(of(name, x, dy)[name], FORMULAS[name](x, gradients))
+    torch.testing.assert_close(of(name, x, dy)[name], FORMULAS[name](x, gradients, dy))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -102,4 +106,38 @@ def test_linears_of_one_input_need_no_output():
     assert {name: tuple(value.shape) for name, value in found.sums.items()} == {
         "input_sq": (IN,),
         "input_gram": (IN, IN),
+        "cross_gram": (IN, IN),
+        "input_sum": (IN,),
+        "dense_sum": (IN,),
     }
+
+
+def test_what_the_dense_model_has_stands_beside_the_inputs():
+    x, _ = draw(0, 3)
+    dense, _ = draw(1, 3)
+    x, dense = x.flatten(0, 1), dense.flatten(0, 1)
+    found = stats.zeros(stats.INPUT, torch.empty(OUT, IN, dtype=x.dtype))
+    stats.add_inputs(found, x, 3, dense)
+    torch.testing.assert_close(found["cross_gram"], dense.T @ x)
+    torch.testing.assert_close(found["dense_sum"], dense.sum(0))
+    left = stats.centred(found)
+    x, dense = x - x.mean(0), dense - dense.mean(0)
+    torch.testing.assert_close(left["input_gram"], x.T @ x)
+    torch.testing.assert_close(left["cross_gram"], dense.T @ x)
+
+
+def test_position_weights_have_mean_one_and_follow_the_gradients():
+    x, dy = draw(0, 3)
+    dy[:, 1:] /= 10
+    weights = stats.position_weights([of("grad_position", x, dy)], focus=0.5)
+    assert weights.mean().item() == pytest.approx(1)
+    assert weights[0] > 2
+    assert (weights >= 0.5).all()
+    torch.testing.assert_close(
+        stats.position_weights([of("grad_position", x, dy)], focus=0), torch.ones(4).double()
+    )
+    assert stats.position_weights([of("grad_position", x, 0 * dy)], focus=0.5) is None
+    found = stats.zeros(["input_gram"], torch.empty(OUT, IN, dtype=x.dtype))
+    stats.add_inputs(found, x.flatten(0, 1), 3, weights=weights)
+    expected = torch.einsum("spi,spj,p->ij", x, x, weights)
+    torch.testing.assert_close(found["input_gram"], expected)

@@ -102,7 +102,7 @@ def run_statistics(model: nn.Module, batch: dict[str, Tensor], step: int) -> dic
     adapter, found = find_adapter(model), {}
     blocks = survey.survey(model, batch, adapter)
 
-    def visit(block, groups):
+    def visit(block, groups, call):
         for group, inputs in zip(block.groups, groups, strict=True):
             for name, value in inputs.statistics.sums.items():
                 found[f"{group[0].name} {name}"] = value
@@ -392,7 +392,7 @@ def test_the_core_prunes_a_model_of_no_library():
     assert [linear.name for linear in report.linears] == [
         f"layers.{i}.{name}" for i in range(3) for name in ("inner", "outer")
     ]
-    assert report.sparsity == 0.5
+    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("backward", ["blocks", "model"])
@@ -460,7 +460,9 @@ def test_a_pattern_that_does_not_fit_names_the_linear_before_work_starts(llama, 
 # The report, and the weights' own dtype
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize(
+    "method", sorted(set(methods.METHODS) - {"best"})
+)  # whose blocks are refined
 def test_relative_error_is_the_exact_ratio(make_llama, batch, method):
     model, dense = make_llama(torch.float64), make_llama(torch.float64)
     report = prune(model, batch, method, micro_batch=2)
@@ -506,7 +508,7 @@ def test_statistics_are_fp32_and_weights_keep_their_dtype(make_llama, batch, met
     report = gblm.prune(model, batch, replace(made, solve=solve), pattern, micro_batch=3)
     assert seen == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert report.sparsity == 0.5
+    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
     with torch.no_grad():
         assert torch.isfinite(model(**batch).logits).all()
 

@@ -11,19 +11,23 @@ def solve(
     weight: Tensor,
     statistics: Statistics,
     pattern: Pattern,
+    keep: Tensor | None = None,
+    *,
     damping: float = 0.01,
     columns: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """Prune by the score w² / [U]ⱼⱼ² and spread each column's error over the columns after it.
 
     U is the upper Cholesky factor of (H + damping·mean(diag H)·I)⁻¹ with H = 2·XᵀX / samples. The
-    mask of an unstructured pattern is chosen for `columns` columns at a time, that of n:m for m.
+    mask of an unstructured pattern is chosen for `columns` columns at a time, that of n:m for m;
+    with `keep`, a mask `[out, in]`, none is chosen and the columns make up for that one.
 
     weight: [out, in]. Returns (weight, keep), both [out, in].
     Raises `GblmError` where H cannot be factored. Source: arXiv 2301.00774, algorithm 1.
     """
     factor, dead = inverse_factor(statistics, damping)
     rows = weight.T.masked_fill(dead[:, None], 0).contiguous()  # one per column: [in, out]
+    given = None if keep is None else keep.T
     keep = torch.zeros_like(rows, dtype=torch.bool)
     if pattern.window:  # a column block holds whole windows
         columns = max(1, columns // pattern.window) * pattern.window
@@ -36,7 +40,10 @@ def solve(
         for first in range(0, len(block), window):
             chosen = slice(first, min(first + window, len(block)))
             score = (block[chosen] / diagonal[chosen]).square()
-            kept = pattern.keep(finite(score, "score").T).T
+            if given is None:
+                kept = pattern.keep(finite(score, "score").T).T
+            else:
+                kept = given[start:stop][chosen]
             keep[start:stop][chosen] = kept
             scale = ~kept / diagonal[chosen]
             for j in range(chosen.start, chosen.stop):

@@ -150,16 +150,26 @@ def test_gradients_are_those_of_plain_autograd(family, batch):
         assert off(found[name]["grad_sq"], gradients.square().sum(0)) < 1e-3, name
 
 
-@pytest.mark.parametrize("method", ["gblm", "sparsegpt"])
+METHODS = {
+    "gblm": methods.gblm(),
+    "sparsegpt": methods.sparsegpt(),
+    "best": methods.best(allocation=None, refine=0.5),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruning(family, method, batch):
     model, whole = tiny(family), tiny(family)
-    report = gblm.prune(model, batch, methods.make(method), "0.5/row", micro_batch=3)
-    gblm.prune(whole, batch, methods.make(method), "0.5/row", micro_batch=SAMPLES)
+    report = gblm.prune(model, batch, METHODS[method], "0.5/row", micro_batch=3)
+    gblm.prune(whole, batch, METHODS[method], "0.5/row", micro_batch=SAMPLES)
     assert len(report.linears) > 0
     for linear in report.linears:
         assert linear.sparsity == (linear.shape[1] // 2) / linear.shape[1], linear
         found, expected = (m.get_submodule(linear.name).weight for m in (model, whole))
+        if method == "best":  # each choice changes what the next is made from
+            assert ((found == 0) == (expected == 0)).float().mean() > 0.9, linear.name
+            continue
         same = ((found == 0) == (expected == 0)).all(dim=1)
         # Rounding decides between equals, and a solver then mends the rest of that row otherwise.
         assert same.float().mean() > 0.95, linear.name

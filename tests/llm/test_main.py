@@ -24,6 +24,7 @@ from gblm import METHODS
 from gblm.llm.__main__ import main, parser
 
 FLAGS = [
+    "--allocation",
     "--allow-pickle",
     "--alpha",
     "--backward",
@@ -41,6 +42,7 @@ FLAGS = [
     "--norm",
     "--output",
     "--overwrite",
+    "--refine",
     "--samples",
     "--seed",
     "--sparsity",

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from gblm import METHODS, gradient_sums, prune
+from gblm import METHODS, gradient_sums, methods, prune
 from gblm.base import Batch
 from gblm.survey import survey
 from gblm.vit.adapters import adapter, blocks, kind
@@ -182,12 +182,20 @@ def test_gradients_are_those_of_each_sample(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_prunes_all_linears_of_the_blocks(name: str) -> None:
     batch = batch_of(name)
-    for method in METHODS.values():
+    for method in METHODS:
+        options = {"allocation": None, "refine": 0.5} if method == "best" else {}
         masks = []
         for micro_batch in (3, SAMPLES):
             model = make(name)
             own = adapter(model)
-            report = prune(model, batch, method(), "0.5/row", adapter=own, micro_batch=micro_batch)
+            report = prune(
+                model,
+                batch,
+                methods.make(method, **options),
+                "0.5/row",
+                adapter=own,
+                micro_batch=micro_batch,
+            )
             assert all(linear.endswith(DENSE.get(name, "-")) for linear in report.dense)
             inside = {
                 part: block_name
@@ -204,7 +212,9 @@ def test_every_method_prunes_all_linears_of_the_blocks(name: str) -> None:
             masks.append(torch.cat([p.flatten() == 0 for p in model.parameters()]))
             assert model(batch["images"]).isfinite().all()
         # Rounding decides between equals, such as the zero gradients of a lone key's query.
-        assert (masks[0] != masks[1]).float().mean() < 2e-3, method
+        # Each choice of best changes what its next one is made from.
+        least = 5e-2 if method == "best" else 2e-3
+        assert (masks[0] != masks[1]).float().mean() < least, method
 
 
 @pytest.mark.parametrize("name", ["beit", "eva02 fused", "swinv2"])

@@ -1,0 +1,149 @@
+"""Least squares under a pattern: ADMM chooses mask and weights together, `repair` mends any mask.
+
+Both minimise, over new weights Ŵ in the pattern,
+
+    ‖T − Ŵ·X‖² + damping·‖(Ŵ − W)·D‖²,   D² = diag(XXᵀ),   T = W·(mix·X_d + (1 − mix)·X),
+
+X being the inputs the linear sees, X_d those of the dense model in their place (X itself where
+`cross_gram` was not collected). Columns are scaled by D, so that H = D⁻¹XXᵀD⁻¹ + damping has one
+diagonal whatever the inputs are, and one penalty serves every linear. Sources of the method: ALPS
+(arXiv 2406.07831), ADMM-Grad (arXiv 2401.02938); the dense target is gblm's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gblm.base import GblmError, Pattern, Statistics
+
+DAMPING = 0.01
+PENALTY = 1.0  # of ADMM, where the diagonal of H is 1 + damping
+STEPS = 20
+REFITS = 10  # steps of conjugate gradients after them, which start near the end
+EXACT = 500  # at most so many where the mask is given
+
+
+@dataclass
+class Problem:
+    """The problem of a linear with its columns scaled: minimise tr Z(HZᵀ − 2Bᵀ) over Z = ŴD.
+
+    start: W·D [out, in]; hessian: H [in, in]; target: B [out, in]; scale: the diagonal of D [in].
+    """
+
+    start: Tensor
+    hessian: Tensor
+    target: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, statistics: Statistics, damping: float, mix: float, dtype: torch.dtype
+    ) -> Problem:
+        """Return the problem of a weight `[out, in]`.
+
+        Inputs that are all 0 tell nothing of their weights: these count least and are not changed.
+        """
+        gram = statistics["input_gram"].to(dtype) / max(1, statistics.positions)
+        weight = weight.to(dtype)
+        target = weight @ gram
+        if mix and "cross_gram" in statistics.sums:
+            cross = statistics["cross_gram"].to(dtype) / max(1, statistics.positions)
+            target += mix * (weight @ cross - target)
+        scale = gram.diagonal().clamp_min(0).sqrt()
+        least = scale.max() * torch.finfo(dtype).eps
+        dead = scale <= least
+        scale = scale.masked_fill(dead, least.item() or 1.0)
+        start = weight * scale
+        hessian = (gram / scale / scale[:, None]).masked_fill_(dead | dead[:, None], 0)
+        hessian.diagonal().masked_fill_(dead, 1).add_(damping)
+        if dtype == torch.float64:  # rounding in fp32 sums can make a Gram matrix indefinite
+            lowest = torch.linalg.eigvalsh(hessian)[0]
+            hessian.diagonal().add_((damping - lowest).clamp_min(0))
+        target = torch.where(dead, start, target / scale) + damping * start
+        return cls(start, hessian, target, scale)
+
+
+def solve(
+    weight: Tensor,
+    statistics: Statistics,
+    pattern: Pattern,
+    keep: Tensor | None = None,
+    *,
+    damping: float = DAMPING,
+    mix: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Choose mask and weights together by ADMM, then refit the weights of that mask.
+
+    In turn Z ← argmin of the problem + ρ‖Z − P + U‖², P ← what the pattern keeps of Z + U by size,
+    U ← U + Z − P. mix: the share of X_d in the target. keep: a mask `[out, in]` that is given; then
+    P only ever keeps that, and where it leads is the refit.
+
+    weight: [out, in]. Returns (weight, keep), both [out, in].
+    Raises `GblmError` where H cannot be factored in float64 either.
+    """
+    for dtype in (weight.dtype, torch.float64):
+        problem = Problem.of(weight, statistics, damping, mix, dtype)
+        chosen = _mask(problem, pattern) if keep is None else keep
+        if chosen is None:
+            continue
+        new = refit(problem, chosen, REFITS if keep is None else EXACT) / problem.scale
+        if torch.isfinite(new).all():
+            return new.to(weight.dtype), chosen
+    raise GblmError("input_gram is too badly conditioned to factor; use more calibration samples")
+
+
+def repair(
+    weight: Tensor, statistics: Statistics, pattern: Pattern, keep: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Refit the weights of a given mask by least squares on its inputs: `solve` with a mask."""
+    return solve(weight, statistics, pattern, keep)
+
+
+def _mask(problem: Problem, pattern: Pattern) -> Tensor | None:
+    """Return the mask that ADMM ends with, None where H cannot be factored."""
+    shifted = problem.hessian.clone()
+    shifted.diagonal().add_(PENALTY)
+    lower, info = torch.linalg.cholesky_ex(shifted)
+    if info or not torch.isfinite(lower).all():
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    keep = pattern.keep(problem.start.abs())
+    kept, dual = problem.start * keep, torch.zeros_like(problem.start)
+    for _ in range(STEPS):
+        free = (problem.target + PENALTY * (kept - dual)) @ inverse
+        kept = free + dual
+        keep = pattern.keep(kept.abs())
+        kept *= keep
+        dual += free - kept
+    return keep
+
+
+def refit(problem: Problem, keep: Tensor, steps: int) -> Tensor:
+    """Return the least-squares Z `[out, in]` of a mask, by conjugate gradients on every row.
+
+    Starts from the dense weights of the mask; ends after so many steps, or where every row's
+    residual is down to rounding.
+    """
+    new = problem.start * keep
+    residual = (problem.target - new @ problem.hessian) * keep
+    direction = residual.clone()
+    norm = residual.square().sum(dim=1, keepdim=True)
+    limits = torch.finfo(norm.dtype)
+    least = norm * limits.eps**2
+    for _ in range(steps):
+        curved = (direction @ problem.hessian) * keep
+        curvature = (direction * curved).sum(dim=1, keepdim=True)
+        step = norm / curvature
+        # Of rows that have arrived only rounding is left; that may even make a curvature negative.
+        step.masked_fill_((norm <= least) | (curvature <= limits.tiny), 0)
+        new += step * direction
+        residual -= step * curved
+        now = residual.square().sum(dim=1, keepdim=True)
+        if (now <= least).all():
+            break
+        direction = residual + now / norm.clamp_min(limits.tiny) * direction
+        norm = now
+    return new
