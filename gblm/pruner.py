@@ -147,13 +147,13 @@ def allot(
 ) -> dict[str, Pattern]:
     """Return the pattern of each linear by its name, by statistics of the dense model."""
     sums = {name: dict(found.sums) for name, found in gradients.items()}
-    counts: dict[str, Statistics] = dict(gradients)
+    counts = {name: found.samples for name, found in gradients.items()}
 
     def record(block: Block, found: list[Inputs], call: Call) -> None:
         for inputs in found:
             for linear in inputs.group:
                 sums.setdefault(linear.name, {}).update(inputs.statistics.sums)
-                counts[linear.name] = inputs.statistics
+                counts[linear.name] = inputs.statistics.samples
 
     if inputs := spent.needs & set(stats.INPUT):
         forward(model, batch, adapter, blocks, inputs, record, micro)
@@ -161,7 +161,7 @@ def allot(
         Weighed(
             linear.name,
             linear.weight,
-            Statistics(sums[linear.name], counts[linear.name].samples),
+            Statistics(sums.get(linear.name, {}), counts.get(linear.name, 0)),
             block.name,
         )
         for block in blocks

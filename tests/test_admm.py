@@ -1,0 +1,127 @@
+"""The laws of the least-squares solvers: what they minimise, and what they never do."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gblm import methods, patterns, stats
+from gblm.base import Statistics
+from gblm.solvers import admm, sparsegpt
+
+OUT, IN = 24, 32
+PATTERNS = ["0.5", "0.5/layer", "0.7/layer", "2:4", "4:8"]
+
+
+def draw(
+    positions: int = 400, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a weight, correlated inputs `[positions, in]`, and what the dense model has."""
+    made = torch.Generator().manual_seed(seed)
+    weight = torch.randn(OUT, IN, generator=made, dtype=torch.float64)
+    mixing = torch.randn(IN, IN, generator=made, dtype=torch.float64) + 2 * torch.eye(IN).double()
+    dense = torch.randn(positions, IN, generator=made, dtype=torch.float64) @ mixing
+    x = dense + 0.3 * torch.randn(positions, IN, generator=made, dtype=torch.float64)
+    return weight.to(dtype), x.to(dtype), dense.to(dtype)
+
+
+def seen(weight: Tensor, x: Tensor, dense: Tensor | None = None) -> Statistics:
+    names = ["input_gram", "input_sq"] if dense is None else ["input_gram", "cross_gram"]
+    found = stats.zeros(names, weight)
+    stats.add_inputs(found, x, len(x), dense)
+    return found
+
+
+def error(weight: Tensor, new: Tensor, x: Tensor, dense: Tensor | None = None) -> float:
+    target = (x if dense is None else dense) @ weight.T
+    return ((target - x @ new.T).norm() / target.norm()).item()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+def test_repair_is_the_exact_least_squares_of_a_mask(name, pattern):
+    weight, x, _ = draw()
+    found, allowed = seen(weight, x), patterns.parse(pattern)
+    keep = methods.make(name).solve(weight, found, allowed)[1]
+    new, kept = methods.make(f"{name}+repair").solve(weight, found, allowed)
+    assert torch.equal(kept, keep)
+    # Row by row, with damping as more inputs: sqrt(damping · positions) · D.
+    scale = (found["input_gram"].diagonal() / len(x)).sqrt()
+    more = (admm.DAMPING * len(x)) ** 0.5 * torch.diag(scale)
+    inputs = torch.cat([x, more])
+    for row, w in enumerate(weight):
+        of = keep[row]
+        exact = torch.linalg.lstsq(inputs[:, of], inputs @ w).solution
+        torch.testing.assert_close(new[row, of], exact, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("seed", range(3))
+def test_solvers_are_ordered_by_their_error(pattern, seed):
+    weight, x, _ = draw(seed=seed)
+    found, allowed = seen(weight, x), patterns.parse(pattern)
+
+    def off(name: str) -> float:
+        return error(weight, methods.make(name).solve(weight, found, allowed)[0], x)
+
+    assert off("admm") < off("sparsegpt")
+    assert off("admm") < off("wanda+repair") < off("wanda")
+    assert off("wanda+repair") <= off("wanda+sparsegpt") * 1.001
+    assert off("wanda+admm") == pytest.approx(off("wanda+repair"), rel=1e-9)
+
+
+def test_a_dense_target_makes_up_for_the_inputs():
+    weight, x, dense = draw()
+    allowed = patterns.parse("0.5")
+    own, _ = admm.solve(weight, seen(weight, x), allowed)
+    mended, _ = admm.solve(weight, seen(weight, x, dense), allowed)
+    none, _ = admm.solve(weight, seen(weight, x, dense), allowed, mix=0)
+    assert error(weight, mended, x, dense) < error(weight, own, x, dense)
+    torch.testing.assert_close(none, own)
+
+
+def test_with_nothing_to_drop_from_the_dense_inputs_nothing_changes():
+    weight, x, _ = draw()
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    new, _ = admm.repair(weight, seen(weight, x), patterns.parse("0.5"), keep)
+    torch.testing.assert_close(new, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("case", ["few positions", "equal inputs", "dead inputs", "huge scales"])
+def test_bad_conditions_are_solved(case, pattern, dtype):
+    weight, x, _ = draw(positions=5 if case == "few positions" else 400, dtype=dtype)
+    if case == "equal inputs":
+        x[:, 1::2] = x[:, ::2]
+    if case == "dead inputs":
+        x[:, ::3] = 0
+    if case == "huge scales":
+        x = x * torch.logspace(-6, 6, IN, dtype=dtype)
+    found, allowed = seen(weight, x), patterns.parse(pattern)
+    new, keep = admm.solve(weight, found, allowed)
+    assert torch.isfinite(new).all()
+    assert not torch.equal(new, weight * keep), "the weights that stay were mended"
+    wanda = methods.wanda().solve(weight, found, allowed)[0]
+    assert error(weight, new, x) < error(weight, wanda, x)
+    if case == "dead inputs" and "/" in pattern:
+        live = keep[:, x.any(dim=0)].double().mean()
+        assert live > keep.double().mean(), "weights of dead inputs go first"
+
+
+def test_a_gram_matrix_that_rounding_made_indefinite_is_lifted():
+    weight, x, _ = draw(dtype=torch.float32)
+    found = seen(weight, x)
+    found["input_gram"].sub_(0.9 * torch.diag(found["input_gram"].diagonal()))
+    assert torch.linalg.eigvalsh(found["input_gram"])[0] < 0
+    new, keep = admm.solve(weight, found, patterns.parse("0.5"))
+    assert torch.isfinite(new).all()
+    assert (keep.sum(dim=1) == IN // 2).all()
+
+
+def test_sparsegpt_takes_a_mask_that_is_given():
+    weight, x, _ = draw()
+    found, allowed = seen(weight, x), patterns.parse("2:4")
+    new, keep = sparsegpt.solve(weight, found, allowed)
+    again, same = sparsegpt.solve(weight, found, allowed, keep)
+    assert torch.equal(same, keep)
+    torch.testing.assert_close(again, new)

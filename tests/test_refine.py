@@ -1,0 +1,192 @@
+"""The dense stream beside the pruned one, and the refinement towards it."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import gblm
+from gblm import methods, patterns, pruner, stats, stream
+from gblm.base import GblmError
+from gblm.device import MicroBatch
+from gblm.gradients import regional_sums
+from gblm.refine import refine
+from gblm.survey import find_adapter, survey
+
+
+def inputs_of(model: nn.Module, batch: dict, names: list[str]) -> dict[str, torch.Tensor]:
+    """Return the inputs `[positions, in]` of some linears in a plain run of the model."""
+    found: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: found.update({name: args[0].flatten(0, -2)})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def halve(block, found, call):
+    """Visit a group: halve its weights, which the groups after it must see."""
+    for inputs in found:
+        for linear in inputs.group:
+            linear.weight.mul_(0.5)
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_each_group_sees_what_those_before_it_have_made(make_llama, batch, step):
+    model, dense, done = (make_llama(torch.float64) for _ in range(3))
+    seen: dict[str, stats.Statistics] = {}
+
+    def visit(block, found, call):
+        seen.update({inputs.group[0].name: inputs.statistics for inputs in found})
+        halve(block, found, call)
+
+    blocks = survey(model, batch, find_adapter(model))
+    needs = frozenset({"input_gram", "cross_gram"})
+    stream.forward_beside(model, batch, find_adapter(model), blocks, needs, visit, MicroBatch(step))
+    groups = [[linear.name for linear in group] for block in blocks for group in block.groups]
+    assert len(groups) == 4 * 3  # query, key, value; output; gate, up; down
+    theirs = inputs_of(dense, batch, [group[0] for group in groups])
+    for group in groups:
+        x = inputs_of(done, batch, group[:1])[group[0]]
+        torch.testing.assert_close(seen[group[0]]["input_gram"], x.T @ x)
+        torch.testing.assert_close(seen[group[0]]["cross_gram"], theirs[group[0]].T @ x)
+        for name in group:
+            done.get_submodule(name).weight.data.mul_(0.5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, done.state_dict()[name])
+
+
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_a_block_that_fails_in_the_middle_is_as_it_was(llama, batch, fails_at):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    made, calls = methods.best(refine=0), []
+
+    def solve(weight, statistics, pattern):
+        calls.append(1)
+        if len(calls) > fails_at:
+            raise GblmError("planted")
+        return made.solve(weight, statistics, pattern)
+
+    with pytest.raises(GblmError, match="planted"):
+        gblm.prune(llama, batch, replace(made, solve=solve), "0.5")
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in llama.modules())
+
+
+def block_error(model: nn.Module, dense: nn.Module, batch: dict) -> float:
+    """Return how far the trunk's output is from the dense one's."""
+    with torch.no_grad():
+        found, wanted = model.model(**batch)[0], dense.model(**batch)[0]
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "best"])
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_refinement_brings_the_model_nearer_and_keeps_the_mask(
+    make_llama, make_batch, method, pattern
+):
+    batch, dense = make_batch(64), make_llama()
+    models = [make_llama() for _ in range(2)]
+    for model, passes in zip(models, (0, 40), strict=True):
+        made = replace(methods.make(method), refine=passes)
+        report = gblm.prune(model, batch, made, pattern)
+        assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    plain, refined = models
+    block = "model.layers.0.mlp.down_proj"
+    masks = [model.get_submodule(block).weight == 0 for model in models]
+    first = [m.model.layers[0].self_attn.q_proj.weight == 0 for m in models]
+    assert torch.equal(*first), "the first group is solved before anything is refined"
+    assert masks[0].float().mean() == masks[1].float().mean()
+    assert block_error(refined, dense, batch) < block_error(plain, dense, batch)
+    assert not any(parameter.grad is not None for parameter in refined.parameters())
+
+
+def test_a_refinement_that_does_not_help_is_taken_back(llama, batch):
+    blocks = survey(llama, batch, find_adapter(llama))
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+
+    def again(block, call, target, step):  # the dense block already is where it should go
+        refine(block, call, target, step, passes=3)
+
+    def visit(block, found, call):
+        pass
+
+    stream.forward_beside(
+        llama,
+        batch,
+        find_adapter(llama),
+        blocks,
+        frozenset({"input_sq"}),
+        visit,
+        MicroBatch(7),
+        refine=again,
+    )
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["uniform", "gradient", "global", "owl"])
+@pytest.mark.parametrize("pattern", ["0.5", "0.6/layer", "2:4"])
+def test_an_allocation_spends_the_budget_of_the_model(llama, batch, name, pattern):
+    method = replace(methods.wanda(), allocation=name)
+    report = gblm.prune(llama, batch, method, pattern)
+    wanted = 0.5 if ":" in pattern else float(pattern.partition("/")[0])
+    assert report.sparsity == pytest.approx(wanted, abs=0.01)  # rows of 32 are coarse steps
+    shares = {round(linear.sparsity, 2) for linear in report.linears}
+    if name in ("gradient", "global"):
+        assert len(shares) > 1
+    if name == "uniform":
+        assert max(shares) - min(shares) <= 0.03
+
+
+def test_best_leaves_a_pattern_of_n_of_m_alike_everywhere(llama, batch):
+    report = gblm.prune(llama, batch, methods.best(), "2:4")
+    assert {linear.sparsity for linear in report.linears} == {0.5}
+
+
+def test_regional_gradients_are_those_of_the_blocks_own_norm(llama64, batch):
+    blocks = survey(llama64, batch, find_adapter(llama64))
+    found = {}
+
+    def visit(block, inputs, call):
+        found.update(regional_sums(block, call, {"grad_sq"}, MicroBatch(3)))
+
+    needs = frozenset({"input_sq"})
+    stream.forward(llama64, batch, find_adapter(llama64), blocks, needs, visit, MicroBatch(3))
+    first, linear = blocks[0], blocks[0].linears[0]
+    weight = linear.module.weight
+    total = torch.zeros_like(weight)
+    for sample in batch["input_ids"]:
+        outputs: list[torch.Tensor] = []
+        keep = partial(lambda kept, module, args, out: kept.append(out), outputs)
+        hook = first.module.register_forward_hook(keep)
+        llama64(input_ids=sample[None])
+        hook.remove()
+        output = outputs[0]
+        (gradient,) = torch.autograd.grad(output.norm(), weight)
+        total += gradient.square()
+    torch.testing.assert_close(found[linear.name]["grad_sq"], total)
+
+
+def test_biases_make_up_for_the_means():
+    torch.manual_seed(0)
+    x = torch.randn(200, 16) + 3
+    linear = nn.Linear(16, 8)
+    model = nn.Sequential(linear)
+    from gblm.base import LINEAR
+    from gblm.survey import Linear
+
+    seen = Linear("0", model[0], LINEAR, positions=1)
+    inputs = stream.Inputs.none([seen], methods.best().needs & set(stats.INPUT), {})
+    inputs.add(x, 200, 200)
+    made = replace(methods.best(), focus=0)
+    weight, bias, _ = pruner.solve(seen, inputs, made, patterns.parse("0.5"))
+    mean = (x @ weight.T + bias).mean(dim=0)
+    torch.testing.assert_close(mean, linear(x).mean(dim=0), rtol=1e-4, atol=1e-4)
