@@ -13,7 +13,7 @@ from gblm.survey import placed, survey
 
 EXAMPLES = """\
 examples:
-  python -m gblm.llm                                    the packaged demo, all methods
+  python -m gblm.llm                                    the packaged demo, six methods
   python -m gblm.llm --model DIR --sparsity 2:4 --calibration c4 --output PRUNED
   python -m gblm.llm --model DIR --method gblm,wanda,sparsegpt --calibration notes.txt \\
       --evaluate wikitext2
@@ -126,13 +126,12 @@ def evaluate(model: Any, sets: dict[str, Any], show: Bars) -> Evaluation:
 def set_demo(args: Any) -> None:
     """Fill in the packaged demo where no model is named."""
     from gblm.llm import demo
-    from gblm.methods import METHODS
 
     given = [flag for flag in ("calibration", "evaluate", "length") if getattr(args, flag)]
     if given:
         raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
     args.model, args.calibration, args.evaluate = str(demo.FOLDER), "demo", "demo"
-    args.method = args.method or ",".join(METHODS)
+    args.method = args.method or "magnitude,gradient,wanda,gblm,sparsegpt,best"
     args.evaluate_windows = args.evaluate_windows or 160
 
 
