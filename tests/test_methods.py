@@ -92,6 +92,18 @@ def test_the_checker_sees_a_planted_fault(fault, pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("solver", methods.SOLVERS)
+@pytest.mark.parametrize("name", ["magnitude", "gblm", "wanda++"])
+def test_a_solver_keeps_the_mask_of_the_score(name, solver, pattern):
+    method, score = methods.make(f"{name}+{solver}"), methods.make(name)
+    weight, statistics = draw(method)
+    new, keep = method.solve(weight, statistics, patterns.parse(pattern))
+    assert torch.equal(keep, score.solve(weight, statistics, patterns.parse(pattern))[1])
+    check_solved("sparsegpt", pattern, weight, new, keep)
+    assert not torch.allclose(new[keep], weight[keep])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", methods.METHODS)
 @few
 @given(seed=st.integers(0, 2**31), data=st.data())
@@ -140,6 +152,10 @@ def test_a_score_of_ones_own_is_a_method():
         (lambda: methods.gblm(alpha=-1), "alpha -1 is neither"),
         (lambda: methods.gblm(alpha=math.nan), "alpha nan is neither"),
         (lambda: methods.gblm(alpha=math.inf), "alpha inf is neither"),
+        (lambda: methods.make("gblm+repairs"), "unknown solver 'repairs'; did you mean 'repair'"),
+        (lambda: methods.make("gbml+repair"), "unknown method 'gbml'; did you mean 'gblm'"),
+        (lambda: methods.best(focus=2), "focus 2 is outside"),
+        (lambda: methods.best(mix=-1), "mix -1 is outside"),
     ],
 )
 def test_what_is_no_method_is_refused(make, message):

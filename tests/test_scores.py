@@ -84,6 +84,17 @@ def test_pruner_zero_is_its_formula_cell_by_cell(norm):
             assert score[i, j].item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_wanda_plus_is_its_formula_cell_by_cell():
+    weight, found = draw(6)
+    score = scores.wanda_plus(weight, found, alpha=100)
+    squares = found["input_sq"].tolist()
+    for i, row in enumerate(found["grad_sq"].tolist()):
+        for j, g in enumerate(row):
+            norms = 100 * math.sqrt(g / found.samples) + math.sqrt(squares[j] / found.samples)
+            expected = abs(weight[i, j].item()) * norms
+            assert score[i, j].item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_pruner_zero_with_equal_gradients_is_magnitude():
     weight, found = draw(5)
     flat = Statistics({"grad_sq": torch.full_like(weight, 3.0)}, found.samples)
