@@ -115,7 +115,7 @@ def runs(args: argparse.Namespace) -> list[Run]:
     if args.allocation is not None:
         one_of(args.allocation, ALLOCATIONS, "allocation")
     if args.refine is not None and not 0 <= args.refine < math.inf:
-        raise GblmError(f"--refine {args.refine:g} is no number of passes; 0.5 is the usual one")
+        raise GblmError(f"--refine {args.refine:g} is no number of passes; 1 is the usual one")
     found = []
     for text in listed(args.sparsity):
         for name in listed(args.method):

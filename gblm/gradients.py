@@ -52,11 +52,10 @@ def gradient_sums(
 ) -> Gradients:
     """Return the sums of the per-sample gradients of every linear of a model, by its name.
 
-    needs: which sums, of "grad_abs" and "grad_sq". backward: "blocks" (one block's activations at a
-    time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
-    memory. share: the part of the samples, from the first, 16 at least.
-    blocks: what `survey` found of this model and batch, where that is known. The other
-    arguments are those of `prune`.
+    needs: which sums, of those in `stats.GRADIENT`. backward: "blocks" (one block's activations at
+    a time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
+    memory. share: the part of the samples, from the first, 16 at least. blocks: what `survey` found
+    of this model and batch, where that is known. The other arguments are those of `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """

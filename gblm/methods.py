@@ -97,7 +97,7 @@ def best(
     refined (refine: passes over the samples). Gradients are those of an eighth of the samples.
     docs/benchmarks.md shows what each part is worth.
 
-    Raises `GblmError` where focus or mix is outside [0, 1], or refine below 0.
+    Raises `GblmError` where focus or mix is outside [0, 1].
     """
     for name, value in {"focus": focus, "mix": mix}.items():
         if not 0 <= value <= 1:
