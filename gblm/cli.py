@@ -68,7 +68,7 @@ def parser(program: str, description: str, epilog: str) -> Parser:
     )
     add("--sparsity", help="one or several of 0.5, 2:4, …, with commas")
     add("--alpha", help="factor of the gradient term, or auto: terms of equal median")
-    add("--norm", default="l1", help="norm of the gradients over samples, l1 or l2 [%(default)s]")
+    add("--norm", help="norm of the gradients over samples, l1 or l2 [as published]")
     add("--group", default="auto", help="comparison group: row, layer, auto (as published)")
     add("--allocation", help=f"spread the budget over the linears: {', '.join(ALLOCATIONS)}")
     add("--refine", type=float, help="passes over the samples that refine each block's weights")
@@ -109,7 +109,8 @@ class Run:
 
 def runs(args: argparse.Namespace) -> list[Run]:
     """Return the runs that the flags ask for; raises `GblmError` for a value that is none."""
-    one_of(args.norm, NORMS, "norm")
+    if args.norm is not None:
+        one_of(args.norm, NORMS, "norm")
     one_of(args.group, ["auto", *patterns.GROUPS], "comparison group")
     one_of(args.backward, BACKWARDS, "backward")
     if args.allocation is not None:
@@ -119,7 +120,8 @@ def runs(args: argparse.Namespace) -> list[Run]:
     found = []
     for text in listed(args.sparsity):
         for name in listed(args.method):
-            method = make(name, alpha=args.alpha, norm=args.norm)
+            given = {"alpha": args.alpha, "norm": args.norm}
+            method = make(name, **{k: value for k, value in given.items() if value is not None})
             if args.allocation is not None:
                 method = replace(method, allocation=args.allocation)
             if args.refine is not None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gblm import stats
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.device import MicroBatch, free_memory, out_of_memory
-from gblm.stream import Call, Forward, check, replaced
+from gblm.stream import Call, Forward, check, made, replaced
 from gblm.survey import (
     Block,
     Linear,
@@ -222,8 +222,9 @@ def regional_sums(block: Block, call: Call, needs: Iterable[str], micro: MicroBa
             hooks = [_hook(linear, sums[linear.name], samples) for linear in block.linears]
             with torch.enable_grad(), hooked(hooks):
                 outputs = tree_flatten(call.run(call.arguments(piece)))[0]
-                output = next(x for x in outputs if isinstance(x, Tensor) and x.requires_grad)
-                stats.wide(output).reshape(samples, -1).norm(dim=1).sum().backward()
+                which = made(outputs)
+                assert which is not None  # a linear that is used has been seen to reach an output
+                stats.wide(outputs[which]).reshape(samples, -1).norm(dim=1).sum().backward()
         return sums
 
     return micro.run(sweep)

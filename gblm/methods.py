@@ -68,6 +68,7 @@ def wanda_plus(factor: float = 100, refine: float = 0.0) -> Method:
     Adam; the paper lets RMSprop change all weights between rounds of pruning.
     """
     score = partial(scores.wanda_plus, alpha=_factor(factor))
+    _check_passes(refine)
     method = masked(f"wanda++(factor={_factor(factor)})", {"input_sq", "grad_sq"}, score)
     return replace(method, regional=True, refine=float(refine))
 
@@ -97,8 +98,9 @@ def best(
     refined (refine: passes over the samples). Gradients are those of an eighth of the samples.
     docs/benchmarks.md shows what each part is worth.
 
-    Raises `GblmError` where focus or mix is outside [0, 1].
+    Raises `GblmError` where focus or mix is outside [0, 1], or refine below 0.
     """
+    _check_passes(refine)
     for name, value in {"focus": focus, "mix": mix}.items():
         if not 0 <= value <= 1:
             raise GblmError(f"{name} {value:g} is outside [0, 1]; 0.5 is the usual one")
@@ -174,6 +176,11 @@ def _factor(alpha: float | str) -> float:
     raise GblmError(
         f"alpha {alpha} is neither auto nor a number of 0 or more; 100 is the published one"
     )
+
+
+def _check_passes(refine: float) -> None:
+    if not 0 <= refine < math.inf:
+        raise GblmError(f"refine {refine:g} is no number of passes; 1 is the usual one")
 
 
 def _statistic(norm: str) -> str:

@@ -14,7 +14,7 @@ from gblm.device import MicroBatch
 from gblm.gradients import Gradients, gradient_sums, regional_sums
 from gblm.refine import refine
 from gblm.report import LinearReport, Report, clock
-from gblm.stream import Call, Inputs, Weights, forward, forward_beside
+from gblm.stream import Call, Inputs, Weights, forward
 from gblm.survey import Block, Linear, find_adapter, placed, size, survey
 from gblm.survey import micro_batch as sized
 
@@ -81,31 +81,16 @@ def prune(
     weights = position_weights(blocks, gradients, method.focus)
 
     def visit(block: Block, found: list[Inputs], call: Call) -> None:
-        own = gradients
-        if method.regional:
-            own = regional_sums(block, call, method.needs, micro)
-        solved = [
-            (
-                linear,
-                *solve(linear, inputs, method, chosen.get(linear.name), own.get(linear.name)),
-            )
-            for inputs in found
-            for linear in inputs.group
-        ]
-        for linear, weight, bias, entry in solved:
-            linear.weight.copy_(weight)
-            if bias is not None and linear.bias is not None:
-                linear.bias.copy_(bias)
-            report.linears.append(entry)
+        own = regional_sums(block, call, method.needs, micro) if method.regional else gradients
+        report.linears += solve_groups(found, method, chosen, own)
         progress("blocks", blocks.index(block) + 1, len(blocks))
 
     def again(block: Block, call: Call, target: Any, step: int) -> None:
         last = weights.get(block.groups[-1][0].name)  # its outputs are the block's, or added to it
         refine(block, call, target, step, passes=method.refine, weights=last)
 
-    run = forward_beside if "cross_gram" in method.needs else forward
     with clock(report.seconds, "prune"):
-        run(
+        forward(
             model,
             batch,
             adapter,
@@ -113,6 +98,7 @@ def prune(
             method.needs & set(stats.INPUT),
             visit,
             micro,
+            beside="cross_gram" in method.needs,
             weights=weights,
             refine=again if method.refine else None,
         )
@@ -178,6 +164,28 @@ def position_weights(blocks: list[Block], gradients: Gradients, focus: float) ->
         if weights is not None:
             found[group[0].name] = weights
     return found
+
+
+def solve_groups(
+    found: list[Inputs], method: Method, chosen: dict[str, Pattern], gradients: Gradients
+) -> list[LinearReport]:
+    """Solve the linears of the groups, then write the new weights of all; return their reports.
+
+    chosen: the pattern of each linear by its name; one that is not in it stays dense.
+    """
+    solved = [
+        (
+            linear,
+            *solve(linear, inputs, method, chosen.get(linear.name), gradients.get(linear.name)),
+        )
+        for inputs in found
+        for linear in inputs.group
+    ]
+    for linear, weight, bias, _ in solved:
+        linear.weight.copy_(weight)
+        if bias is not None and linear.bias is not None:
+            linear.bias.copy_(bias)
+    return [entry for _, _, _, entry in solved]
 
 
 def solve(

@@ -8,11 +8,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gblm.stats import wide
-from gblm.stream import Call
+from gblm.stream import Call, made
 from gblm.survey import Block
 
 RATE = 0.01  # of Adam, times the mean size of the weights of a tensor
 POSITIONS = 1024  # about so many in a step
+
+
+Tuned = list[tuple[nn.Parameter, Tensor, Tensor | None]]  # as `_tuned` gives it
 
 
 def refine(
@@ -34,11 +37,11 @@ def refine(
     call: the block's call on the pruned stream. target: what the dense block gives. step: samples
     in memory at a time. weights: how much each position counts, `[positions]`; None for alike.
     """
-    which = _tuned_output(block, call)
+    tuned = _tuned(block)
+    which = _tuned_output(call, tuned)
     if which is None:
         return
     goal = tree_flatten(target)[0][which]
-    tuned = _tuned(block)
     size = max(1, POSITIONS // max(linear.positions for linear in block.linears))
     pieces = list(call.pieces(size))
     order = _order(len(pieces), max(1, round(passes * len(pieces))))
@@ -73,22 +76,16 @@ def refine(
             parameter.detach().copy_(value)
 
 
-def _tuned_output(block: Block, call: Call) -> int | None:
-    """Return which of the block's outputs, flattened, is the first made with its linears."""
-    weights = [linear.module.get_parameter("weight") for linear in block.linears]
-    for weight in weights:
-        weight.requires_grad_()
+def _tuned_output(call: Call, tuned: Tuned) -> int | None:
+    """Return which of the block's outputs, flattened, is the first made with what is fitted."""
     try:
+        for parameter, _, _ in tuned:
+            parameter.requires_grad_()
         with torch.enable_grad():
-            outputs = tree_flatten(call.run(call.arguments(slice(0, 1))))[0]
+            return made(tree_flatten(call.run(call.arguments(slice(0, 1))))[0])
     finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-    made = (i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.requires_grad)
-    return next(made, None)
-
-
-Tuned = list[tuple[nn.Parameter, Tensor, Tensor | None]]
+        for parameter, _, _ in tuned:
+            parameter.requires_grad_(False)
 
 
 def _tuned(block: Block) -> Tuned:

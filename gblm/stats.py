@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gblm.base import Statistics
 
+STRIP = 128  # columns of a symmetric product at a time, at least: less pays too little
+
 
 def input_sq(total: Tensor, x: Tensor, dense: Tensor) -> None:
     """Add Σ x² of the inputs `x [positions, in]` to `total [in]` (arXiv 2306.11695)."""
@@ -19,8 +21,15 @@ def input_sq(total: Tensor, x: Tensor, dense: Tensor) -> None:
 
 
 def input_gram(total: Tensor, x: Tensor, dense: Tensor) -> None:
-    """Add XᵀX of the inputs `x [positions, in]` to `total [in, in]` (arXiv 2301.00774)."""
-    total.addmm_(x.T, x)
+    """Add XᵀX of the inputs `x [positions, in]` to `total [in, in]` (arXiv 2301.00774).
+
+    It is symmetric: only the strips on and above the diagonal are computed, then mirrored.
+    """
+    width = max(STRIP, len(total) // 8)
+    for start in range(0, len(total), width):
+        stop = start + width
+        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        total[stop:, start:stop] = total[start:stop, stop:].T
 
 
 def cross_gram(total: Tensor, x: Tensor, dense: Tensor) -> None:

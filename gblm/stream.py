@@ -140,6 +140,12 @@ class Call:
         return part.new_empty(len(part) // samples * self.samples, *part.shape[1:])
 
 
+def made(outputs: list[Any]) -> int | None:
+    """Return which of a block's outputs, flattened, is the first that a gradient can reach."""
+    reached = (i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.requires_grad)
+    return next(reached, None)
+
+
 @dataclass
 class Inputs:
     """What the linears of one group saw: their statistics, and some inputs to measure errors on.
@@ -177,6 +183,7 @@ def forward(
     visit: Visit,
     micro: MicroBatch,
     *,
+    beside: bool = False,
     weights: Weights | None = None,
     refine: Refine | None = None,
 ) -> None:
@@ -185,53 +192,39 @@ def forward(
     `visit(block, inputs by group, call)` may write the block's weights: what the block then gives
     goes on to the next, so that its statistics see the blocks before it as they have become.
     `refine(block, call, outputs, step)` may write them again, towards what the block gave before.
+
+    beside: carry the dense stream beside the pruned one. Then `visit` is called for one group after
+    the other, in the order of use, each with inputs that the groups before it, as visited, have
+    made, and `refine` goes towards the outputs of the dense stream. The model is called on the
+    samples twice over, the first half of every tensor being what the dense model has.
     weights: how much the positions count, by the name of the first linear of a group.
     """
+    weights = weights or {}
 
-    def work(block: Block, call: Call) -> Any:
+    def alone(block: Block, call: Call) -> Any:
         target = micro.run(call.outputs) if refine and block.groups else None
         if block.groups:
-            found = micro.run(lambda step: collect(block, call, needs, step, weights or {}))
+            found = micro.run(lambda step: collect(block, call, needs, step, weights))
             visit(block, found, call)
         if refine and block.groups:
             micro.run(lambda step: refine(block, call, target, step))
         return None if block is blocks[-1] else micro.run(call.outputs)
 
-    _run(model, batch, adapter, blocks, work)
-
-
-def forward_beside(
-    model: nn.Module,
-    batch: Batch,
-    adapter: Adapter,
-    blocks: list[Block],
-    needs: frozenset[str],
-    visit: Visit,
-    micro: MicroBatch,
-    *,
-    weights: Weights | None = None,
-    refine: Refine | None = None,
-) -> None:
-    """Run the model once over the batch, with the dense stream beside the pruned one.
-
-    The model is called on the samples twice over: the first half of every tensor is what the dense
-    model has, the last half what the pruned one has. `visit` is called for one group after the
-    other, in the order of use, each with inputs that the groups before it, as visited, have made;
-    `refine` goes towards the outputs of the dense stream. The other arguments are `forward`'s.
-    """
-
-    def work(block: Block, call: Call) -> Any:
+    def both(block: Block, call: Call) -> Any:
         dense, pruned = call.halves()
+        again = refine is not None and bool(block.groups)
         target, ours = micro.run(
-            lambda step: _beside(block, dense, pruned, needs, visit, step, weights or {})
+            lambda step: _beside(block, dense, pruned, needs, visit, step, weights, again)
         )
-        if refine and block.groups:
+        if refine and again:
             micro.run(lambda step: refine(block, pruned, target, step))
-            ours = ours if block is blocks[-1] else micro.run(pruned.outputs)
-        return None if block is blocks[-1] else _both(target, ours)
+        if block is blocks[-1]:
+            return None
+        return _both(target, micro.run(pruned.outputs) if again else ours)
 
-    twice = {name: torch.cat([value, value]) for name, value in batch.items()}
-    _run(model, twice, adapter, blocks, work)
+    if beside:
+        batch = {name: torch.cat([value, value]) for name, value in batch.items()}
+    _run(model, batch, adapter, blocks, both if beside else alone)
 
 
 def _run(
@@ -273,12 +266,14 @@ def _beside(
     visit: Visit,
     step: int,
     weights: Weights,
+    again: bool,
 ) -> tuple[Any, Any]:
     """Run a block on both streams and visit its groups; return the outputs of both streams.
 
     The micro-batches of both wait before each group until all have come that far. Then the group is
     visited, and first the dense ones go on to the next group, with the weights as they were. Where
-    that fails, the block is left as it was.
+    that fails, the block is left as it was. With `again`, the block will change once more and run
+    again: then the pruned stream goes no further than its last group and has no outputs.
     """
     before = _Parameters(block)
     hooks = [
@@ -303,14 +298,15 @@ def _beside(
                 before.write()
                 theirs = _go_on(streams[0], theirs, index)
                 now.write()
-                ours = _go_on(streams[1], ours, index)
+                if not (again and index == len(block.groups) - 1):
+                    ours = _go_on(streams[1], ours, index)
     except BaseException:
         before.write()
         raise
     finally:
         for piece in streams[0] + streams[1]:
             piece.throw()
-    return dense.joined(step, theirs), pruned.joined(step, ours)
+    return dense.joined(step, theirs), None if again else pruned.joined(step, ours)
 
 
 @dataclass

@@ -50,7 +50,8 @@ def test_each_group_sees_what_those_before_it_have_made(make_llama, batch, step)
 
     blocks = survey(model, batch, find_adapter(model))
     needs = frozenset({"input_gram", "cross_gram"})
-    stream.forward_beside(model, batch, find_adapter(model), blocks, needs, visit, MicroBatch(step))
+    micro = MicroBatch(step)
+    stream.forward(model, batch, find_adapter(model), blocks, needs, visit, micro, beside=True)
     groups = [[linear.name for linear in group] for block in blocks for group in block.groups]
     assert len(groups) == 4 * 3  # query, key, value; output; gate, up; down
     theirs = inputs_of(dense, batch, [group[0] for group in groups])
@@ -119,7 +120,7 @@ def test_a_refinement_that_does_not_help_is_taken_back(llama, batch):
     def visit(block, found, call):
         pass
 
-    stream.forward_beside(
+    stream.forward(
         llama,
         batch,
         find_adapter(llama),
@@ -127,6 +128,7 @@ def test_a_refinement_that_does_not_help_is_taken_back(llama, batch):
         frozenset({"input_sq"}),
         visit,
         MicroBatch(7),
+        beside=True,
         refine=again,
     )
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())

@@ -39,8 +39,8 @@ def solve(
         errors = torch.empty_like(block)
         for first in range(0, len(block), window):
             chosen = slice(first, min(first + window, len(block)))
-            score = (block[chosen] / diagonal[chosen]).square()
             if given is None:
+                score = (block[chosen] / diagonal[chosen]).square()
                 kept = pattern.keep(finite(score, "score").T).T
             else:
                 kept = given[start:stop][chosen]
