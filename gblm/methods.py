@@ -88,13 +88,12 @@ def best(
     allocation: str = "auto",
     focus: float = 0.5,
     mix: float = 0.5,
-    refine: float = 1.0,
+    refine: float = 2.0,
 ) -> Method:
     """The settings gblm stands for: gradients decide where, least squares and refinement mend.
 
     `admm` on one group of linears after the other, each on the inputs that the mended ones before
-    it make, towards mix·dense + (1 − mix)·own outputs, biases included; positions weighted by their
-    gradients (focus), the budget spread over the linears by them (allocation), and every block
+    it make, towards mix·dense + (1 − mix)·own outputs; positions weighted by their gradients (focus), the budget spread over the linears by them (allocation), and every block
     refined (refine: passes over the samples). Gradients are those of an eighth of the samples.
     docs/benchmarks.md shows what each part is worth.
 
@@ -104,8 +103,7 @@ def best(
     for name, value in {"focus": focus, "mix": mix}.items():
         if not 0 <= value <= 1:
             raise GblmError(f"{name} {value:g} is outside [0, 1]; 0.5 is the usual one")
-    needs = {"input_gram", "cross_gram", "input_sum", "dense_sum"}
-    needs |= {"grad_position"} if focus else set()
+    needs = {"input_gram", "cross_gram"} | ({"grad_position"} if focus else set())
     solve = partial(_admm.solve, mix=mix)
     method = Method("best", frozenset(needs), solve, "layer", focus=focus, share=0.125)
     return replace(method, allocation=allocation, refine=float(refine))

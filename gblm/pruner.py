@@ -181,11 +181,9 @@ def solve_groups(
         for inputs in found
         for linear in inputs.group
     ]
-    for linear, weight, bias, _ in solved:
+    for linear, weight, _ in solved:
         linear.weight.copy_(weight)
-        if bias is not None and linear.bias is not None:
-            linear.bias.copy_(bias)
-    return [entry for _, _, _, entry in solved]
+    return [entry for _, _, entry in solved]
 
 
 def solve(
@@ -194,19 +192,15 @@ def solve(
     method: Method,
     pattern: Pattern | None,
     gradient: Statistics | None = None,
-) -> tuple[Tensor, Tensor | None, LinearReport]:
-    """Return the new weight of a linear, in its own dtype, its new bias, and what to report of it.
+) -> tuple[Tensor, LinearReport]:
+    """Return the new weight of a linear, in its own dtype, and what to report of it.
 
-    Without a pattern the linear stays dense. The bias is None where it stays; where `input_sum` is
-    collected, it makes up for the means, b + W·x̄_d − Ŵ·x̄.
+    Without a pattern the linear stays dense.
     """
     start = time.perf_counter()
     if pattern is None:
-        return linear.weight, None, LinearReport(linear.name, list(linear.shape), 0.0, 0.0, 0.0)
+        return linear.weight, LinearReport(linear.name, list(linear.shape), 0.0, 0.0, 0.0)
     statistics = inputs.statistics
-    bias = linear.bias if "input_sum" in method.needs else None
-    if bias is not None:
-        statistics = stats.centred(statistics)
     if gradient is not None:
         sums = {name: total.to(linear.weight.device) for name, total in gradient.sums.items()}
         statistics = Statistics(
@@ -218,21 +212,17 @@ def solve(
     except GblmError as error:
         raise GblmError(f"{linear}, {method.name}, {pattern.name}: {error}") from None
     weight = weight.masked_fill(~keep, 0).to(linear.weight.dtype)
-    if bias is not None:
-        moved = dense @ statistics["dense_sum"] - stats.wide(weight) @ statistics["input_sum"]
-        bias = (stats.wide(bias) + moved / max(1, statistics.positions)).to(bias.dtype)
-    for new in (weight, bias):
-        if new is not None and not torch.isfinite(new).all():
-            raise GblmError(
-                f"{linear}, {method.name}, {pattern.name}: the new weight holds a NaN or an Inf; "
-                "use a wider dtype"
-            )
+    if not torch.isfinite(weight).all():
+        raise GblmError(
+            f"{linear}, {method.name}, {pattern.name}: the new weight holds a NaN or an Inf; "
+            "use a wider dtype"
+        )
     off = 0.0
     if inputs.examples:
         off = relative_error(dense, stats.wide(weight), stats.wide(torch.cat(inputs.examples)))
     sparsity = (weight == 0).float().mean().item()
     seconds = time.perf_counter() - start
-    return weight, bias, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
+    return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
 
 
 def relative_error(dense: Tensor, weight: Tensor, x: Tensor) -> float:

@@ -12,7 +12,7 @@ from gblm.stream import Call, made
 from gblm.survey import Block
 
 RATE = 0.01  # of Adam, times the mean size of the weights of a tensor
-POSITIONS = 1024  # about so many in a step
+POSITIONS = 512  # about so many in a step
 
 
 Tuned = list[tuple[nn.Parameter, Tensor, Tensor | None]]  # as `_tuned` gives it
@@ -111,7 +111,7 @@ def _optimiser(tuned: Tuned, steps: int) -> tuple[Any, Any]:
     for _, values, _ in tuned:
         kept = max(1, int((values != 0).sum()))
         groups.append({"params": [values], "lr": RATE * values.abs().sum().item() / kept})
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     warm = max(1, steps // 10)
 
     def factor(done: int) -> float:

@@ -37,16 +37,6 @@ def cross_gram(total: Tensor, x: Tensor, dense: Tensor) -> None:
     total.addmm_(dense.T, x)
 
 
-def input_sum(total: Tensor, x: Tensor, dense: Tensor) -> None:
-    """Add Σ x of the inputs `x [positions, in]` to `total [in]`."""
-    total += x.sum(dim=0)
-
-
-def dense_sum(total: Tensor, x: Tensor, dense: Tensor) -> None:
-    """Add Σ x of what the dense model has in their place, `dense [positions, in]`, to `total`."""
-    total += dense.sum(dim=0)
-
-
 def grad_abs(total: Tensor, gradient: Tensor, dy: Tensor) -> None:
     """Add |g| of one sample's `gradient [out, in]` to `total [out, in]` (arXiv 2311.04902)."""
     total += gradient.abs()
@@ -79,8 +69,6 @@ INPUT: Mapping[str, Statistic] = {
     "input_sq": Statistic(input_sq, lambda outputs, inputs, positions: (inputs,)),
     "input_gram": Statistic(input_gram, lambda outputs, inputs, positions: (inputs, inputs)),
     "cross_gram": Statistic(cross_gram, lambda outputs, inputs, positions: (inputs, inputs)),
-    "input_sum": Statistic(input_sum, lambda outputs, inputs, positions: (inputs,)),
-    "dense_sum": Statistic(dense_sum, lambda outputs, inputs, positions: (inputs,)),
 }
 
 # Of the gradient of one sample's loss by the weight, or by the outputs, of a linear.
@@ -159,21 +147,3 @@ def position_weights(gradients: Iterable[Statistics], focus: float) -> Tensor | 
     if not isinstance(total, Tensor) or not total.sum() > 0:
         return None
     return 1 - focus + focus * total / total.mean()
-
-
-def centred(statistics: Statistics) -> Statistics:
-    """Return the statistics with the Gram matrices of inputs less their means, X − x̄ and X_d − x̄_d.
-
-    That is the problem that is left where a bias makes up for the means. An input that hardly
-    moves, with a variance below 1e-5 of its mean square, does not move: the rest is rounding.
-    """
-    sums = dict(statistics.sums)
-    mean = sums["input_sum"] / max(1, statistics.positions)
-    raw = sums["input_gram"].diagonal()
-    sums["input_gram"] = sums["input_gram"] - torch.outer(sums["input_sum"], mean)
-    still = sums["input_gram"].diagonal() <= 1e-5 * raw
-    sums["input_gram"].masked_fill_(still | still[:, None], 0)
-    if "cross_gram" in sums:
-        sums["cross_gram"] = sums["cross_gram"] - torch.outer(sums["dense_sum"], mean)
-        sums["cross_gram"].masked_fill_(still, 0)
-    return Statistics(sums, statistics.samples, statistics.positions)

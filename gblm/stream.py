@@ -275,7 +275,7 @@ def _beside(
     that fails, the block is left as it was. With `again`, the block will change once more and run
     again: then the pruned stream goes no further than its last group and has no outputs.
     """
-    before = _Parameters(block)
+    before = _Weights(block)
     hooks = [
         group[0].module.register_forward_pre_hook(_wait(index, group[0]))
         for index, group in enumerate(block.groups)
@@ -294,7 +294,7 @@ def _beside(
                         inputs.add(own.x, piece.stop - piece.start, pruned.samples, beside)
                 check(group[0], inputs.statistics)
                 visit(block, [inputs], pruned)
-                now = _Parameters(block)
+                now = _Weights(block)
                 before.write()
                 theirs = _go_on(streams[0], theirs, index)
                 now.write()
@@ -341,12 +341,11 @@ def _go_on(pieces: list[greenlet], found: list[Any], index: int) -> list[Any]:
     return [piece.switch() if _waits(at, index) else at for piece, at in pairs]
 
 
-class _Parameters:
-    """The weights and biases of a block's linears at some time, to be written again."""
+class _Weights:
+    """The weights of a block's linears at some time, to be written again."""
 
     def __init__(self, block: Block) -> None:
-        tensors = [t for x in block.linears for t in (x.weight, x.bias) if t is not None]
-        self.kept = [(tensor, tensor.clone()) for tensor in tensors]
+        self.kept = [(linear.weight, linear.weight.clone()) for linear in block.linears]
 
     def write(self) -> None:
         for tensor, value in self.kept:

@@ -32,11 +32,6 @@ class Linear:
         return self.kind.weight(self.module).detach()
 
     @property
-    def bias(self) -> Tensor | None:
-        found = getattr(self.module, "bias", None)
-        return None if found is None else found.detach()
-
-    @property
     def shape(self) -> tuple[int, int]:
         outputs, inputs = self.weight.shape
         return outputs, inputs

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gblm
-from gblm import methods, patterns, pruner, stats, stream
+from gblm import methods, stats, stream
 from gblm.base import GblmError
 from gblm.device import MicroBatch
 from gblm.gradients import regional_sums
@@ -175,20 +175,3 @@ def test_regional_gradients_are_those_of_the_blocks_own_norm(llama64, batch):
         (gradient,) = torch.autograd.grad(output.norm(), weight)
         total += gradient.square()
     torch.testing.assert_close(found[linear.name]["grad_sq"], total)
-
-
-def test_biases_make_up_for_the_means():
-    torch.manual_seed(0)
-    x = torch.randn(200, 16) + 3
-    linear = nn.Linear(16, 8)
-    model = nn.Sequential(linear)
-    from gblm.base import LINEAR
-    from gblm.survey import Linear
-
-    seen = Linear("0", model[0], LINEAR, positions=1)
-    inputs = stream.Inputs.none([seen], methods.best().needs & set(stats.INPUT), {})
-    inputs.add(x, 200, 200)
-    made = replace(methods.best(), focus=0)
-    weight, bias, _ = pruner.solve(seen, inputs, made, patterns.parse("0.5"))
-    mean = (x @ weight.T + bias).mean(dim=0)
-    torch.testing.assert_close(mean, linear(x).mean(dim=0), rtol=1e-4, atol=1e-4)

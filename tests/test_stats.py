@@ -69,8 +69,6 @@ FORMULAS = {
     "input_sq": lambda x, gradients, dy: sum(row * row for row in x.flatten(0, 1)),
     "input_gram": lambda x, gradients, dy: sum(torch.outer(row, row) for row in x.flatten(0, 1)),
     "cross_gram": lambda x, gradients, dy: sum(torch.outer(row, row) for row in x.flatten(0, 1)),
-    "input_sum": lambda x, gradients, dy: sum(row for row in x.flatten(0, 1)),
-    "dense_sum": lambda x, gradients, dy: sum(row for row in x.flatten(0, 1)),
     "grad_abs": lambda x, gradients, dy: sum(g.abs() for g in gradients),
     "grad_sq": lambda x, gradients, dy: sum(g * g for g in gradients),
     "grad_position": lambda x, gradients, dy: sum((one * one).sum(1) for one in dy),
@@ -107,8 +105,6 @@ def test_linears_of_one_input_need_no_output():
         "input_sq": (IN,),
         "input_gram": (IN, IN),
         "cross_gram": (IN, IN),
-        "input_sum": (IN,),
-        "dense_sum": (IN,),
     }
 
 
@@ -119,11 +115,6 @@ def test_what_the_dense_model_has_stands_beside_the_inputs():
     found = stats.zeros(stats.INPUT, torch.empty(OUT, IN, dtype=x.dtype))
     stats.add_inputs(found, x, 3, dense)
     torch.testing.assert_close(found["cross_gram"], dense.T @ x)
-    torch.testing.assert_close(found["dense_sum"], dense.sum(0))
-    left = stats.centred(found)
-    x, dense = x - x.mean(0), dense - dense.mean(0)
-    torch.testing.assert_close(left["input_gram"], x.T @ x)
-    torch.testing.assert_close(left["cross_gram"], dense.T @ x)
 
 
 def test_position_weights_have_mean_one_and_follow_the_gradients():
