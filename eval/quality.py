@@ -37,7 +37,7 @@ from gblm.gradients import Gradients
 from gblm.methods import METHODS, factory, make
 from gblm.survey import Block, find_adapter, placed, survey
 
-VERSION = 1  # raise it when a run means something else than its key says
+VERSION = 2  # raise it when a run means something else than its key says
 DEFAULTS = {"llm": {"alpha": 100, "samples": 128}, "vit": {"alpha": "auto", "samples": 1024}}
 METRICS = {  # the first is that of the figure
     "llm": {"perplexity": "perplexity, lower is better"},

@@ -93,8 +93,9 @@ def best(
     """The settings gblm stands for: gradients decide where, least squares and refinement mend.
 
     `admm` on one group of linears after the other, each on the inputs that the mended ones before
-    it make, towards mix·dense + (1 − mix)·own outputs; positions weighted by their gradients (focus), the budget spread over the linears by them (allocation), and every block
-    refined (refine: passes over the samples). Gradients are those of an eighth of the samples.
+    it make, towards mix·dense + (1 − mix)·own outputs; positions weighted by their gradients
+    (focus), the budget spread over the linears by them (allocation), and every block refined
+    (refine: passes over the samples). Gradients are those of an eighth of the samples.
     docs/benchmarks.md shows what each part is worth.
 
     Raises `GblmError` where focus or mix is outside [0, 1], or refine below 0.
