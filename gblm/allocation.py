@@ -22,12 +22,20 @@ STEPS = 4096  # points at most on the loss curve of a linear
 
 @dataclass(frozen=True)
 class Weighed:
-    """A linear as an allocation sees it: `weight [out, in]` and statistics of the dense model."""
+    """A linear as an allocation sees it: `weight [out, in]` and statistics of the dense model.
+
+    read: brings the values of the weight, where they are elsewhere.
+    """
 
     name: str
     weight: Tensor
     statistics: Statistics
     block: str
+    read: Callable[[], Tensor] | None = None
+
+    def values(self) -> Tensor:
+        """Return the weight in fp32, or wider."""
+        return stats.wide(self.read() if self.read else self.weight)
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def loss_curve(linear: Weighed, norm: str, width: int) -> Tensor:
     weights; its loss is the mean of theirs, |w|·Σ|g| ("l1") or w²·Σg² ("l2"). The curve never
     falls. Beyond `STEPS` steps it is read at as many points, evenly.
     """
-    score = scores.gradient(stats.wide(linear.weight), linear.statistics, norm)
+    score = scores.gradient(linear.values(), linear.statistics, norm)
     lowest = scores.finite(score, "score").reshape(-1, width).sort(dim=1).values
     loss = lowest if norm == "l1" else lowest.square()
     steps = min(width, STEPS)
@@ -246,7 +254,7 @@ def _counts(linears: Sequence[Weighed], shares: list[float], budget: Budget) -> 
 
 def _outliers(block: list[Weighed], m: float) -> float:
     """Return the share of the scores |W|·‖X‖₂ of a block that lie above m times their mean."""
-    found = [scores.wanda(stats.wide(x.weight), x.statistics).flatten() for x in block]
+    found = [scores.wanda(x.values(), x.statistics).flatten() for x in block]
     size = sum(len(score) for score in found)
     threshold = m * sum(score.sum(dtype=torch.float64).item() for score in found) / size
     return sum((score > threshold).sum().item() for score in found) / size

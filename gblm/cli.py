@@ -1,34 +1,29 @@
-"""The command line both sides share: flags, progress, the runs one command asks for, the table."""
+"""The command line both sides share: flags, the runs one command asks for, the table."""
 
 import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
 from gblm import patterns
 from gblm.allocation import ALLOCATIONS
-from gblm.base import Adapter, Batch, GblmError, Method, Pattern, one_of
-from gblm.device import peak_memory
-from gblm.gradients import BACKWARDS, Gradients, gradient_sums
+from gblm.base import GblmError, one_of
+from gblm.device import DTYPES
+from gblm.distributed import rank
+from gblm.gradients import BACKWARDS
+from gblm.job import Run
 from gblm.methods import METHODS, SOLVERS, make
-from gblm.output import written_beside
-from gblm.pruner import check, needed, prune
-from gblm.report import Report, clock
+from gblm.offload import OFFLOADS
+from gblm.report import Report
 from gblm.scores import NORMS
-from gblm.survey import Block
-
-Evaluation = dict[str, dict[str, float]]  # by data set: metric and value
-Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -80,6 +75,11 @@ def parser(program: str, description: str, epilog: str) -> Parser:
     add("--dtype", default="auto", help="float32, bfloat16, float16, auto: as stored [%(default)s]")
     add("--micro-batch", default="auto", help="samples a block sees at a time [%(default)s]")
     add("--backward", default="auto", help="gradients by blocks, by the whole model, or auto")
+    add("--offload", default="auto", help="weights away from the device: none, cpu, disk, auto")
+    add("--work-dir", type=Path, help="a folder for gradients, finished blocks and their journal")
+    add("--resume", action="store_true", help="go on with the run that --work-dir holds")
+    add("--gradients", type=Path, help="a folder of gradients: DIR/gradients of a --work-dir")
+    add("--gradient-dtype", default="float32", help="of gradients in a folder [%(default)s]")
     add("--output", type=Path, help="a folder for the pruned model and report.json")
     add("--overwrite", action="store_true", help="let the output replace what is there")
     return new
@@ -98,21 +98,16 @@ def guarded(work: Callable[[], None]) -> int:
     return 0
 
 
-@dataclass
-class Run:
-    """One method with one pattern, as one command may ask for several."""
-
-    label: str  # of its row, and of its folder
-    method: Method
-    pattern: Pattern
-
-
 def runs(args: argparse.Namespace) -> list[Run]:
     """Return the runs that the flags ask for; raises `GblmError` for a value that is none."""
     if args.norm is not None:
         one_of(args.norm, NORMS, "norm")
     one_of(args.group, ["auto", *patterns.GROUPS], "comparison group")
     one_of(args.backward, BACKWARDS, "backward")
+    one_of(args.offload, OFFLOADS, "offload")
+    one_of(args.gradient_dtype, DTYPES, "gradient dtype")
+    if args.resume and not args.work_dir:
+        raise GblmError("--resume goes on with a run in --work-dir; name that folder")
     if args.allocation is not None:
         one_of(args.allocation, ALLOCATIONS, "allocation")
     if args.refine is not None and not 0 <= args.refine < math.inf:
@@ -158,142 +153,10 @@ def whole(text: str, what: str) -> int | None:
     return int(text)
 
 
-@contextmanager
-def bars() -> Iterator[Bars]:
-    """Show one bar per phase with the time left; nothing where there is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), TimeRemainingColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=total)
-            progress.update(tasks[phase], completed=done, total=total)
-            if done >= total:
-                progress.remove_task(tasks.pop(phase))
-
-        yield show
-
-
-@dataclass
-class Job:
-    """What the runs of one command have in common.
-
-    evaluate(model, bars): the metrics of the model as it is. save(folder): write it as it is.
-    output: the folder of a single run, of the folders of several. seconds: of the phases before.
-    """
-
-    name: str
-    model: nn.Module
-    batch: Batch
-    adapter: Adapter
-    blocks: list[Block]
-    evaluate: Callable[[nn.Module, Bars], Evaluation]
-    save: Callable[[Path], None]
-    output: Path | None = None
-    seed: int = 0
-    micro_batch: int | None = None
-    backward: str = "auto"
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-def compare(job: Job, wanted: list[Run]) -> list[Report]:
-    """Carry out runs one after the other, on the same samples and gradients of the dense model.
-
-    A run's result is in its folder before the next run starts.
-    """
-    for run in wanted:
-        check(job.blocks, run.method, run.pattern)
-    linears = [linear for block in job.blocks for linear in block.linears]
-    # A single run needs no way back to the dense weights.
-    weights = [linear.weight.clone() for linear in linears] if len(wanted) > 1 else []
-    needs = frozenset().union(*(needed(run.method, run.pattern) for run in wanted))
-    share = max([run.method.share for run in wanted if needed(run.method, run.pattern)], default=1)
-    reports = []
-    with bars() as show:
-        with clock(job.seconds, "evaluate dense"):
-            before = job.evaluate(job.model, show)
-        shared: dict[str, float] = {}
-        gradients: Gradients = {}
-        if needs:
-            with clock(shared, "gradients"):
-                gradients = gradient_sums(
-                    job.model,
-                    job.batch,
-                    needs,
-                    adapter=job.adapter,
-                    blocks=job.blocks,
-                    micro_batch=job.micro_batch,
-                    backward=job.backward,
-                    share=share,
-                    progress=lambda done, total: show("gradients", done, total),
-                )
-        for run in wanted:
-            for linear, weight in zip(linears, weights, strict=False):
-                linear.weight.copy_(weight)
-            seconds = {**job.seconds, **(shared if needed(run.method, run.pattern) else {})}
-            report = perform(job, run, gradients, seconds, before, show)
-            reports.append(report)
-            if job.output:
-                folder = job.output / run.label if len(wanted) > 1 else job.output
-                with written_beside(folder) as beside:
-                    with clock(report.seconds, "save"):
-                        job.save(beside)
-                    report.write(beside)
-    return reports
-
-
-def perform(
-    job: Job,
-    run: Run,
-    gradients: Gradients,
-    seconds: dict[str, float],
-    before: Evaluation,
-    show: Bars,
-) -> Report:
-    """Prune the dense model by one run, and evaluate it: the run's report, but for its saving."""
-    report = prune(
-        job.model,
-        job.batch,
-        run.method,
-        run.pattern,
-        adapter=job.adapter,
-        blocks=job.blocks,
-        gradients=gradients,
-        micro_batch=job.micro_batch,
-        progress=show,
-    )
-    report.seconds = {**seconds, **report.seconds}
-    with clock(report.seconds, "evaluate"):
-        after = job.evaluate(job.model, show)
-    report.evaluation = merged(before, after)
-    report.model, report.seed, report.notes = job.name, job.seed, job.notes
-    report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
-    return report
-
-
-def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every data set with their values before and after pruning.
-
-    Where a data set has several metrics, each stands under the name of the set and its own.
-    """
-    return {
-        name if len(metrics) == 1 else f"{name} {metric}": {
-            "metric": metric,
-            "dense": value,
-            "pruned": after[name][metric],
-        }
-        for name, metrics in before.items()
-        for metric, value in metrics.items()
-    }
-
-
 def show_table(title: str, reports: list[Report]) -> None:
-    """Print the runs of one command side by side, the dense model first."""
+    """Print the runs of one command side by side, the dense model first, in process 0 alone."""
+    if rank():
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file has no edge to wrap at

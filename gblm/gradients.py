@@ -9,15 +9,17 @@ the same hooks does without the recomputation.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gblm import stats
+from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.device import MicroBatch, free_memory, out_of_memory
+from gblm.offload import here, offload_of, read_tensors, write_tensors
 from gblm.stream import Call, Forward, check, made, replaced
 from gblm.survey import (
     Block,
@@ -35,6 +37,7 @@ from gblm.survey import micro_batch as sized
 FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
+Keep = Callable[[Block, Gradients], None]
 Progress = Callable[[int, int], None]  # done, of how many
 
 
@@ -48,6 +51,8 @@ def gradient_sums(
     micro_batch: int | None = None,
     backward: str = "auto",
     share: float = 1.0,
+    keep: Keep | None = None,
+    spill: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Gradients:
     """Return the sums of the per-sample gradients of every linear of a model, by its name.
@@ -55,7 +60,9 @@ def gradient_sums(
     needs: which sums, of those in `stats.GRADIENT`. backward: "blocks" (one block's activations at
     a time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
     memory. share: the part of the samples, from the first, 16 at least. blocks: what `survey` found
-    of this model and batch, where that is known. The other arguments are those of `prune`.
+    of this model and batch, where that is known. keep: takes the sums of each block as soon as they
+    are final, instead of the result, which then is empty. spill: a folder for the inputs of the
+    blocks between forward and backward, in memory where None. The others are those of `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
@@ -68,18 +75,25 @@ def gradient_sums(
     # A plain backward holds the activations of the whole model, so that it takes fewer samples.
     fewer = MicroBatch(max(1, micro.samples // 4), auto=True) if micro.auto else micro
     needs = frozenset(needs) & set(stats.GRADIENT)
+    batch = distributed.share(batch)
     with quiet(model), torch.enable_grad():
+        if backward == "auto" and offload_of(model):
+            backward = "blocks"
         if backward == "auto":
             fits = _fits(model, batch, adapter, blocks, needs, fewer)
             backward = "model" if fits else "blocks"
         if backward == "model":
             found = whole_backward(model, batch, adapter, blocks, needs, fewer, progress)
         else:
-            found = block_backward(model, batch, adapter, blocks, needs, micro, progress)
+            return block_backward(
+                model, batch, adapter, blocks, needs, micro, progress, keep=keep, spill=spill
+            )
     for block in blocks:
-        for linear in block.linears:
-            check(linear, found[linear.name])
-    return found
+        own = {linear.name: found[linear.name] for linear in block.linears}
+        _finish(block, own)
+        if keep:
+            keep(block, own)
+    return {} if keep else found
 
 
 def whole_backward(
@@ -116,6 +130,8 @@ def block_backward(
     needs: frozenset[str],
     micro: MicroBatch,
     progress: Progress,
+    keep: Keep | None = None,
+    spill: Path | None = None,
 ) -> Gradients:
     """Differentiate the model block by block, the head in micro-batches: see `gradient_sums`."""
     found: Gradients = {}
@@ -128,8 +144,12 @@ def block_backward(
 
     def make(block: Block, own: Forward) -> Forward:
         def differentiate(call: Call, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-            sums, inputs = micro.run(lambda step: recompute(block, call, grads, needs, step))
-            found.update(sums)
+            if spill:
+                _unspill(call, spill / f"{block.name}.input")
+            with here(block.module):
+                sums, inputs = micro.run(lambda step: recompute(block, call, grads, needs, step))
+            _finish(block, sums)
+            (keep or (lambda block, sums: found.update(sums)))(block, sums)
             advance()
             return inputs
 
@@ -141,6 +161,8 @@ def block_backward(
             anchor = torch.zeros((), requires_grad=True)
             outputs = _Block.apply(anchor, call, outputs, differentiate, *call.leaves)
             call.leaves = [x.detach() if isinstance(x, Tensor) else x for x in call.leaves]
+            if spill:
+                _spill(call, spill / f"{block.name}.input")
             return tree_unflatten(outputs, spec)
 
         return run
@@ -152,6 +174,27 @@ def block_backward(
         reached = [(x, gradient) for x, gradient in pairs if x.requires_grad]  # by some block
         torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
     return found
+
+
+def _finish(block: Block, sums: Gradients) -> None:
+    """Make the sums of a block those of all processes, and check them."""
+    distributed.add_statistics([sums[linear.name] for linear in block.linears])
+    for linear in block.linears:
+        check(linear, sums[linear.name])
+
+
+def _spill(call: Call, path: Path) -> None:
+    """Write what carries the samples of a call into a file, and keep its device alone."""
+    carried = {str(i): x for i, x in enumerate(call.leaves) if call.carries[i]}
+    write_tensors(path, carried)
+    call.leaves = [x.device if call.carries[i] else x for i, x in enumerate(call.leaves)]
+
+
+def _unspill(call: Call, path: Path) -> None:
+    """Read what `_spill` has written, and remove the file."""
+    for i, value in read_tensors(path).items():
+        call.leaves[int(i)] = value.to(call.leaves[int(i)])
+    path.unlink()
 
 
 class _Block(torch.autograd.Function):
@@ -227,7 +270,9 @@ def regional_sums(block: Block, call: Call, needs: Iterable[str], micro: MicroBa
                 stats.wide(outputs[which]).reshape(samples, -1).norm(dim=1).sum().backward()
         return sums
 
-    return micro.run(sweep)
+    found = micro.run(sweep)
+    distributed.add_statistics([found[linear.name] for linear in block.linears])
+    return found
 
 
 def head_backward(

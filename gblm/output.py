@@ -1,6 +1,7 @@
 """The folder of a result: checked before work is spent, written beside, then renamed."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,13 +40,11 @@ def check_output(folder: Path, size: int, overwrite: bool) -> None:
 def written_beside(folder: Path) -> Iterator[Path]:
     """Give a folder to write to, which becomes `folder` once all is written, and goes if not."""
     folder = folder.absolute()
+    # Named before it is there, so that an interruption at any time finds what to remove.
+    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise GblmError(f"output {folder}: {error.strerror}; give another folder") from error
-    try:
-        beside.chmod(0o755)  # made for its owner alone, as safetensors makes its files
+        beside.mkdir(mode=0o755)
         yield beside
         for file in beside.iterdir():
             file.chmod(0o644)

@@ -1,22 +1,25 @@
 """Prune a model: the only place, beside `refine`, where weights change."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gblm import allocation, patterns, stats
+from gblm import allocation, distributed, patterns, stats
 from gblm.allocation import Allocation, Weighed
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.device import MicroBatch
-from gblm.gradients import Gradients, gradient_sums, regional_sums
+from gblm.gradients import gradient_sums, regional_sums
+from gblm.offload import here
 from gblm.refine import refine
 from gblm.report import LinearReport, Report, clock
 from gblm.stream import Call, Inputs, Weights, forward
 from gblm.survey import Block, Linear, find_adapter, placed, size, survey
 from gblm.survey import micro_batch as sized
+from gblm.work import Journal
 
 Progress = Callable[[str, int, int], None]  # phase, done, of how many
 
@@ -29,9 +32,10 @@ def prune(
     *,
     adapter: Adapter | None = None,
     blocks: list[Block] | None = None,
-    gradients: Gradients | None = None,
+    gradients: Mapping[str, Statistics] | None = None,
     micro_batch: int | None = None,
     backward: str = "auto",
+    journal: Journal | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Report:
     """Prune every linear in the blocks of a model in place, block by block, and report on it.
@@ -43,7 +47,8 @@ def prune(
     method; with an allocation, the budget of the model. adapter: that of the model's library where
     None. blocks: what `survey` found of this model, where that is known. gradients: the sums that
     `gradient_sums` gave for this model and batch, computed where None and needed (see `needed`).
-    micro_batch: samples at a time, None to choose. backward: see `gradient_sums`.
+    micro_batch: samples at a time, None to choose. backward: see `gradient_sums`. journal: where
+    finished blocks are kept, and those of a former run are taken from (see `gblm.work`).
 
     Raises `GblmError` where model, batch, method and pattern do not go together, and where a
     statistic, a score or a loss holds a NaN or an Inf: the block it names, and every block after
@@ -56,6 +61,8 @@ def prune(
     blocks = blocks or survey(model, batch, adapter)
     check(blocks, method, pattern)
     report = Report(method.name, pattern.name)
+    if journal:
+        journal.begin(report)
     for block in blocks:
         report.dense.update(block.dense)
     needs = needed(method, pattern)
@@ -73,6 +80,7 @@ def prune(
                 progress=lambda done, total: progress("gradients", done, total),
             )
     gradients = gradients or {}
+    batch = distributed.share(batch)
     micro = sized(blocks, size(batch), micro_batch)
     chosen = {linear.name: pattern for block in blocks for linear in block.linears}
     if spent := allocated(method, pattern):
@@ -101,7 +109,10 @@ def prune(
             beside="cross_gram" in method.needs,
             weights=weights,
             refine=again if method.refine else None,
+            keeper=journal,
         )
+    if distributed.world() > 1:
+        distributed.agree("the pruned model", [_checksum(block) for block in blocks])
     return report
 
 
@@ -128,7 +139,7 @@ def allot(
     blocks: list[Block],
     spent: Allocation,
     pattern: Pattern,
-    gradients: Gradients,
+    gradients: Mapping[str, Statistics],
     micro: MicroBatch,
 ) -> dict[str, Pattern]:
     """Return the pattern of each linear by its name, by statistics of the dense model."""
@@ -149,6 +160,7 @@ def allot(
             linear.weight,
             Statistics(sums.get(linear.name, {}), counts.get(linear.name, 0)),
             block.name,
+            partial(_weight, block, linear),
         )
         for block in blocks
         for linear in block.linears
@@ -156,7 +168,19 @@ def allot(
     return allocation.patterns_for(spent, weighed, pattern)
 
 
-def position_weights(blocks: list[Block], gradients: Gradients, focus: float) -> Weights:
+def _checksum(block: Block) -> list[float]:
+    with torch.no_grad(), here(block.module):
+        return [own.double().abs().sum().item() for own in block.module.parameters()]
+
+
+def _weight(block: Block, linear: Linear) -> Tensor:
+    with here(block.module):
+        return linear.weight.clone()
+
+
+def position_weights(
+    blocks: list[Block], gradients: Mapping[str, Statistics], focus: float
+) -> Weights:
     """Return how much each position counts, by the name of the first linear of a group."""
     found: Weights = {}
     for group in (group for block in blocks for group in block.groups) if focus else ():
@@ -167,23 +191,29 @@ def position_weights(blocks: list[Block], gradients: Gradients, focus: float) ->
 
 
 def solve_groups(
-    found: list[Inputs], method: Method, chosen: dict[str, Pattern], gradients: Gradients
+    found: list[Inputs],
+    method: Method,
+    chosen: dict[str, Pattern],
+    gradients: Mapping[str, Statistics],
 ) -> list[LinearReport]:
     """Solve the linears of the groups, then write the new weights of all; return their reports.
 
-    chosen: the pattern of each linear by its name; one that is not in it stays dense.
+    Each process solves some and sends what it found. chosen: the pattern of each linear by its
+    name; one that is not in it stays dense.
     """
-    solved = [
-        (
-            linear,
-            *solve(linear, inputs, method, chosen.get(linear.name), gradients.get(linear.name)),
-        )
-        for inputs in found
-        for linear in inputs.group
-    ]
-    for linear, weight, _ in solved:
-        linear.weight.copy_(weight)
-    return [entry for _, _, entry in solved]
+    linears = [(linear, inputs) for inputs in found for linear in inputs.group]
+    solved: dict[int, tuple[Tensor, LinearReport]] = {}
+    for i, (linear, inputs) in enumerate(linears):
+        if i % distributed.world() == distributed.rank():
+            own = gradients.get(linear.name)
+            solved[i] = solve(linear, inputs, method, chosen.get(linear.name), own)
+    entries: dict[int, LinearReport] = {}
+    for part in distributed.gathered({i: entry for i, (_, entry) in solved.items()}):
+        entries |= part
+    for i, (linear, _) in enumerate(linears):
+        weight = solved[i][0] if i in solved else torch.empty_like(linear.weight)
+        linear.weight.copy_(distributed.sent(weight, i % distributed.world()))
+    return [entries[i] for i in range(len(linears))]
 
 
 def solve(

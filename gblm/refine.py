@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from gblm import distributed
 from gblm.stats import wide
 from gblm.stream import Call, made
 from gblm.survey import Block
@@ -42,14 +43,16 @@ def refine(
     if which is None:
         return
     goal = tree_flatten(target)[0][which]
-    size = max(1, POSITIONS // max(linear.positions for linear in block.linears))
+    positions = POSITIONS // distributed.world()  # of this process
+    size = max(1, positions // max(linear.positions for linear in block.linears))
     pieces = list(call.pieces(size))
-    order = _order(len(pieces), max(1, round(passes * len(pieces))))
+    steps = max(distributed.gathered(max(1, round(passes * len(pieces)))))
+    order = _order(len(pieces), steps)
     optimiser, schedule = _optimiser(tuned, len(order))
     before = [parameter.detach().clone() for parameter, _, _ in tuned]
     losses = []
     carried = len(goal) // call.samples
-    scale = _error(goal, weights).item() or 1.0
+    scale = _mean(_error(goal, weights).item()) or 1.0
     try:
         for parameter, _, _ in tuned:
             parameter.requires_grad_()
@@ -65,6 +68,8 @@ def refine(
                     loss = share * _error(output - wanted, weights) / scale
                     loss.backward()
                 losses[-1] += loss.item()
+            distributed.add_up(p.grad for p, _, _ in tuned if p.grad is not None)
+            losses[-1] = _mean(losses[-1])
             _advance(tuned, optimiser, schedule)
     finally:
         for parameter, _, _ in tuned:
@@ -74,6 +79,11 @@ def refine(
     if not sum(losses[-quarter:]) < sum(losses[:quarter]):
         for (parameter, _, _), value in zip(tuned, before, strict=True):
             parameter.detach().copy_(value)
+
+
+def _mean(value: float) -> float:
+    found = distributed.gathered(value)
+    return sum(found) / len(found)
 
 
 def _tuned_output(call: Call, tuned: Tuned) -> int | None:

@@ -8,14 +8,14 @@ micro-batches, and returns what the block's own `forward` gives for them.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gblm import stats
+from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics
 from gblm.device import MicroBatch
 from gblm.survey import Block, Linear, hooked, quiet, size
@@ -170,6 +170,14 @@ class Inputs:
         stats.add_inputs(self.statistics, x, samples, dense, self.weights)
 
 
+class Keeper(Protocol):
+    """Keeps finished blocks and what they give, for a run that goes on from there."""
+
+    def has(self, block: Block) -> bool: ...
+    def outputs(self, block: Block, call: Call) -> Any: ...
+    def finish(self, block: Block, outputs: Any) -> None: ...
+
+
 Visit = Callable[[Block, list[Inputs], Call], None]
 Refine = Callable[[Block, Call, Any, int], None]
 
@@ -186,6 +194,7 @@ def forward(
     beside: bool = False,
     weights: Weights | None = None,
     refine: Refine | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
     """Run the model once over the batch; every block collects, is visited, and runs again.
 
@@ -198,6 +207,7 @@ def forward(
     made, and `refine` goes towards the outputs of the dense stream. The model is called on the
     samples twice over, the first half of every tensor being what the dense model has.
     weights: how much the positions count, by the name of the first linear of a group.
+    keeper: is given every finished block, and asked for those that it has.
     """
     weights = weights or {}
 
@@ -224,7 +234,7 @@ def forward(
 
     if beside:
         batch = {name: torch.cat([value, value]) for name, value in batch.items()}
-    _run(model, batch, adapter, blocks, both if beside else alone)
+    _run(model, batch, adapter, blocks, both if beside else alone, keeper)
 
 
 def _run(
@@ -233,13 +243,20 @@ def _run(
     adapter: Adapter,
     blocks: list[Block],
     work: Callable[[Block, Call], Any],
+    keeper: Keeper | None,
 ) -> None:
     """Run the model through its last block; `work(block, call)` gives the outputs of each."""
     samples = size(batch)
 
     def make(block: Block, own: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            outputs = work(block, Call.of(block, own, samples, args, kwargs))
+            call = Call.of(block, own, samples, args, kwargs)
+            if keeper and keeper.has(block):
+                outputs = keeper.outputs(block, call)
+            else:
+                outputs = work(block, call)
+                if keeper:
+                    keeper.finish(block, outputs)
             if block is blocks[-1]:
                 raise _Done
             return outputs
@@ -292,6 +309,7 @@ def _beside(
                         paired = _waits(other, index) and other.x.shape == own.x.shape
                         beside = other.x if paired else own.x
                         inputs.add(own.x, piece.stop - piece.start, pruned.samples, beside)
+                distributed.add_statistics([inputs.statistics])
                 check(group[0], inputs.statistics)
                 visit(block, [inputs], pruned)
                 now = _Weights(block)
@@ -382,6 +400,7 @@ def collect(
             samples = piece.stop - piece.start
             with suppress(_Done):
                 call.run(call.arguments(piece))
+    distributed.add_statistics([inputs.statistics for inputs in found])
     for group, inputs in zip(block.groups, found, strict=True):
         check(group[0], inputs.statistics)
     return found

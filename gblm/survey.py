@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from gblm import distributed
 from gblm.base import Adapter, Batch, GblmError, Kind
 from gblm.device import MicroBatch
+from gblm.offload import here
 
 # A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
 POSITIONS = {"cpu": 2048, "cuda": 32768}
@@ -30,6 +32,10 @@ class Linear:
     @property
     def weight(self) -> Tensor:
         return self.kind.weight(self.module).detach()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter("weight")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,7 +151,8 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
     twice = {name: torch.cat([value, value]) for name, value in first.items()}
     once = _visits(model, first, adapter, names, linears)
     again = _visits(model, twice, adapter, names, linears)
-    pointers = Counter(linear.weight.data_ptr() for found in linears.values() for linear in found)
+    # The parameter, not its memory: that of an offloaded block is elsewhere now.
+    owners = Counter(linear.parameter for found in linears.values() for linear in found)
     blocks = []
     for visit, other in zip(once, again, strict=True):
         block = Block(names[visit.module], visit.module, leading=visit.leading)
@@ -156,7 +163,7 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
                 block.dense[linear.name] = "not used by its block"
             elif uses[linear.name] > 1:
                 block.dense[linear.name] = "used more than once by its block"
-            elif pointers[linear.weight.data_ptr()] > 1:
+            elif owners[linear.parameter] > 1:
                 block.dense[linear.name] = "shares its weight with another linear"
         groups: dict[int, list[Linear]] = {}
         for use in visit.uses:
@@ -249,7 +256,8 @@ def micro_batch(blocks: list[Block], samples: int, fixed: int | None) -> MicroBa
     linears = [linear for block in blocks for linear in block.linears]
     wanted = POSITIONS.get(linears[0].weight.device.type, POSITIONS["cuda"])
     wanted //= max(linear.positions for linear in linears)
-    return MicroBatch(max(1, min(samples, wanted)), auto=True)
+    # Processes that begin anew by themselves would wait for each other in different places.
+    return MicroBatch(max(1, min(samples, wanted)), auto=distributed.world() == 1)
 
 
 def _linears(name: str, block: nn.Module, adapter: Adapter) -> list[Linear]:
@@ -258,9 +266,10 @@ def _linears(name: str, block: nn.Module, adapter: Adapter) -> list[Linear]:
         for inner, module in block.named_modules()
         if (kind := adapter.kind(module))
     ]
-    for linear in found:
-        if not torch.isfinite(linear.weight).all():
-            raise GblmError(
-                f"{linear} holds a NaN or an Inf in its weight; load a sound checkpoint"
-            )
+    with here(block):
+        for linear in found:
+            if not torch.isfinite(linear.weight).all():
+                raise GblmError(
+                    f"{linear} holds a NaN or an Inf in its weight; load a sound checkpoint"
+                )
     return found

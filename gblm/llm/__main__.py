@@ -6,9 +6,11 @@ from typing import Any
 
 from gblm import cli
 from gblm.base import Batch, GblmError
-from gblm.cli import Bars, Evaluation
 from gblm.device import find_device
+from gblm.distributed import launched, rank
+from gblm.job import Bars, Evaluation, Job, Run, Work, compare, work_folder
 from gblm.output import check_output
+from gblm.report import clock
 from gblm.survey import placed, survey
 
 EXAMPLES = """\
@@ -49,9 +51,16 @@ def run(argv: Sequence[str] | None) -> None:
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     if args.output:
         check_output(args.output, 0, args.overwrite)
+    with launched(args.device) as args.device, work_folder(args) as work:
+        carry_out(args, wanted, micro_batch, demo, work)
 
+
+def carry_out(
+    args: Any, wanted: list[Run], micro_batch: int | None, demo: bool, work: Work
+) -> None:
+    """Do what the flags ask for, in a work folder."""
     seconds: dict[str, float] = {}
-    with cli.clock(seconds, "data"):
+    with clock(seconds, "data"):
         from transformers.utils import logging
 
         from gblm.llm import adapters, models
@@ -61,9 +70,11 @@ def run(argv: Sequence[str] | None) -> None:
         device = find_device(args.device)
         config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
         batch, sets = draw(args, config, tokenizer)
-    with cli.clock(seconds, "load"):
-        model = models.load_model(
+    with clock(seconds, "load"):
+        model, offload = models.load_offloaded(
             args.model,
+            args.offload,
+            work.folder,
             device=device,
             dtype=args.dtype,
             trust_remote_code=args.trust_remote_code,
@@ -74,7 +85,7 @@ def run(argv: Sequence[str] | None) -> None:
 
     batch = placed(batch, model)
     adapter = adapters.adapter(model)
-    job = cli.Job(
+    job = Job(
         name=args.model,
         model=model,
         batch=batch,
@@ -87,12 +98,14 @@ def run(argv: Sequence[str] | None) -> None:
         micro_batch=micro_batch,
         backward=args.backward,
         seconds=seconds,
+        offload=offload,
+        work=work if work.asked or offload else None,
     )
-    reports = cli.compare(job, wanted)
+    reports = compare(job, wanted)
     samples, length = batch["input_ids"].shape
     title = "the packaged demo" if demo else args.model
     cli.show_table(f"{title}: perplexity, pruned with {samples} windows of {length}", reports)
-    if args.output:
+    if args.output and not rank():
         print(f"written to {args.output}")
 
 

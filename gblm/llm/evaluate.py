@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gblm import distributed
 from gblm.device import MicroBatch
 from gblm.llm.adapters import window_loss
 
@@ -31,7 +32,10 @@ def perplexity(
             progress(min(start + step, len(windows)), len(windows))
         return losses
 
+    if len(windows) >= distributed.world():
+        windows = distributed.share({"windows": windows})["windows"]
     step = max(1, min(len(windows), POSITIONS // windows.shape[1]))
     with torch.no_grad():
-        losses = torch.cat(MicroBatch(step, auto=True).run(run))
+        losses = torch.cat(MicroBatch(step, auto=True).run(run)).cpu()
+    losses = torch.cat(distributed.gathered(losses))
     return losses.double().mean().exp().item()

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +25,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
 from gblm.llm import data
+from gblm.llm.adapters import blocks
+from gblm.offload import (
+    Disk,
+    Offload,
+    absent,
+    find_offload,
+    offload_of,
+    offloaded,
+    read_tensors,
+    write_tensors,
+)
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
@@ -86,6 +99,69 @@ def load_model(
             f"{', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
         )
     return loaded.to(device).eval()
+
+
+def load_offloaded(
+    model: str,
+    offload: str,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> tuple[PreTrainedModel, Offload | None]:
+    """Load a causal language model whose weights live where `offload` says: see `gblm.offload`.
+
+    From disk the model is made without memory for its weights; each block's are read from the
+    checkpoint when it is their turn, changed ones are written into the folder.
+
+    Raises `GblmError`, beside what `load_model` does, where a checkpoint cannot be read block by
+    block: without safetensors, or with names other than those of the model.
+    """
+    sources = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    check_source(model)
+    files = _files(model)
+    kind = find_offload(offload, sum(f.stat().st_size for f in set(files.values())), device)
+    if kind == "none":
+        return load_model(model, device=device, dtype=dtype, **sources), None
+    if kind == "cpu":
+        loaded = load_model(model, device=torch.device("cpu"), dtype=dtype, **sources)
+        return loaded, offloaded(kind, loaded, blocks(loaded), folder, device)
+    if not files:
+        raise GblmError(
+            f"model {model} has no safetensors to be read block by block; --offload cpu"
+        )
+    wanted = find_dtype(dtype, device, lambda: _dtype(model, _shards(model)))
+    auto: Any = AutoModelForCausalLM
+    with _explained(model):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        made = wanted or _dtype(model, _shards(model)) or torch.float32
+        with init_empty_weights(include_buffers=False):
+            empty = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code)
+        empty.tie_weights()
+    _without_memory(empty, device)
+    names = dict(empty.named_parameters())
+    if missing := sorted(set(names) - set(files)):
+        raise GblmError(
+            f"model {model}: {len(missing)} weights have other names in its checkpoint, such as "
+            f"{', '.join(missing[:3])}, so that it cannot be read block by block; use --offload cpu"
+        )
+    for name, buffer in empty.named_buffers():
+        if name in files:
+            buffer.copy_(read_tensors(files[name], [name])[name])
+    return empty.eval(), Offload(empty, blocks(empty), Disk(files, folder), device)
+
+
+def _without_memory(model: nn.Module, device: torch.device) -> None:
+    """Put parameters that hold no values into the place of those on the meta device."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, own in module.named_parameters(recurse=False):
+            if own not in made:
+                empty = absent(own.shape, own.dtype, device)
+                made[own] = nn.Parameter(empty, requires_grad=False)
+            module.register_parameter(name, made[own])
 
 
 def check_source(model: str) -> None:
@@ -180,6 +256,25 @@ def save(
     """
     folder = Path(folder)
     shards = _shards(like)
+    if (offload := offload_of(model)) and isinstance(offload.store, Disk):
+        tokenizer.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        return _save_units(offload, offload.store, dict(model.named_parameters()), folder)
+    if offload:
+        with offload.home():
+            return _save(model, tokenizer, folder, like, shards)
+    return _save(model, tokenizer, folder, like, shards)
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    like: str,
+    shards: dict[str, str],
+) -> None:
     dtype = _dtype(like, shards)
     if dtype not in (None, model.dtype):
         model = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
@@ -187,6 +282,41 @@ def save(
     tokenizer.save_pretrained(folder)
     if shards:
         _reshard(folder, shards)
+
+
+def _save_units(
+    offload: Offload, store: Disk, parameters: dict[str, nn.Parameter], folder: Path
+) -> None:
+    """Write a shard for every unit of a model on disk, and one for the rest, and their index."""
+    left = dict(parameters)  # a tied weight goes with the first unit that has it
+    units = []
+    for unit in offload.units:
+        if names := [name for name in unit.parameters if left.pop(name, None) is not None]:
+            units.append((unit.name, names))
+    units += [("", list(left))] if left else []
+    found: dict[str, str] = {}
+    total = 0
+    for i, (name, names) in enumerate(units):
+        shard = f"model-{i + 1:05}-of-{len(units):05}.safetensors"
+        tensors = store.read(name, names)
+        write_tensors(folder / shard, tensors)
+        total += sum(value.nbytes for value in tensors.values())
+        found |= dict.fromkeys(tensors, shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(found.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _files(like: str) -> dict[str, Path]:
+    """Return the local file of every tensor of a checkpoint, empty where it has no safetensors."""
+    if shards := _shards(like):
+        local = {shard: _file(like, shard) for shard in set(shards.values())}
+        if missing := sorted(shard for shard, path in local.items() if path is None):
+            raise GblmError(f"model {like} lacks {', '.join(missing[:3])}; fetch it again")
+        return {name: path for name, shard in shards.items() if (path := local[shard])}
+    if (file := _file(like, SAFE_WEIGHTS_NAME)) is None:
+        return {}
+    with safe_open(file, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), file)
 
 
 def _shards(like: str) -> dict[str, str]:

@@ -6,9 +6,12 @@ from typing import Any
 
 from gblm import cli
 from gblm.base import Batch, GblmError
-from gblm.cli import Bars, Evaluation
 from gblm.device import find_device, find_dtype
+from gblm.distributed import launched, rank
+from gblm.job import Bars, Evaluation, Job, Run, Work, compare, work_folder
+from gblm.offload import offloaded
 from gblm.output import check_output
+from gblm.report import clock
 from gblm.survey import survey
 
 EXAMPLES = """\
@@ -51,23 +54,31 @@ def run(argv: Sequence[str] | None) -> None:
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     if args.output:
         check_output(args.output, 0, args.overwrite)
+    with launched(args.device) as args.device, work_folder(args) as work:
+        carry_out(args, wanted, micro_batch, demo, work)
 
+
+def carry_out(
+    args: Any, wanted: list[Run], micro_batch: int | None, demo: bool, work: Work
+) -> None:
+    """Do what the flags ask for, in a work folder."""
     seconds: dict[str, float] = {}
-    with cli.clock(seconds, "load"):
+    with clock(seconds, "load"):
         from gblm.vit import adapters, models
 
         device = find_device(args.device)
         model = models.load(args.model, args.checkpoint)
         stored = next(model.parameters()).dtype
         dtype = find_dtype(args.dtype, device, lambda: stored) or stored
-        model.to(device, dtype)
+        model.to(dtype)
+        adapter = adapters.adapter(model)
+        offload = offloaded(args.offload, model, adapter.blocks(model), work.folder, device)
     if args.output:
         check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
-    with cli.clock(seconds, "data"):
+    with clock(seconds, "data"):
         batch, loaders, notes = choose(args, model)
 
-    adapter = adapters.adapter(model)
-    job = cli.Job(
+    job = Job(
         name=args.model,
         model=model,
         batch=batch,
@@ -81,13 +92,15 @@ def run(argv: Sequence[str] | None) -> None:
         backward=args.backward,
         notes=notes,
         seconds=seconds,
+        offload=offload,
+        work=work if work.asked or offload else None,
     )
-    reports = cli.compare(job, wanted)
+    reports = compare(job, wanted)
     title = "the packaged demo" if demo else args.model
     cli.show_table(f"{title}, pruned with {len(batch['images'])} images", reports)
-    for note in notes:
+    for note in notes if not rank() else []:
         print(note)
-    if args.output:
+    if args.output and not rank():
         print(f"written to {args.output}")
 
 

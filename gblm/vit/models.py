@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm.base import Batch, GblmError
+from gblm.offload import offload_of
 from gblm.survey import quiet
 
 LOCAL = "local-dir:"
@@ -62,6 +63,13 @@ def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None)
     `timm.create_model(name, checkpoint_path=…/model.safetensors)` loads the first, and
     `timm.create_model("local-dir:…", pretrained=True)` the folder.
     """
+    if offload := offload_of(model):
+        with offload.home():
+            return _save(model, folder, dtype)
+    return _save(model, folder, dtype)
+
+
+def _save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None) -> None:
     if dtype not in (None, next(model.parameters()).dtype):
         model = copy.deepcopy(model).to(dtype)
     folder = Path(folder)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,6 +32,8 @@ FLAGS = [
     "--dtype",
     "--evaluate",
     "--evaluate-windows",
+    "--gradient-dtype",
+    "--gradients",
     "--group",
     "--help",
     "--length",
@@ -40,25 +41,24 @@ FLAGS = [
     "--micro-batch",
     "--model",
     "--norm",
+    "--offload",
     "--output",
     "--overwrite",
     "--refine",
+    "--resume",
     "--samples",
     "--seed",
     "--sparsity",
     "--trust-remote-code",
+    "--work-dir",
 ]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny random LLaMA in bfloat16 and two shards, with a tokenizer of bytes."""
     where = tmp_path_factory.mktemp("model") / "tiny"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(where)
+    tokenizer.save_pretrained(where)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,

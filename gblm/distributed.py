@@ -1,0 +1,126 @@
+"""Several processes, as torchrun starts them, each with its share of the samples; alone, no-ops.
+
+Every process holds the whole model and draws the whole calibration batch; statistics are sums, so
+that one all-reduce gives every process those of all samples.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gblm.base import Batch, GblmError, Statistics
+
+T = TypeVar("T")
+
+
+def world() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return which of them this one is, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+@contextmanager
+def launched(device: str) -> Iterator[str]:
+    """Join the processes that torchrun has started, and give the device of this one.
+
+    They talk by NCCL on GPUs, by gloo on CPUs. Without torchrun nothing happens.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield device
+        return
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    try:
+        yield own
+        dist.barrier()  # nobody leaves while others still need its connections
+    finally:
+        dist.destroy_process_group()
+
+
+def share(batch: Batch) -> Batch:
+    """Return this process's share of the samples of a batch, of equal size but for one sample.
+
+    Raises `GblmError` where there are fewer samples than processes.
+    """
+    samples, count = len(next(iter(batch.values()))), world()
+    if samples < count:
+        raise GblmError(
+            f"{samples} samples cannot be shared by {count} processes; use more --samples"
+        )
+    each, more = divmod(samples, count)
+    start = rank() * each + min(rank(), more)
+    stop = start + each + (rank() < more)
+    return {name: value[start:stop] for name, value in batch.items()} if count > 1 else batch
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by their sums over all processes, by one all-reduce for each dtype."""
+    if world() == 1:
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    for found in kinds.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in found])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in found])
+        for tensor, part in zip(found, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def add_statistics(found: list[Statistics]) -> None:
+    """Make statistics those of the samples of all processes."""
+    if world() == 1:
+        return
+    tensors = [tensor for statistics in found for tensor in statistics.sums.values()]
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    counts = [torch.tensor([s.samples, s.positions], device=device) for s in found]
+    add_up(tensors + counts)
+    for statistics, count in zip(found, counts, strict=True):
+        statistics.samples, statistics.positions = count.tolist()
+
+
+def sent(value: Tensor, source: int) -> Tensor:
+    """Return what `value` is in the process `source`; it has one shape and dtype in all."""
+    if world() > 1:
+        value = value.contiguous()
+        dist.broadcast(value.view(torch.uint8), source)  # gloo does not know every dtype
+    return value
+
+
+def gathered(value: T) -> list[T]:
+    """Return the values of all processes, in their order."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def wait() -> None:
+    """Wait until all processes have come here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def agree(what: str, value: object) -> None:
+    """Raise `GblmError` where a value is not the same in all processes."""
+    found = gathered(value)
+    if other := [i for i, each in enumerate(found) if each != found[0]]:
+        raise GblmError(
+            f"{what} of process {other[0]} is not that of process 0; check that all processes "
+            "have the same files, packages and devices"
+        )

@@ -1,0 +1,254 @@
+"""A job: the runs of one command on one model, their gradients, their folders."""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from gblm.base import Adapter, Batch, Method, Pattern, Statistics
+from gblm.device import DTYPES, peak_memory
+from gblm.distributed import rank
+from gblm.gradients import gradient_sums
+from gblm.offload import Offload
+from gblm.output import written_beside
+from gblm.pruner import check, needed, prune
+from gblm.report import Report, clock
+from gblm.survey import Block
+from gblm.work import GradientFolder, Journal, Settings, fingerprint, locked
+
+Evaluation = dict[str, dict[str, float]]  # by data set: metric and value
+Bars = Callable[[str, int, int], None]  # phase, done, of how many
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Show one bar per phase with the time left; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        *columns, console=console, transient=True, disable=bool(rank()) or not console.is_terminal
+    ) as progress:
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+            if done >= total:
+                progress.remove_task(tasks.pop(phase))
+
+        yield show
+
+
+@dataclass
+class Run:
+    """One method with one pattern, as one command may ask for several."""
+
+    label: str  # of its row, and of its folder
+    method: Method
+    pattern: Pattern
+
+
+@dataclass
+class Work:
+    """The work folder of a command: see `gblm.work`.
+
+    former: the folder of gradients that the user named. kept: whether runs are kept in journals.
+    """
+
+    folder: Path
+    resume: bool = False
+    former: Path | None = None
+    dtype: str = "float32"
+    kept: bool = True
+
+    @property
+    def asked(self) -> bool:
+        """Whether the user wants anything kept, or taken from former runs."""
+        return self.kept or self.former is not None
+
+    def settings(self, job: "Job") -> Settings:
+        """Return what tells apart the model and the samples of a job."""
+        return fingerprint(job.model, job.batch, job.blocks)
+
+    def journal(self, run: Run, settings: Settings) -> Journal | None:
+        """Return the journal of a run; raises `GblmError` where its folder holds another."""
+        if not self.kept:
+            return None
+        method = run.method
+        own = {
+            "method": method.name,
+            "options": {k: str(v) for k, v in getattr(method.solve, "keywords", {}).items()},
+            "pattern": run.pattern.name,
+            **{k: getattr(method, k) for k in ("allocation", "focus", "refine", "share")},
+        }
+        return Journal(self.folder / run.label, {**settings, **own}, self.resume)
+
+    def gradients(self, settings: Settings, needs: frozenset[str], share: float) -> GradientFolder:
+        """Return the folder of gradients, with what they must be."""
+        own = {**settings, "needs": sorted(needs), "share": share, "dtype": self.dtype}
+        folder = self.former or self.folder / "gradients"
+        dtype = DTYPES[self.dtype] if self.dtype != "float32" else None
+        return GradientFolder(folder, own, dtype)
+
+
+@contextmanager
+def work_folder(args: argparse.Namespace) -> Iterator[Work]:
+    """Give the work folder that the flags ask for; else one for the time of the command.
+
+    That one lies beside the output, where there is room for the model.
+    """
+    given = {"former": args.gradients, "dtype": args.gradient_dtype}
+    if args.work_dir:
+        with locked(args.work_dir) if not rank() else nullcontext():
+            yield Work(args.work_dir, args.resume, **given)
+        return
+    parent = args.output.absolute().parent if args.output else None
+    if parent:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent) as folder:
+        yield Work(Path(folder), kept=False, **given)
+
+
+@dataclass
+class Job:
+    """What the runs of one command have in common.
+
+    evaluate(model, bars): the metrics of the model as it is. save(folder): write it as it is.
+    output: the folder of a single run, of the folders of several. seconds: of the phases before.
+    offload: how the weights come to the device. work: where runs are kept, to go on from.
+    """
+
+    name: str
+    model: nn.Module
+    batch: Batch
+    adapter: Adapter
+    blocks: list[Block]
+    evaluate: Callable[[nn.Module, Bars], Evaluation]
+    save: Callable[[Path], None]
+    output: Path | None = None
+    seed: int = 0
+    micro_batch: int | None = None
+    backward: str = "auto"
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    offload: Offload | None = None
+    work: Work | None = None
+
+
+def compare(job: Job, wanted: list[Run]) -> list[Report]:
+    """Carry out runs one after the other, on the same samples and gradients of the dense model.
+
+    A run's result is in its folder before the next run starts.
+    """
+    for run in wanted:
+        check(job.blocks, run.method, run.pattern)
+    linears = [linear for block in job.blocks for linear in block.linears]
+    # A single run needs no way back to the dense weights, and an offloaded model has one.
+    several = len(wanted) > 1 and not job.offload
+    weights = [linear.weight.clone() for linear in linears] if several else []
+    found = job.work.settings(job) if job.work else {}
+    journals = {run.label: job.work.journal(run, found) if job.work else None for run in wanted}
+    reports = []
+    with bars() as show:
+        with clock(job.seconds, "evaluate dense"):
+            before = job.evaluate(job.model, show)
+        shared: dict[str, float] = {}
+        with clock(shared, "gradients"):
+            gradients = dense_gradients(job, wanted, found, show)
+        for run in wanted:
+            if job.offload:
+                job.offload.revert()
+            for linear, weight in zip(linears, weights, strict=False):
+                linear.weight.copy_(weight)
+            seconds = {**job.seconds, **(shared if needed(run.method, run.pattern) else {})}
+            report = perform(job, run, gradients, seconds, before, show, journals[run.label])
+            reports.append(report)
+            if job.output and not rank():
+                folder = job.output / run.label if len(wanted) > 1 else job.output
+                with written_beside(folder) as beside:
+                    with clock(report.seconds, "save"):
+                        job.save(beside)
+                    report.write(beside)
+    return reports
+
+
+def dense_gradients(
+    job: Job, wanted: list[Run], settings: Settings, show: Bars
+) -> Mapping[str, Statistics]:
+    """Return the sums of gradients that the runs need: of a former run, or computed and kept."""
+    needs = frozenset().union(*(needed(run.method, run.pattern) for run in wanted))
+    if not needs:
+        return {}
+    share = max(run.method.share for run in wanted if needed(run.method, run.pattern))
+    folder = job.work.gradients(settings, needs, share) if job.work else None
+    if folder and job.work and (stored := folder.stored(must=job.work.former is not None)):
+        return stored
+    sums = gradient_sums(
+        job.model,
+        job.batch,
+        needs,
+        adapter=job.adapter,
+        blocks=job.blocks,
+        micro_batch=job.micro_batch,
+        backward=job.backward,
+        share=share,
+        keep=folder.keep if folder else None,
+        spill=job.work.folder if job.work and job.offload else None,
+        progress=lambda done, total: show("gradients", done, total),
+    )
+    return folder.finish() if folder else sums
+
+
+def perform(
+    job: Job,
+    run: Run,
+    gradients: Mapping[str, Statistics],
+    seconds: dict[str, float],
+    before: Evaluation,
+    show: Bars,
+    journal: Journal | None,
+) -> Report:
+    """Prune the dense model by one run, and evaluate it: the run's report, but for its saving."""
+    report = prune(
+        job.model,
+        job.batch,
+        run.method,
+        run.pattern,
+        adapter=job.adapter,
+        blocks=job.blocks,
+        gradients=gradients,
+        micro_batch=job.micro_batch,
+        journal=journal,
+        progress=show,
+    )
+    report.seconds = {**seconds, **report.seconds}
+    with clock(report.seconds, "evaluate"):
+        after = job.evaluate(job.model, show)
+    report.evaluation = merged(before, after)
+    report.model, report.seed, report.notes = job.name, job.seed, job.notes
+    report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
+    return report
+
+
+def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
+    """Return the metrics of every data set with their values before and after pruning.
+
+    Where a data set has several metrics, each stands under the name of the set and its own.
+    """
+    return {
+        name if len(metrics) == 1 else f"{name} {metric}": {
+            "metric": metric,
+            "dense": value,
+            "pruned": after[name][metric],
+        }
+        for name, metrics in before.items()
+        for metric, value in metrics.items()
+    }

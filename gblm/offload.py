@@ -1,0 +1,334 @@
+"""Offloading: weights that live in main memory or on disk, and come to the device block by block.
+
+The parameters of a model are cut into units: each block, and each embedding or linear outside of
+the blocks; what little is left stays on the device. While a unit is away its parameters hold NaN,
+in the memory of a single number, so that whatever would use them by mistake is found out. Hooks
+bring a unit to the device when its module runs, read the next one meanwhile, and put back what has
+changed when it is done.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gblm.base import GblmError
+from gblm.device import free_memory
+
+OFFLOADS = ("auto", "none", "cpu", "disk")
+Tensors = dict[str, Tensor]
+
+
+def find_offload(offload: str, size: int, device: torch.device) -> str:
+    """Return where the weights of a model of `size` bytes live; for "auto" as near as they fit.
+
+    That is on the device where they take at most half of its free memory, else in main memory by
+    the same measure, else on disk.
+    """
+    if offload != "auto":
+        return offload
+    if size <= free_memory(device) / 2:
+        return "none"
+    cpu = torch.device("cpu")
+    return "cpu" if device.type != "cpu" and size <= free_memory(cpu) / 2 else "disk"
+
+
+class Memory:
+    """Weights in main memory, pinned where a GPU fetches them from there."""
+
+    shared = True  # what it reads is what it keeps, and must not be written to
+
+    def __init__(self, tensors: Mapping[str, Tensor], pinned: bool) -> None:
+        self.dense = {name: _pinned(tensor, pinned) for name, tensor in tensors.items()}
+        self.changed: Tensors = {}
+
+    def read(self, name: str, names: list[str]) -> Tensors:
+        """Return the tensors of a unit."""
+        return {name: self.changed.get(name, self.dense[name]) for name in names}
+
+    def write(self, name: str, tensors: Tensors) -> None:
+        """Keep the changed tensors of a unit."""
+        for key, tensor in tensors.items():
+            self.changed[key] = tensor.to("cpu", self.dense[key].dtype, copy=True)
+
+    def revert(self) -> None:
+        """Forget all changes."""
+        self.changed.clear()
+
+
+@dataclass
+class Disk:
+    """Weights in safetensors files: the dense ones where they lie, changed units in `folder`.
+
+    files: the file of every tensor.
+    """
+
+    shared: ClassVar[bool] = False
+    files: dict[str, Path]
+    folder: Path
+    units: dict[str, Path] = field(default_factory=dict)  # those that have changed
+
+    def read(self, name: str, names: list[str]) -> Tensors:
+        """Return the tensors of a unit."""
+        if name in self.units:
+            return read_tensors(self.units[name])
+        found: Tensors = {}
+        for file in dict.fromkeys(self.files[key] for key in names):
+            found |= read_tensors(file, [key for key in names if self.files[key] == file])
+        return found
+
+    def write(self, name: str, tensors: Tensors) -> None:
+        """Write all tensors of a unit, some of which have changed, in the dtypes they came in."""
+        before = self.read(name, list(tensors))
+        path = self.folder / f"{name or 'rest'}.safetensors"
+        write_tensors(path, {key: value.to(before[key].dtype) for key, value in tensors.items()})
+        self.units[name] = path
+
+    def revert(self) -> None:
+        """Forget all changes."""
+        self.units.clear()
+
+
+@dataclass(eq=False)
+class Unit:
+    """Parameters, by their names in the model, that come to the device together."""
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    offload: Offload
+    device: torch.device
+    depth: int = 0
+    version: int = 0
+
+    def enter(self) -> None:
+        """Bring the parameters to the device, where they are not there yet."""
+        self.depth += 1
+        if self.depth == 1:
+            for name, tensor in self.offload.fetch(self).items():
+                own = self.parameters[name]
+                copy = self.offload.store.shared
+                own.data = tensor.to(self.device, own.dtype, non_blocking=True, copy=copy)
+            self.version = self._version()
+
+    def leave(self) -> None:
+        """Put back what has changed, and give the memory back, where nobody is left inside."""
+        self.depth -= 1
+        if self.depth:
+            return
+        if self._version() != self.version:
+            self.offload.store.write(
+                self.name, {name: value.detach() for name, value in self.parameters.items()}
+            )
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the parameters hold NaN, in the memory of a single number."""
+        for own in self.parameters.values():
+            own.data = absent(own.shape, own.dtype, self.device)
+
+    def _version(self) -> int:
+        return sum(own._version for own in self.parameters.values())
+
+
+class Offload:
+    """The units of a model, and the store they come from; ends with `close`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        store: Memory | Disk,
+        device: torch.device | None = None,
+    ) -> None:
+        self.store = store
+        self.device = device or next(model.parameters()).device
+        self.units = _units(self, model, blocks)
+        self.blocks = [unit for unit in self.units if unit.name in blocks]
+        self.last: Unit | None = None
+        self.next: tuple[Unit, Future[Tensors]] | None = None
+        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gblm-read")
+        away = {own for unit in self.units for own in unit.parameters.values()}
+        stays = {name: own for name, own in model.named_parameters() if own not in away}
+        for name, tensor in store.read("", list(stays)).items():
+            stays[name].data = tensor.to(self.device, stays[name].dtype, copy=True)
+        for buffer in model.buffers():
+            buffer.data = buffer.to(self.device)
+        for unit in self.units:
+            unit.forget()
+            KNOWN[unit.module] = unit
+            unit.module.register_forward_pre_hook(lambda *_, unit=unit: unit.enter(), prepend=True)
+            unit.module.register_forward_hook(lambda *_, unit=unit: unit.leave(), always_call=True)
+
+    def fetch(self, unit: Unit) -> Tensors:
+        """Return the tensors of a unit from the store, and start to read the one likely next."""
+        ready, self.next = self.next, None
+        tensors = ready[1].result() if ready and ready[0] is unit else self._read(unit)
+        if unit in self.blocks:
+            at = self.blocks.index(unit)
+            back = self.last in self.blocks[at + 1 :]
+            after = at - 1 if back else at + 1
+            if 0 <= after < len(self.blocks):
+                following = self.blocks[after]
+                self.next = (following, self.reader.submit(self._read, following))
+            self.last = unit
+        return tensors
+
+    def _read(self, unit: Unit) -> Tensors:
+        return self.store.read(unit.name, list(unit.parameters))
+
+    def revert(self) -> None:
+        """Make all weights dense again."""
+        self.next = None
+        self.store.revert()
+
+    @contextmanager
+    def home(self) -> Iterator[None]:
+        """Have all parameters in main memory, as they are now, for a time."""
+        try:
+            for unit in self.units:
+                for name, tensor in self._read(unit).items():
+                    own = unit.parameters[name]
+                    own.data = tensor.to("cpu", own.dtype)
+            yield
+        finally:
+            for unit in self.units:
+                unit.forget()
+
+    def close(self) -> None:
+        """End the reading of units ahead."""
+        self.next = None
+        self.reader.shutdown(cancel_futures=True)
+
+
+def absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of NaN, in the memory of a single number."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def offloaded(
+    offload: str,
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    folder: Path,
+    device: torch.device,
+) -> Offload | None:
+    """Let the weights of a model in main memory live where `offload` says: see `find_offload`.
+
+    On disk that is in the folder. None where they live on the device, and are there then.
+    """
+    kind = find_offload(offload, sum(own.nbytes for own in model.parameters()), device)
+    if kind == "none":
+        model.to(device)
+        return None
+    if kind == "cpu":
+        store = Memory(dict(model.named_parameters()), pinned=device.type == "cuda")
+        return Offload(model, blocks, store, device)
+    files: dict[str, Path] = {}
+    for i, (name, tensor) in enumerate(model.named_parameters()):
+        files[name] = folder / f"dense-{i}.safetensors"
+        write_tensors(files[name], {name: tensor.detach()})
+    return Offload(model, blocks, Disk(files, folder), device)
+
+
+KNOWN: weakref.WeakKeyDictionary[nn.Module, Unit] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def here(module: nn.Module) -> Iterator[None]:
+    """Have the parameters of a module on the device for a time: nothing to do where they live."""
+    unit = KNOWN.get(module)
+    if unit is None:
+        yield
+        return
+    unit.enter()
+    try:
+        yield
+    finally:
+        unit.leave()
+
+
+def offload_of(model: nn.Module) -> Offload | None:
+    """Return how a model is offloaded, None where it is not."""
+    return next((KNOWN[module].offload for module in model.modules() if module in KNOWN), None)
+
+
+def _units(offload: Offload, model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
+    known = {own: name for name, own in model.named_parameters()}  # one name of tied weights
+    within = {inner for block in blocks.values() for inner in block.modules()}
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if name in blocks or (isinstance(module, nn.Embedding | nn.Linear) and module not in within)
+    }
+    return [
+        Unit(
+            name,
+            module,
+            {known[own]: own for own in module.parameters()},
+            offload,
+            offload.device,
+        )
+        for name, module in chosen.items()
+    ]
+
+
+def _pinned(tensor: Tensor, pinned: bool) -> Tensor:
+    tensor = tensor.detach().to("cpu")
+    return tensor.pin_memory() if pinned else tensor
+
+
+def read_tensors(path: Path, names: list[str] | None = None) -> Tensors:
+    """Return the tensors of a safetensors file; raises `GblmError` where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            wanted = file.keys() if names is None else names
+            return {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise GblmError(f"{path} cannot be read ({error}); fetch or write it again") from error
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file: beside first, forced to the disk, then renamed.
+
+    Raises `GblmError` where the disk is full or the folder cannot be written to.
+    """
+    whole = {name: tensor.contiguous().to("cpu") for name, tensor in tensors.items()}
+
+    def write(beside: Path) -> None:
+        save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
+
+    write_beside(path, write)
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(path beside)` write a file, force it to the disk, then rename it.
+
+    Raises `GblmError` where the disk is full or the folder cannot be written to.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise GblmError(
+            f"{path} cannot be written ({error}); make space, or go elsewhere"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)

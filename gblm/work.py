@@ -1,0 +1,260 @@
+"""The work folder of a run: the gradients, the finished blocks and the stream after the last one.
+
+    gradients/gradients.json, BLOCK.safetensors    sums of the dense model, for any run
+    RUN/journal.json                               settings, finished blocks, their reports
+    RUN/BLOCK.safetensors                          a pruned block
+    RUN/stream-N.safetensors                       what goes into block N
+
+Every file is written beside its place, forced to the disk and renamed, the journal last: whenever a
+run is cut off, the journal and what it names are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gblm.base import Batch, GblmError, Statistics
+from gblm.distributed import rank, wait, world
+from gblm.offload import here, read_tensors, write_beside, write_tensors
+from gblm.report import LinearReport, Report
+from gblm.stream import Call
+from gblm.survey import Block, size
+
+Settings = dict[str, Any]
+
+
+class StoredGradients(Mapping[str, Statistics]):
+    """Sums of gradients in a folder, read linear by linear."""
+
+    def __init__(self, folder: Path, blocks: Mapping[str, str], samples: int, positions: int):
+        self.folder, self.blocks = folder, blocks  # the block of each linear
+        self.samples, self.positions = samples, positions
+
+    def __getitem__(self, name: str) -> Statistics:
+        path = _file(self.folder, self.blocks[name])
+        start = f"{name}:"
+        names = [key for key in _keys(path) if key.startswith(start)]
+        sums = {
+            key.removeprefix(start): value.float() if value.dtype.itemsize < 4 else value
+            for key, value in read_tensors(path, names).items()
+        }
+        return Statistics(sums, self.samples, self.positions)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+class GradientFolder:
+    """Where sums of gradients are written block by block, and found again by later runs."""
+
+    def __init__(self, folder: Path, settings: Settings, dtype: torch.dtype | None = None) -> None:
+        self.folder, self.settings, self.dtype = folder, settings, dtype
+        self.blocks: dict[str, str] = {}
+        self.samples = self.positions = 0
+
+    def keep(self, block: Block, sums: Mapping[str, Statistics]) -> None:
+        """Write the sums of a block, in the dtype of the folder where one is set."""
+        for name, statistics in sums.items():
+            self.blocks[name] = block.name
+            self.samples, self.positions = statistics.samples, statistics.positions
+        if rank():  # the sums are the same in all processes
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{name}:{key}": value if self.dtype is None else value.to(self.dtype)
+            for name, statistics in sums.items()
+            for key, value in statistics.sums.items()
+        }
+        write_tensors(_file(self.folder, block.name), tensors)
+
+    def finish(self) -> StoredGradients:
+        """Write what the folder holds, which makes it whole, and return its sums."""
+        found: Settings = {"settings": self.settings, "blocks": self.blocks}
+        found |= {"samples": self.samples, "positions": self.positions}
+        if not rank():
+            write_json(self.folder / "gradients.json", found)
+        wait()
+        return StoredGradients(self.folder, self.blocks, self.samples, self.positions)
+
+    def stored(self, must: bool = False) -> StoredGradients | None:
+        """Return the sums of a former run, None where there are none.
+
+        must: raise `GblmError` then, too. It is raised where they are of other settings, by name;
+        more statistics than asked for do no harm.
+        """
+        path = self.folder / "gradients.json"
+        if not path.is_file():
+            if must:
+                raise GblmError(f"{self.folder} holds no gradients.json; give a former --work-dir")
+            return None
+        found = read_json(path)
+        theirs = dict(found["settings"])
+        if set(self.settings["needs"]) <= set(theirs["needs"]):
+            theirs["needs"] = self.settings["needs"]
+        refuse_others(self.folder, theirs, self.settings)
+        return StoredGradients(self.folder, found["blocks"], found["samples"], found["positions"])
+
+
+class Journal:
+    """The finished blocks of a run and the stream after the last of them, to go on from."""
+
+    def __init__(self, folder: Path, settings: Settings, resume: bool) -> None:
+        """Open a folder; raises `GblmError` where it holds another run, or one to be resumed."""
+        self.folder, self.path = folder, folder / "journal.json"
+        self.settings = json.loads(json.dumps({**settings, "processes": world()}))  # as read
+        self.finished: list[str] = []
+        self.entries: list[dict[str, Any]] = []
+        self.report: Report | None = None
+        if not self.path.is_file():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise GblmError(f"{folder}: {error.strerror}; give another --work-dir") from error
+            return
+        if not resume:
+            raise GblmError(f"{folder} holds a run; --resume goes on with it, or remove the folder")
+        found = read_json(self.path)
+        refuse_others(folder, found["settings"], self.settings)
+        self.finished = found["finished"]
+        self.entries = found["linears"]
+
+    def begin(self, report: Report) -> None:
+        """Take the report of a run, and give it what became of the finished blocks."""
+        self.report = report
+        report.linears = [LinearReport(**entry) for entry in self.entries]
+
+    def has(self, block: Block) -> bool:
+        """Say whether a block is finished."""
+        return block.name in self.finished
+
+    def outputs(self, block: Block, call: Call) -> Any:
+        """Give a finished block its weights; return its outputs: all of them after the last one.
+
+        Those of the blocks before are empty of values, for nobody looks at them.
+        """
+        stored = read_tensors(_file(self.folder, block.name))
+        with torch.no_grad(), here(block.module):
+            for name, parameter in block.module.named_parameters():
+                parameter.copy_(stored[name])
+            leaves, spec = tree_flatten(call.run(call.arguments(slice(0, 1))))
+        values: dict[str, Tensor] = {}
+        if block.name == self.finished[-1] and (path := self._stream(len(self.finished))).exists():
+            values = read_tensors(path)
+        for i, leaf in enumerate(leaves):
+            if str(i) in values:
+                leaves[i] = values[str(i)].to(leaf.device)
+            elif isinstance(leaf, Tensor) and leaf.ndim:
+                shape = (len(leaf) * call.samples, *leaf.shape[1:])
+                leaves[i] = leaf.new_zeros(()).expand(shape)
+        return tree_unflatten(leaves, spec)
+
+    def finish(self, block: Block, outputs: Any) -> None:
+        """Write a block, its outputs, and last the journal that names them."""
+        assert self.report is not None
+        count = len(self.finished) + 1
+        own = {name: value.detach() for name, value in block.module.named_parameters()}
+        if not rank():
+            write_tensors(_file(self.folder, block.name), own)
+        if outputs is not None:
+            leaves = enumerate(tree_flatten(outputs)[0])
+            stream = {str(i): x for i, x in leaves if isinstance(x, Tensor) and x.ndim}
+            write_tensors(self._stream(count), stream)
+        self.finished.append(block.name)
+        found = {"settings": self.settings, "finished": self.finished}
+        found["linears"] = [asdict(entry) for entry in self.report.linears]
+        wait()  # until all streams are written
+        if not rank():
+            write_json(self.path, found)
+        wait()
+        self._stream(count - 1).unlink(missing_ok=True)
+
+    def _stream(self, count: int) -> Path:
+        of = f"-of-process-{rank()}" if world() > 1 else ""
+        return self.folder / f"stream-{count}{of}.safetensors"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder for a time; raises `GblmError` where one is in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a")
+    except OSError as error:
+        raise GblmError(f"{folder}: {error.strerror}; give another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise GblmError(f"{folder} is in use by another run; wait, or go elsewhere") from None
+        yield
+
+
+def fingerprint(model: nn.Module, batch: Batch, blocks: list[Block]) -> Settings:
+    """Return what tells a model and a calibration batch apart, as hashes.
+
+    The model: names, shapes and some values of all parameters, 64 of each, as they are now. The
+    batch: all of it, so that its source, seed, number and length of samples count.
+    """
+    weights, data = hashlib.sha256(), hashlib.sha256()
+    for block in blocks:
+        with here(block.module):
+            for name, value in block.module.named_parameters():
+                weights.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+                flat = value.detach().reshape(-1)
+                some = flat[:: max(1, len(flat) // 64)].to("cpu", torch.float64)
+                weights.update(some.numpy().tobytes())
+    for name, samples in sorted(batch.items()):
+        data.update(f"{name} {list(samples.shape)} {samples.dtype}".encode())
+        flat = samples.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data.update(flat.numpy().tobytes())
+    return {
+        "model": weights.hexdigest()[:16],
+        "calibration batch": data.hexdigest()[:16],
+        "samples": size(batch),
+    }
+
+
+def refuse_others(folder: Path, theirs: Settings, ours: Settings) -> None:
+    """Raise `GblmError` that names the settings in which a folder is another's."""
+    names = sorted(set(theirs) | set(ours))
+    other = [name for name in names if theirs.get(name) != ours.get(name)]
+    if other:
+        said = ", ".join(f"{n} ({theirs.get(n)}, here {ours.get(n)})" for n in other[:3])
+        raise GblmError(f"{folder} is of a run with another {said}; give another folder")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file: beside first, then renamed."""
+    write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; raises `GblmError` where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise GblmError(f"{path} cannot be read ({error}); remove its folder") from error
+
+
+def _file(folder: Path, block: str) -> Path:
+    return folder / f"{block}.safetensors"
+
+
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())

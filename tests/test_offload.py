@@ -1,0 +1,100 @@
+"""Laws of offloading: the same bits from wherever the weights come, and one block at a time."""
+
+import pytest
+import torch
+
+import gblm
+from gblm import methods, offload
+from gblm.llm.adapters import adapter
+from gblm.offload import Disk, Memory, Offload, here
+from gblm.survey import find_adapter
+
+METHODS = ["magnitude", "wanda", "gblm", "sparsegpt", "best"]
+
+
+def offloaded(model, kind, tmp_path):
+    """Offload a model in place; return its Offload."""
+    tensors = {name: value.detach().clone() for name, value in model.named_parameters()}
+    if kind == "cpu":
+        store = Memory(tensors, pinned=False)
+    else:
+        offload.write_tensors(tmp_path / "dense.safetensors", tensors)
+        (tmp_path / "changed").mkdir()
+        store = Disk(dict.fromkeys(tensors, tmp_path / "dense.safetensors"), tmp_path / "changed")
+    return Offload(model, adapter(model).blocks(model), store)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_offloaded_models_get_the_same_bits(make_llama, batch, name, kind, tmp_path):
+    plain, other = make_llama(), make_llama()
+    parts = offloaded(other, kind, tmp_path)
+    made = methods.make(name)
+    gblm.prune(plain, batch, made, "0.5", backward="blocks")
+    gblm.prune(other, batch, made, "0.5")
+    for unit in parts.units:
+        with here(unit.module):
+            for key, value in unit.parameters.items():
+                assert torch.equal(value, plain.get_parameter(key)), key
+    with torch.no_grad():
+        assert torch.equal(other(**batch).logits, plain(**batch).logits)
+    parts.revert()
+    with torch.no_grad():
+        assert torch.equal(other(**batch).logits, make_llama()(**batch).logits)
+    parts.close()
+
+
+def test_weights_that_are_away_are_nan_and_hold_no_memory(llama, batch, tmp_path):
+    parts = offloaded(llama, "disk", tmp_path)
+    block = llama.model.layers[1]
+    weight = block.mlp.up_proj.weight
+    assert weight.isnan().all()
+    assert weight.untyped_storage().nbytes() == weight.element_size()
+    with here(block):
+        assert not weight.isnan().any()
+        assert llama.model.layers[0].mlp.up_proj.weight.isnan().all()
+    assert weight.isnan().all()
+    assert not llama.model.norm.weight.isnan().any(), "what is small stays"
+    parts.close()
+
+
+def test_a_block_that_fails_goes_away_as_it_was(llama, batch, tmp_path):
+    parts = offloaded(llama, "disk", tmp_path)
+    calls = []
+
+    def score(weight, statistics):
+        calls.append(1)
+        return weight.abs() if len(calls) < 10 else weight * torch.nan
+
+    broken = gblm.masked("broken", {"input_sq"}, score)
+    with pytest.raises(gblm.GblmError, match=r"layers\.1.*NaN"):
+        gblm.prune(llama, batch, broken, "0.5")
+    assert all(unit.depth == 0 for unit in parts.units)
+    assert set(parts.store.units) == {"model.layers.0"}
+    parts.close()
+
+
+def test_a_damaged_file_is_named(llama, batch, tmp_path):
+    offloaded(llama, "disk", tmp_path)
+    file = tmp_path / "dense.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(gblm.GblmError, match=r"dense\.safetensors cannot be read"):
+        gblm.prune(llama, batch, methods.wanda(), "0.5", adapter=find_adapter(llama))
+
+
+def test_auto_keeps_weights_as_near_as_they_fit(monkeypatch):
+    free = {"cpu": 1000, "cuda": 100}
+    monkeypatch.setattr(offload, "free_memory", lambda device: free[device.type])
+    found = {
+        (size, device): offload.find_offload("auto", size, torch.device(device))
+        for size in (40, 400, 4000)
+        for device in free
+    }
+    assert found == {
+        (40, "cpu"): "none",
+        (400, "cpu"): "none",
+        (4000, "cpu"): "disk",
+        (40, "cuda"): "none",
+        (400, "cuda"): "cpu",
+        (4000, "cuda"): "disk",
+    }

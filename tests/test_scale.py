@@ -1,0 +1,186 @@
+"""Laws of scale, by the command line: any offload, any number of processes, cut off anywhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gblm.llm.__main__ import main as prune_llm
+from gblm.vit.__main__ import main as prune_vit
+
+METHODS = ["--method", "gblm,sparsegpt", "--sparsity", "0.5"]
+FOLDERS = ["gblm-0.5", "sparsegpt-0.5"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def arguments(fixture: list[str]) -> list[str]:
+    """Return the arguments of the command line, of those of a script of eval/."""
+    found = fixture[1:]
+    if "--windows" in found:
+        found[found.index("--windows")] = "--evaluate-windows"
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    assert set(first) == set(second)
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("side", ["llm", "vit"])
+def test_every_offload_writes_the_same_bits(side, request, tmp_path, capsys):
+    run = {"llm": prune_llm, "vit": prune_vit}[side]
+    flags = [*arguments(request.getfixturevalue(side)), *METHODS, "--backward", "blocks"]
+    for kind in ("none", "cpu", "disk"):
+        assert run([*flags, "--offload", kind, "--output", str(tmp_path / kind)]) == 0
+    tables = capsys.readouterr().out.split("written to")
+    assert tables[0].splitlines()[1:-1] != []
+    for name in FOLDERS:
+        assert same(tmp_path / "none" / name, tmp_path / "cpu" / name)
+        assert same(tmp_path / "none" / name, tmp_path / "disk" / name)
+        reports = [
+            json.loads((tmp_path / kind / name / "report.json").read_text())["evaluation"]
+            for kind in ("none", "cpu", "disk")
+        ]
+        assert reports[0] == reports[1] == reports[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu", "disk", "none"]
+
+
+def test_gradients_of_a_former_run_are_taken_and_others_refused(llm, tmp_path, capsys):
+    flags = [*arguments(llm), "--sparsity", "0.5", "--method"]
+    work = tmp_path / "work"
+    assert (
+        prune_llm([*flags, "gblm", "--work-dir", str(work), "--output", str(tmp_path / "a")]) == 0
+    )
+    former = ["--gradients", str(work / "gradients")]
+    assert prune_llm([*flags, "gblm", *former, "--output", str(tmp_path / "b")]) == 0
+    assert same(tmp_path / "a", tmp_path / "b")
+    capsys.readouterr()
+    assert prune_llm([*flags, "gblm", *former, "--seed", "1"]) == 2
+    assert "another calibration batch" in capsys.readouterr().err
+    assert prune_llm([*flags, "gblm", "--norm", "l2", *former]) == 2
+    assert "another needs" in capsys.readouterr().err
+    assert prune_llm([*flags, "gblm", "--gradients", str(tmp_path)]) == 2
+    assert "holds no gradients.json" in capsys.readouterr().err
+
+
+# Kills the process when it is about to rename its n-th file: all are written then, none in place.
+KILLED = """
+import os, signal, sys
+import gblm.offload
+left, rename = int(sys.argv.pop(1)), os.replace
+def replace(beside, path):
+    global left
+    left -= "work" in str(path)
+    if left == 0:
+        with open(beside, "r+b") as file:
+            file.truncate(os.path.getsize(beside) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(beside, path)
+gblm.offload.os.replace = replace
+from gblm.llm.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "at", [2, 5, 8, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 3, 4, 6, 7, 9, 10))]
+)
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(llm, at, tmp_path, capsys):
+    flags = [*arguments(llm), *METHODS]
+    assert prune_llm([*flags, "--output", str(tmp_path / "whole")]) == 0
+    flags += ["--work-dir", str(tmp_path / "work"), "--output", str(tmp_path / "resumed")]
+    command = [sys.executable, "-c", KILLED, str(at), *flags]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (tmp_path / "resumed").exists() or at > 6
+    assert prune_llm([*flags, "--resume"]) == 0, capsys.readouterr().err
+    for name in FOLDERS:
+        assert same(tmp_path / "whole" / name, tmp_path / "resumed" / name)
+
+
+def test_a_run_of_other_flags_is_not_resumed(llm, tmp_path, capsys):
+    flags = [*arguments(llm), "--method", "wanda", "--work-dir", str(tmp_path / "work")]
+    assert prune_llm([*flags, "--sparsity", "0.5"]) == 0
+    capsys.readouterr()
+    assert prune_llm([*flags, "--sparsity", "0.5"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert prune_llm([*flags, "--sparsity", "0.5", "--seed", "3", "--resume"]) == 2
+    assert "another calibration batch" in capsys.readouterr().err
+    assert prune_llm([*flags[:-2], "--sparsity", "0.5", "--resume"]) == 2
+    assert "--work-dir" in capsys.readouterr().err
+
+
+def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in so many processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", str(processes), *command]
+    return subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("side", "processes"), [("llm", 2), ("llm", 3), ("vit", 3)])
+def test_processes_share_the_samples_and_get_the_masks_of_one(side, processes, request, tmp_path):
+    run = {"llm": prune_llm, "vit": prune_vit}[side]
+    flags = [*arguments(request.getfixturevalue(side)), *METHODS]
+    flags[flags.index("--samples") + 1] = "7"  # shared unevenly
+    assert run([*flags, "--output", str(tmp_path / "one")]) == 0
+    done = torchrun(processes, "-m", f"gblm.{side}", *flags, "--output", str(tmp_path / "many"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    for name in FOLDERS:
+        one, many = weights(tmp_path / "one" / name), weights(tmp_path / "many" / name)
+        cells = [(value == 0) == (many[key] == 0) for key, value in one.items()]
+        assert torch.cat([cell.flatten() for cell in cells]).float().mean() >= 0.9999
+        reports = [
+            json.loads((tmp_path / kind / name / "report.json").read_text())["evaluation"]
+            for kind in ("one", "many")
+        ]
+        for key, value in reports[0].items():
+            assert reports[1][key]["pruned"] == pytest.approx(value["pruned"], rel=1e-4)
+
+
+FAILING = """
+import sys
+import gblm.pruner
+from gblm.base import GblmError
+from gblm.distributed import rank
+from gblm.llm.__main__ import main
+solve = gblm.pruner.solve
+def planted(*args):
+    if rank() == 1:
+        raise GblmError("planted in process 1")
+    return solve(*args)
+gblm.pruner.solve = planted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_one_process_that_fails_ends_all_with_its_error(llm, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    flags = [*arguments(llm), *METHODS, "--output", str(tmp_path / "out")]
+    done = torchrun(2, str(script), *flags)
+    assert done.returncode != 0
+    assert "planted in process 1" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_samples_than_processes_are_refused(llm):
+    flags = [*arguments(llm), *METHODS]
+    flags[flags.index("--samples") + 1] = "2"
+    done = torchrun(3, "-m", "gblm.llm", *flags)
+    assert done.returncode != 0
+    assert "2 samples cannot be shared by 3 processes" in done.stderr
