@@ -1,9 +1,9 @@
 """The folder of a result: checked before work is spent, written beside, then renamed."""
 
 import os
-import secrets
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +41,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
     """Give a folder to write to, which becomes `folder` once all is written, and goes if not."""
     folder = folder.absolute()
     # Named before it is there, so that an interruption at any time finds what to remove.
-    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside.mkdir(mode=0o755)
