@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gblm import kernels
 from gblm.base import GblmError, Pattern
 
+KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
 
 
@@ -43,6 +45,10 @@ def nm(n: int, m: int) -> Pattern:
         raise GblmError(f"pattern {n}:{m} needs 0 < n < m; 2:4 keeps two weights of every four")
 
     def keep(score: Tensor) -> Tensor:
+        if kernels.usable(score) and m <= KERNEL_WINDOW:
+            from gblm.kernels.nm_keep import nm_keep
+
+            return nm_keep(score, n, m)
         return _keep_highest(score.reshape(-1, m), n).view_as(score)
 
     def check(shape: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gblm import kernels
 from gblm.base import Statistics
 
 STRIP = 128  # columns of a symmetric product at a time, at least: less pays too little
@@ -17,24 +18,32 @@ STRIP = 128  # columns of a symmetric product at a time, at least: less pays too
 
 def input_sq(total: Tensor, x: Tensor, dense: Tensor) -> None:
     """Add Σ x² of the inputs `x [positions, in]` to `total [in]` (arXiv 2306.11695)."""
+    x = wide(x)
     total += torch.einsum("pi,pi->i", x, x) if x.is_cuda else x.square().sum(dim=0)
 
 
 def input_gram(total: Tensor, x: Tensor, dense: Tensor) -> None:
     """Add XᵀX of the inputs `x [positions, in]` to `total [in, in]` (arXiv 2301.00774).
 
-    It is symmetric: only the strips on and above the diagonal are computed, then mirrored.
+    It is symmetric: only the strips on and above the diagonal are computed, then mirrored; on a GPU
+    a kernel does so by tiles.
     """
+    if x.dtype in kernels.HALVES and kernels.usable(total, x):
+        from gblm.kernels.input_gram import input_gram as kernel
+
+        return kernel(total, x)
+    x = wide(x)
     width = max(STRIP, len(total) // 8)
     for start in range(0, len(total), width):
         stop = start + width
         total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
         total[stop:, start:stop] = total[start:stop, stop:].T
+    return None
 
 
 def cross_gram(total: Tensor, x: Tensor, dense: Tensor) -> None:
     """Add X_dᵀX to `total [in, in]`, X_d being what the dense model has in the place of X."""
-    total.addmm_(dense.T, x)
+    total.addmm_(wide(dense).T, wide(x))
 
 
 def grad_abs(total: Tensor, gradient: Tensor, dy: Tensor) -> None:
@@ -110,10 +119,13 @@ def add_inputs(
     dense: what the dense model has in their place, `[positions, in]`; the same where None.
     weights: how much each position of a sample counts, of mean 1; all alike where None.
     """
-    x, dense = wide(x), wide(x if dense is None else dense)
+    alone = dense is None or dense is x
     if weights is not None and len(x) == samples * len(weights):
+        x = wide(x)
         root = weights.to(x).sqrt().repeat(samples)[:, None]
-        x, dense = x * root, x * root if dense is x else dense * root
+        x, dense = x * root, None if dense is None or alone else wide(dense) * root
+    if dense is None or alone:
+        dense = x
     for name, total in statistics.sums.items():
         if name in INPUT:
             INPUT[name].add(total, x, dense)
@@ -127,14 +139,21 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
     x: [samples, positions, in], the inputs; dy: [samples, positions, out], the gradient of each
     sample's own loss by the outputs. One sample's gradient is in memory at a time.
     """
+    statistics.samples += len(x)
+    statistics.positions += x.shape[0] * x.shape[1]
+    names = set(statistics.sums)
+    halves = x.dtype == dy.dtype and x.dtype in kernels.HALVES
+    if halves and kernels.usable(x, dy) and names <= {"grad_abs", "grad_sq"}:
+        from gblm.kernels.gradient_sums import gradient_sums
+
+        return gradient_sums(x, dy, *(statistics.sums.get(n) for n in ("grad_abs", "grad_sq")))
     x, dy = wide(x), wide(dy)
     gradient = x.new_empty(dy.shape[-1], x.shape[-1])
     for sample_x, sample_dy in zip(x, dy, strict=True):
         torch.mm(sample_dy.T, sample_x, out=gradient)
         for name, total in statistics.sums.items():
             GRADIENT[name].add(total, gradient, sample_dy)
-    statistics.samples += len(x)
-    statistics.positions += x.shape[0] * x.shape[1]
+    return None
 
 
 def position_weights(gradients: Iterable[Statistics], focus: float) -> Tensor | None:

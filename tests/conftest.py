@@ -4,10 +4,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, which asks it once
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import pytest
 import timm
-import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn

@@ -14,7 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; what stands on one line may import its own line and those above it here.
 LAYERS = [
-    ("base", "kernels"),
+    ("kernels",),
+    ("base",),
     ("stats", "patterns"),
     ("scores", "solvers", "allocation"),
     ("methods",),
