@@ -58,6 +58,9 @@ class Memory:
         """Return the tensors of a unit."""
         return {name: self.changed.get(name, self.dense[name]) for name in names}
 
+    def expect(self, name: str, names: list[str]) -> None:
+        """Do nothing: the tensors of a unit are here."""
+
     def write(self, name: str, tensors: Tensors) -> None:
         """Keep the changed tensors of a unit."""
         for key, tensor in tensors.items():
@@ -88,6 +91,13 @@ class Disk:
         for file in dict.fromkeys(self.files[key] for key in names):
             found |= read_tensors(file, [key for key in names if self.files[key] == file])
         return found
+
+    def expect(self, name: str, names: list[str]) -> None:
+        """Let the system read the files of a unit ahead, where it can."""
+        files = [self.units[name]] if name in self.units else {self.files[key] for key in names}
+        for file in files if hasattr(os, "posix_fadvise") else []:
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def write(self, name: str, tensors: Tensors) -> None:
         """Write all tensors of a unit, some of which have changed, in the dtypes they came in."""
@@ -182,7 +192,10 @@ class Offload:
             after = at - 1 if back else at + 1
             if 0 <= after < len(self.blocks):
                 following = self.blocks[after]
-                self.next = (following, self.reader.submit(self._read, following))
+                if self.device.type == "cpu":  # no room of our own for what is near already
+                    self.store.expect(following.name, list(following.parameters))
+                else:
+                    self.next = (following, self.reader.submit(self._read, following))
             self.last = unit
         return tensors
 

@@ -1,6 +1,6 @@
 """The work folder of a run: the gradients, the finished blocks and the stream after the last one.
 
-    gradients/gradients.json, BLOCK.safetensors    sums of the dense model, for any run
+    gradients/gradients.json, LINEAR.safetensors   sums of the dense model, for any run
     RUN/journal.json                               settings, finished blocks, their reports
     RUN/BLOCK.safetensors                          a pruned block
     RUN/stream-N.safetensors                       what goes into block N
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -38,25 +37,22 @@ Settings = dict[str, Any]
 class StoredGradients(Mapping[str, Statistics]):
     """Sums of gradients in a folder, read linear by linear."""
 
-    def __init__(self, folder: Path, blocks: Mapping[str, str], samples: int, positions: int):
-        self.folder, self.blocks = folder, blocks  # the block of each linear
+    def __init__(self, folder: Path, linears: list[str], samples: int, positions: int) -> None:
+        self.folder, self.linears = folder, linears
         self.samples, self.positions = samples, positions
 
     def __getitem__(self, name: str) -> Statistics:
-        path = _file(self.folder, self.blocks[name])
-        start = f"{name}:"
-        names = [key for key in _keys(path) if key.startswith(start)]
-        sums = {
-            key.removeprefix(start): value.float() if value.dtype.itemsize < 4 else value
-            for key, value in read_tensors(path, names).items()
-        }
+        if name not in self.linears:
+            raise KeyError(name)
+        found = read_tensors(_file(self.folder, name))
+        sums = {k: v.float() if v.dtype.itemsize < 4 else v for k, v in found.items()}
         return Statistics(sums, self.samples, self.positions)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.blocks)
+        return iter(self.linears)
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.linears)
 
 
 class GradientFolder:
@@ -64,32 +60,30 @@ class GradientFolder:
 
     def __init__(self, folder: Path, settings: Settings, dtype: torch.dtype | None = None) -> None:
         self.folder, self.settings, self.dtype = folder, settings, dtype
-        self.blocks: dict[str, str] = {}
+        self.linears: list[str] = []
         self.samples = self.positions = 0
 
     def keep(self, block: Block, sums: Mapping[str, Statistics]) -> None:
         """Write the sums of a block, in the dtype of the folder where one is set."""
-        for name, statistics in sums.items():
-            self.blocks[name] = block.name
-            self.samples, self.positions = statistics.samples, statistics.positions
-        if rank():  # the sums are the same in all processes
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{name}:{key}": value if self.dtype is None else value.to(self.dtype)
-            for name, statistics in sums.items()
-            for key, value in statistics.sums.items()
-        }
-        write_tensors(_file(self.folder, block.name), tensors)
+        for name, statistics in sums.items():
+            self.linears.append(name)
+            self.samples, self.positions = statistics.samples, statistics.positions
+            tensors = {
+                key: value if self.dtype is None else value.to(self.dtype)
+                for key, value in statistics.sums.items()
+            }
+            if not rank():  # the sums are the same in all processes
+                write_tensors(_file(self.folder, name), tensors)
 
     def finish(self) -> StoredGradients:
         """Write what the folder holds, which makes it whole, and return its sums."""
-        found: Settings = {"settings": self.settings, "blocks": self.blocks}
+        found: Settings = {"settings": self.settings, "linears": self.linears}
         found |= {"samples": self.samples, "positions": self.positions}
         if not rank():
             write_json(self.folder / "gradients.json", found)
         wait()
-        return StoredGradients(self.folder, self.blocks, self.samples, self.positions)
+        return StoredGradients(self.folder, self.linears, self.samples, self.positions)
 
     def stored(self, must: bool = False) -> StoredGradients | None:
         """Return the sums of a former run, None where there are none.
@@ -107,7 +101,7 @@ class GradientFolder:
         if set(self.settings["needs"]) <= set(theirs["needs"]):
             theirs["needs"] = self.settings["needs"]
         refuse_others(self.folder, theirs, self.settings)
-        return StoredGradients(self.folder, found["blocks"], found["samples"], found["positions"])
+        return StoredGradients(self.folder, found["linears"], found["samples"], found["positions"])
 
 
 class Journal:
@@ -251,10 +245,5 @@ def read_json(path: Path) -> Any:
         raise GblmError(f"{path} cannot be read ({error}); remove its folder") from error
 
 
-def _file(folder: Path, block: str) -> Path:
-    return folder / f"{block}.safetensors"
-
-
-def _keys(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
