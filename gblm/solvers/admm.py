@@ -6,8 +6,8 @@ Both minimise, over new weights Ŵ in the pattern,
 
 X being the inputs the linear sees, X_d those of the dense model in their place (X itself where
 `cross_gram` was not collected). Columns are scaled by D, so that H = D⁻¹XXᵀD⁻¹ + damping has one
-diagonal whatever the inputs are, and one penalty serves every linear. Sources of the method: ALPS
-(arXiv 2406.07831), ADMM-Grad (arXiv 2401.02938); the dense target is gblm's.
+diagonal whatever the inputs are, and the same penalties serve every linear. Sources of the method:
+ALPS (arXiv 2406.07831), ADMM-Grad (arXiv 2401.02938); the dense target is gblm's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from gblm.base import GblmError, Pattern, Statistics
 
 DAMPING = 0.01
-PENALTY = 1.0  # of ADMM, where the diagonal of H is 1 + damping
-STEPS = 20
+# The penalty of ADMM, where the diagonal of H is 1 + damping: it rises as the mask settles.
+PENALTIES = tuple(0.2 * 1.2**k for k in range(10))
+STEPS = 4  # with each of them
 REFITS = 10  # steps of conjugate gradients after them, which start near the end
 EXACT = 500  # at most so many where the mask is given
 
@@ -104,20 +105,24 @@ def repair(
 
 def _mask(problem: Problem, pattern: Pattern) -> Tensor | None:
     """Return the mask that ADMM ends with, None where H cannot be factored."""
-    shifted = problem.hessian.clone()
-    shifted.diagonal().add_(PENALTY)
-    lower, info = torch.linalg.cholesky_ex(shifted)
-    if info or not torch.isfinite(lower).all():
-        return None
-    inverse = torch.cholesky_inverse(lower)
     keep = pattern.keep(problem.start.abs())
     kept, dual = problem.start * keep, torch.zeros_like(problem.start)
-    for _ in range(STEPS):
-        free = (problem.target + PENALTY * (kept - dual)) @ inverse
-        kept = free + dual
-        keep = pattern.keep(kept.abs())
-        kept *= keep
-        dual += free - kept
+    before = PENALTIES[0]
+    for penalty in PENALTIES:
+        shifted = problem.hessian.clone()
+        shifted.diagonal().add_(penalty)
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        if info or not torch.isfinite(lower).all():
+            return None
+        inverse = torch.cholesky_inverse(lower)
+        dual *= before / penalty  # which is scaled by the penalty
+        before = penalty
+        for _ in range(STEPS):
+            free = (problem.target + penalty * (kept - dual)) @ inverse
+            kept = free + dual
+            keep = pattern.keep(kept.abs())
+            kept *= keep
+            dual += free - kept
     return keep
 
 
