@@ -130,9 +130,7 @@ def measure(folder: Path, compare: bool, write: Path | None) -> None:
             same = equal(Path(work) / "disk", Path(work) / "none")
             text += f"\nEvery weight of both results is {'equal' if same else 'NOT equal'}.\n"
     text = f"gblm, 16 windows of 512 tokens, on the CPU:\n\n{text}"
-    text += (
-        f"\n    {shlex.join(['python', 'eval/memory.py', *map(tables.portable, sys.argv[1:])])}\n"
-    )
+    text += f"\n    {tables.portable(shlex.join(['python', 'eval/memory.py', *sys.argv[1:]]))}\n"
     print(text)
     if write:
         tables.write(write, "memory", "### Memory, pruned from disk", text)

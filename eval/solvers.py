@@ -177,7 +177,7 @@ def main() -> None:
     means = {key: [sum(off) / len(off)] for key, (off, _) in found.items()}
     text += tables.table("solver", means) + "\nSeconds of all solves:\n\n"
     text += tables.table("solver", {key: [spent] for key, (_, spent) in found.items()})
-    command = shlex.join(["python", "eval/solvers.py", *map(tables.portable, sys.argv[1:])])
+    command = tables.portable(shlex.join(["python", "eval/solvers.py", *sys.argv[1:]]))
     text += f"\n    {command}\n"
     print(text)
     if args.write:

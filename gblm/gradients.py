@@ -154,7 +154,7 @@ def block_backward(
             return inputs
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            call = Call.of(block, own, size(batch), args, kwargs)
+            call = Call.of(block, own, size(batch), args, kwargs, spill)
             outputs, spec = tree_flatten(micro.run(call.outputs))
             advance()
             # The graph must reach the first block, whose input needs no gradient.

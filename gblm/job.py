@@ -227,6 +227,7 @@ def perform(
         gradients=gradients,
         micro_batch=job.micro_batch,
         journal=journal,
+        spill=job.work.folder if job.work and job.offload else None,
         progress=show,
     )
     report.seconds = {**seconds, **report.seconds}

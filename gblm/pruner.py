@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def prune(
     micro_batch: int | None = None,
     backward: str = "auto",
     journal: Journal | None = None,
+    spill: Path | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Report:
     """Prune every linear in the blocks of a model in place, block by block, and report on it.
@@ -48,7 +50,8 @@ def prune(
     None. blocks: what `survey` found of this model, where that is known. gradients: the sums that
     `gradient_sums` gave for this model and batch, computed where None and needed (see `needed`).
     micro_batch: samples at a time, None to choose. backward: see `gradient_sums`. journal: where
-    finished blocks are kept, and those of a former run are taken from (see `gblm.work`).
+    finished blocks are kept, and those of a former run are taken from (see `gblm.work`). spill: a
+    folder for what blocks give, where that fits neither on the device nor in main memory.
 
     Raises `GblmError` where model, batch, method and pattern do not go together, and where a
     statistic, a score or a loss holds a NaN or an Inf: the block it names, and every block after
@@ -77,6 +80,7 @@ def prune(
                 micro_batch=micro_batch,
                 backward=backward,
                 share=method.share,
+                spill=spill,
                 progress=lambda done, total: progress("gradients", done, total),
             )
     gradients = gradients or {}
@@ -110,6 +114,7 @@ def prune(
             weights=weights,
             refine=again if method.refine else None,
             keeper=journal,
+            spill=spill,
         )
     if distributed.world() > 1:
         distributed.agree("the pruned model", [_checksum(block) for block in blocks])

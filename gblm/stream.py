@@ -5,9 +5,12 @@ replacement takes the very arguments the model passed, splits what carries the s
 micro-batches, and returns what the block's own `forward` gives for them.
 """
 
+import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics
-from gblm.device import MicroBatch
+from gblm.device import MicroBatch, free_memory
 from gblm.survey import Block, Linear, hooked, quiet, size
 
 Forward = Callable[..., Any]
@@ -66,9 +69,20 @@ class Call:
     ]  # leading entries per sample of each leaf; 0 where it is no matter of samples
     samples: int
     wanted: list[bool] = field(default_factory=list)  # the leaves whose gradient is wanted
+    device: torch.device | None = None  # of the block
+    spill: Path | None = None  # a folder for outputs that fit nowhere else
 
     @classmethod
-    def of(cls, block: Block, forward: Forward, samples: int, args: tuple, kwargs: dict) -> "Call":
+    def of(
+        cls,
+        block: Block,
+        forward: Forward,
+        samples: int,
+        args: tuple,
+        kwargs: dict,
+        spill: Path | None = None,
+    ) -> "Call":
+        device = next((own.device for own in block.module.parameters()), None)
         leaves, spec = tree_flatten((args, kwargs))
         carries = [0] * len(leaves)
         # Against the run of one sample: what grew with the number of samples carries them.
@@ -76,7 +90,7 @@ class Call:
             for i, (leaf, one) in enumerate(zip(leaves, block.leading, strict=True)):
                 if one is not None and len(leaf) == samples * one:
                     carries[i] = one
-        return cls(forward, leaves, spec, carries, samples)
+        return cls(forward, leaves, spec, carries, samples, device=device, spill=spill)
 
     def pieces(self, step: int) -> Iterator[slice]:
         """Yield the slices of `step` samples, the last one shorter where it must be."""
@@ -89,20 +103,23 @@ class Call:
         return slice(piece.start * carried, piece.stop * carried) if carried else slice(None)
 
     def arguments(self, piece: slice) -> list[Any]:
-        """Return the leaves for the samples of one piece."""
+        """Return the leaves for the samples of one piece, on the device of the block."""
         return [
-            leaf[self.part(i, piece)] if self.carries[i] else leaf
+            leaf[self.part(i, piece)].to(self.device or leaf.device) if self.carries[i] else leaf
             for i, leaf in enumerate(self.leaves)
         ]
 
     def halves(self) -> tuple["Call", "Call"]:
         """Return the calls for the first and for the last half of the samples."""
         half = self.samples // 2
-        first, last = (self.arguments(slice(i * half, (i + 1) * half)) for i in range(2))
-        return (
-            Call(self.forward, first, self.spec, self.carries, half),
-            Call(self.forward, last, self.spec, self.carries, half),
-        )
+        calls = []
+        for piece in (slice(0, half), slice(half, 2 * half)):
+            leaves = [
+                leaf[self.part(i, piece)] if self.carries[i] else leaf
+                for i, leaf in enumerate(self.leaves)
+            ]
+            calls.append(replace(self, leaves=leaves, samples=half))
+        return calls[0], calls[1]
 
     def run(self, leaves: list[Any]) -> Any:
         """Return what the block's own forward gives for these leaves."""
@@ -137,7 +154,8 @@ class Call:
         """Return an empty tensor for all samples, where a part holds some of them."""
         if not isinstance(part, Tensor) or not part.ndim:
             return part
-        return part.new_empty(len(part) // samples * self.samples, *part.shape[1:])
+        shape = (len(part) // samples * self.samples, *part.shape[1:])
+        return room(part, shape, self.spill)
 
 
 def made(outputs: list[Any]) -> int | None:
@@ -195,6 +213,7 @@ def forward(
     weights: Weights | None = None,
     refine: Refine | None = None,
     keeper: Keeper | None = None,
+    spill: Path | None = None,
 ) -> None:
     """Run the model once over the batch; every block collects, is visited, and runs again.
 
@@ -207,7 +226,7 @@ def forward(
     made, and `refine` goes towards the outputs of the dense stream. The model is called on the
     samples twice over, the first half of every tensor being what the dense model has.
     weights: how much the positions count, by the name of the first linear of a group.
-    keeper: is given every finished block, and asked for those that it has.
+    keeper: is given every finished block, and asked for those that it has. spill: see `room`.
     """
     weights = weights or {}
 
@@ -230,11 +249,12 @@ def forward(
             micro.run(lambda step: refine(block, pruned, target, step))
         if block is blocks[-1]:
             return None
-        return _both(target, micro.run(pruned.outputs) if again else ours)
+        ours = micro.run(pruned.outputs) if again else ours
+        return _both(target, ours, spill)
 
     if beside:
         batch = {name: torch.cat([value, value]) for name, value in batch.items()}
-    _run(model, batch, adapter, blocks, both if beside else alone, keeper)
+    _run(model, batch, adapter, blocks, both if beside else alone, keeper, spill)
 
 
 def _run(
@@ -244,13 +264,14 @@ def _run(
     blocks: list[Block],
     work: Callable[[Block, Call], Any],
     keeper: Keeper | None,
+    spill: Path | None,
 ) -> None:
     """Run the model through its last block; `work(block, call)` gives the outputs of each."""
     samples = size(batch)
 
     def make(block: Block, own: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            call = Call.of(block, own, samples, args, kwargs)
+            call = Call.of(block, own, samples, args, kwargs, spill)
             if keeper and keeper.has(block):
                 outputs = keeper.outputs(block, call)
             else:
@@ -267,12 +288,35 @@ def _run(
         adapter.trunk(model, batch)
 
 
-def _both(first: Any, last: Any) -> Any:
+def _both(first: Any, last: Any, spill: Path | None) -> Any:
     """Return the outputs of all samples, from those of both halves."""
     parts, spec = tree_flatten(first)
-    pairs = zip(parts, tree_flatten(last)[0], strict=True)
-    joined = [torch.cat(p) if isinstance(p[0], Tensor) and p[0].ndim else p[1] for p in pairs]
+    joined = []
+    for one, other in zip(parts, tree_flatten(last)[0], strict=True):
+        whole = other
+        if isinstance(one, Tensor) and one.ndim:
+            whole = room(one, (2 * len(one), *one.shape[1:]), spill)
+            whole[: len(one)], whole[len(one) :] = one, other
+        joined.append(whole)
     return tree_unflatten(joined, spec)
+
+
+def room(like: Tensor, shape: tuple[int, ...], spill: Path | None = None) -> Tensor:
+    """Return an empty tensor for outputs of a block, as near to it as there is room.
+
+    That is on the device where it takes at most a quarter of the free memory; else in main memory,
+    pinned for a GPU; else, given a folder, in a file there that goes with the tensor.
+    """
+    size = math.prod(shape) * like.element_size()
+    if size <= free_memory(like.device) / 4:
+        return like.new_empty(shape)
+    cuda = like.device.type == "cuda"
+    if spill is None or size <= free_memory(torch.device("cpu")) / 4:
+        return torch.empty(shape, dtype=like.dtype, pin_memory=cuda)
+    with tempfile.NamedTemporaryFile(dir=spill, prefix="stream-") as file:
+        file.truncate(size)
+        found = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype)
+    return found.view(shape)
 
 
 def _beside(

@@ -149,8 +149,8 @@ def test_micro_batch_never_changes_the_result(make_llama, batch, method, pattern
     some, whole = make_llama(torch.float64), make_llama(torch.float64)
     prune(some, batch, method, pattern=pattern, micro_batch=step, backward="blocks")
     prune(whole, batch, method, pattern=pattern, micro_batch=7, backward="model")
-    # Every step of refinement makes more of rounding.
-    check_same(weights(some), weights(whole), 1e-7 if method == "best" else 1e-9)
+    # Every step of refinement, of a size that knows no scale, makes more of rounding.
+    check_same(weights(some), weights(whole), 1e-5 if method == "best" else 1e-9)
 
 
 @pytest.mark.parametrize("method", ["gblm", "sparsegpt"])

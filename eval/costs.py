@@ -1,0 +1,107 @@
+"""Say where the time of pruning goes: the operations of torch by their share, for each method.
+
+    python eval/costs.py llm --model $GBLM_ASSETS/llama/novels-6M --length 256 --samples 32 \\
+        --calibration $GBLM_ASSETS/text/novels-calib.txt --write docs/benchmarks.md
+    python eval/costs.py vit --model vit_tiny_patch16_224 --samples 100 \\
+        --checkpoint $GBLM_ASSETS/vit_tiny_patch16_224.safetensors \\
+        --calibration $GBLM_ASSETS/imagenet-mini/train --write docs/benchmarks.md
+
+The time is that of an operation without those it calls, on the CPU, as torch's profiler has it; the
+rest of the wall time, between the operations, is Python's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import quality
+import tables
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import gblm
+from gblm import cli
+from gblm.methods import make
+from gblm.survey import find_adapter, placed, survey
+
+KINDS = {  # by the names of torch's operations
+    "matrix products": ("mm", "addmm", "bmm", "matmul", "linear", "baddbmm"),
+    "attention": ("_scaled_dot_product", "_flash_attention"),
+    "selection of masks": ("kthvalue", "sort", "topk", "masked_select"),
+    "factors and solves": ("cholesky", "linalg_", "triangular"),
+    "optimiser": ("_fused_adam",),
+    "copies": ("copy_", "cat", "clone", "contiguous", "_to_copy"),
+}
+
+
+def kind(name: str) -> str:
+    """Return the kind of an operation."""
+    own = name.removeprefix("aten::")
+    for found, starts in KINDS.items():
+        if own.startswith(starts):
+            return found
+    return "elementwise and others"
+
+
+def shares(bench: quality.Bench, method: str, pattern: str) -> dict[str, float]:
+    """Return the shares of a run's wall time by kind of operation, in percent."""
+    batch = placed(bench.draw(0), bench.model)
+    adapter = find_adapter(bench.model)
+    blocks = survey(bench.model, batch, adapter)
+    dense = [own.detach().clone() for own in bench.model.parameters()]
+    start = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        gblm.prune(bench.model, batch, make(method), pattern, adapter=adapter, blocks=blocks)
+    wall = time.perf_counter() - start
+    for own, value in zip(bench.model.parameters(), dense, strict=True):
+        own.data.copy_(value)
+    spent: dict[str, float] = defaultdict(float)
+    for event in recorded.key_averages():
+        spent[kind(event.key)] += event.self_cpu_time_total / 1e6
+    found = {name: 100 * seconds / wall for name, seconds in spent.items()}
+    found["Python between"] = max(0.0, 100 - sum(found.values()))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def main() -> None:
+    """Read the flags, measure, print the table and write it where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("side", choices=sorted(quality.OPEN), help="language or vision")
+    add("--model", required=True)
+    add("--checkpoint", help="the weights of a model of timm")
+    add("--calibration", required=True)
+    add("--samples", type=int, default=32, help="[%(default)s]")
+    add("--length", type=int, help="tokens in a window")
+    add("--methods", default="wanda,gblm,sparsegpt,best", help="[%(default)s]")
+    add("--pattern", default="0.5", help="[%(default)s]")
+    add("--write", type=Path, help="Markdown file for the table")
+    args = parser.parse_args()
+    args.device, args.evaluate, args.windows = "cpu", args.calibration, 1
+    bench = quality.OPEN[args.side](args)
+    cells = {}
+    for method in cli.listed(args.methods):
+        for name, share in shares(bench, method, args.pattern).items():
+            cells[name, method] = [share]
+    columns = cli.listed(args.methods)
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    whole = {(row, column): cells.get((row, column), [0.0]) for row in rows for column in columns}
+    model = Path(args.model).name
+    text = (
+        f"{model}, {args.samples} samples, to {args.pattern}, {torch.get_num_threads()} threads; "
+    )
+    text += f"share of the time in %.\n\n{tables.table('cost', whole)}"
+    command = shlex.join(["python", "eval/costs.py", *sys.argv[1:]])
+    text += f"\n    {tables.portable(command)}\n"
+    print(text)
+    if args.write:
+        tables.write(args.write, f"costs-{model}", f"### Costs: {model}", text)
+
+
+if __name__ == "__main__":
+    main()
