@@ -1,6 +1,7 @@
 """A job: the runs of one command on one model, their gradients, their folders."""
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -70,6 +71,11 @@ class Work:
     kept: bool = True
 
     @property
+    def scratch(self) -> Path:
+        """What this process needs for the time of the command."""
+        return self.folder / f"process-{rank()}"
+
+    @property
     def asked(self) -> bool:
         """Whether the user wants anything kept, or taken from former runs."""
         return self.kept or self.former is not None
@@ -107,14 +113,22 @@ def work_folder(args: argparse.Namespace) -> Iterator[Work]:
     """
     given = {"former": args.gradients, "dtype": args.gradient_dtype}
     if args.work_dir:
+        work = Work(args.work_dir, args.resume, **given)
         with locked(args.work_dir) if not rank() else nullcontext():
-            yield Work(args.work_dir, args.resume, **given)
+            try:
+                shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
+                work.scratch.mkdir(parents=True)
+                yield work
+            finally:
+                shutil.rmtree(work.scratch, ignore_errors=True)
         return
     parent = args.output.absolute().parent if args.output else None
     if parent:
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent) as folder:
-        yield Work(Path(folder), kept=False, **given)
+        work = Work(Path(folder), kept=False, **given)
+        work.scratch.mkdir()
+        yield work
 
 
 @dataclass
@@ -201,7 +215,7 @@ def dense_gradients(
         backward=job.backward,
         share=share,
         keep=folder.keep if folder else None,
-        spill=job.work.folder if job.work and job.offload else None,
+        spill=job.work.scratch if job.work and job.offload else None,
         progress=lambda done, total: show("gradients", done, total),
     )
     return folder.finish() if folder else sums
@@ -227,7 +241,7 @@ def perform(
         gradients=gradients,
         micro_batch=job.micro_batch,
         journal=journal,
-        spill=job.work.folder if job.work and job.offload else None,
+        spill=job.work.scratch if job.work and job.offload else None,
         progress=show,
     )
     report.seconds = {**seconds, **report.seconds}

@@ -131,7 +131,22 @@ def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize(("side", "processes"), [("llm", 2), ("llm", 3), ("vit", 3)])
+def test_processes_keep_a_work_folder_and_go_on_from_it(llm, tmp_path):
+    flags = [*arguments(llm), *METHODS, "--offload", "disk", "--work-dir", str(tmp_path / "work")]
+    flags[flags.index("--samples") + 1] = "7"
+    for more in (["--output", "one"], ["--output", "two", "--resume"]):
+        more[1] = str(tmp_path / more[1])
+        done = torchrun(2, "-m", "gblm.llm", *flags, *more)
+        assert done.returncode == 0, done.stderr
+    for name in FOLDERS:
+        assert same(tmp_path / "one" / name, tmp_path / "two" / name)
+    found = sorted(path.name for path in (tmp_path / "work").iterdir())
+    assert found == ["gblm-0.5", "gradients", "lock", "sparsegpt-0.5"]
+
+
+@pytest.mark.parametrize(
+    ("side", "processes"), [pytest.param("llm", 2, marks=pytest.mark.slow), ("llm", 3), ("vit", 3)]
+)
 def test_processes_share_the_samples_and_get_the_masks_of_one(side, processes, request, tmp_path):
     run = {"llm": prune_llm, "vit": prune_vit}[side]
     flags = [*arguments(request.getfixturevalue(side)), *METHODS]

@@ -74,7 +74,7 @@ def carry_out(
         model, offload = models.load_offloaded(
             args.model,
             args.offload,
-            work.folder,
+            work.scratch,
             device=device,
             dtype=args.dtype,
             trust_remote_code=args.trust_remote_code,

@@ -72,7 +72,7 @@ def carry_out(
         dtype = find_dtype(args.dtype, device, lambda: stored) or stored
         model.to(dtype)
         adapter = adapters.adapter(model)
-        offload = offloaded(args.offload, model, adapter.blocks(model), work.folder, device)
+        offload = offloaded(args.offload, model, adapter.blocks(model), work.scratch, device)
     if args.output:
         check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
     with clock(seconds, "data"):
