@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -61,12 +62,15 @@ def parser(program: str, description: str, epilog: str) -> Parser:
         help=f"one or several of {', '.join(METHODS)}, with commas; "
         f"a score's mask mended by METHOD+{'|'.join(SOLVERS)}",
     )
+    add("--list", choices=sorted(LISTS), help="say what there is of them, and end")
     add("--sparsity", help="one or several of 0.5, 2:4, …, with commas")
     add("--alpha", help="factor of the gradient term, or auto: terms of equal median")
     add("--norm", help="norm of the gradients over samples, l1 or l2 [as published]")
     add("--group", default="auto", help="comparison group: row, layer, auto (as published)")
     add("--allocation", help=f"spread the budget over the linears: {', '.join(ALLOCATIONS)}")
     add("--refine", type=float, help="passes over the samples that refine each block's weights")
+    add("--include", help="linears to prune, with commas, * for anything; all where not given")
+    add("--exclude", help="linears to leave dense, such as '*.down_proj,model.layers.0.*'")
     add("--calibration", help="a data set or a local path")
     add("--samples", type=int, help="calibration samples")
     add("--seed", type=int, default=0, help="of the calibration samples [%(default)s]")
@@ -83,6 +87,38 @@ def parser(program: str, description: str, epilog: str) -> Parser:
     add("--output", type=Path, help="a folder for the pruned model and report.json")
     add("--overwrite", action="store_true", help="let the output replace what is there")
     return new
+
+
+def methods() -> list[tuple[str, str]]:
+    """Return the name of every method, and what it does."""
+    said = {name: inspect.getdoc(factory) or "" for name, factory in METHODS.items()}
+    found = [(name, text.partition("\n\n")[0]) for name, text in said.items()]
+    mended = [(f"METHOD+{name}", f"the mask of any of these, mended by {name}") for name in SOLVERS]
+    return [(name, " ".join(text.split())) for name, text in found + mended]
+
+
+def pattern_forms() -> list[tuple[str, str]]:
+    """Return the forms that a pattern has, and what each means."""
+    return [
+        ("0.5", "half of the weights go, compared where --group says"),
+        ("0.5/row", "half of the weights of every output"),
+        ("0.5/layer", "half of the weights of every linear"),
+        ("2:4", "two of every four neighbouring weights stay; any n:m"),
+    ]
+
+
+LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "methods": methods,
+    "patterns": pattern_forms,
+}
+
+
+def listing(what: str) -> None:
+    """Print a line for each of what there is."""
+    found = LISTS[what]()
+    width = max(len(name) for name, _ in found)
+    for name, text in found:
+        print(f"{name:{width}}  {text}")
 
 
 def guarded(work: Callable[[], None]) -> int:

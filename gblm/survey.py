@@ -1,5 +1,6 @@
 """What runs of one and two samples tell of a model: its blocks, linears, and the order of use."""
 
+import fnmatch
 import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -180,6 +181,29 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
     if not any(block.groups for block in blocks):
         raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
     return blocks
+
+
+def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
+    """Leave linears dense that `include` does not name, or that `exclude` does.
+
+    Both hold patterns as a shell has them (`*.down_proj`, `model.layers.0.*`); no `include` names
+    all. Raises `GblmError` where a pattern matches no linear, or none is left.
+    """
+    names = [linear.name for block in blocks for linear in block.linears]
+    for pattern in include + exclude:
+        if not fnmatch.filter(names, pattern):
+            raise GblmError(
+                f"no linear is called {pattern}; names are like {names[0]}, * stands for anything"
+            )
+    for block in blocks:
+        for linear in block.linears:
+            named = not include or any(fnmatch.fnmatch(linear.name, p) for p in include)
+            if not named or any(fnmatch.fnmatch(linear.name, p) for p in exclude):
+                block.dense[linear.name] = "excluded"
+        groups = [[x for x in group if x.name not in block.dense] for group in block.groups]
+        block.groups = [group for group in groups if group]
+    if not any(block.groups for block in blocks):
+        raise GblmError("every linear is excluded; exclude fewer")
 
 
 @dataclass

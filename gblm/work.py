@@ -216,8 +216,10 @@ def fingerprint(model: nn.Module, batch: Batch, blocks: list[Block]) -> Settings
         data.update(f"{name} {list(samples.shape)} {samples.dtype}".encode())
         flat = samples.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         data.update(flat.numpy().tobytes())
+    linears = sorted(linear.name for block in blocks for linear in block.linears)
     return {
         "model": weights.hexdigest()[:16],
+        "choice of linears": hashlib.sha256(" ".join(linears).encode()).hexdigest()[:16],
         "calibration batch": data.hexdigest()[:16],
         "samples": size(batch),
     }

@@ -11,6 +11,7 @@ from gblm.distributed import launched, rank
 from gblm.job import Bars, Evaluation, Job, Run, Work, compare, work_folder
 from gblm.output import check_output
 from gblm.report import clock
+from gblm.survey import choose as choose_linears
 from gblm.survey import placed, survey
 
 EXAMPLES = """\
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> None:
     """Read the flags, draw the windows, load the model, carry out the runs, show the table."""
     args = parser().parse_args(argv)
+    if args.list:
+        return cli.listing(args.list)
     demo = args.model is None
     if demo:
         set_demo(args)
@@ -85,12 +88,14 @@ def carry_out(
 
     batch = placed(batch, model)
     adapter = adapters.adapter(model)
+    blocks = survey(model, batch, adapter)
+    choose_linears(blocks, cli.listed(args.include), cli.listed(args.exclude))
     job = Job(
         name=args.model,
         model=model,
         batch=batch,
         adapter=adapter,
-        blocks=survey(model, batch, adapter),
+        blocks=blocks,
         evaluate=lambda model, show: evaluate(model, sets, show),
         save=lambda folder: models.save(model, tokenizer, folder, like=args.model),
         output=args.output,

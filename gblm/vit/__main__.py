@@ -12,6 +12,7 @@ from gblm.job import Bars, Evaluation, Job, Run, Work, compare, work_folder
 from gblm.offload import offloaded
 from gblm.output import check_output
 from gblm.report import clock
+from gblm.survey import choose as choose_linears
 from gblm.survey import survey
 
 EXAMPLES = """\
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> None:
     """Read the flags, load the model, choose the images, carry out the runs, show the table."""
     args = parser().parse_args(argv)
+    if args.list:
+        return cli.listing(args.list)
     demo = args.model is None
     if demo:
         set_demo(args)
@@ -78,12 +81,14 @@ def carry_out(
     with clock(seconds, "data"):
         batch, loaders, notes = choose(args, model)
 
+    blocks = survey(model, batch, adapter)
+    choose_linears(blocks, cli.listed(args.include), cli.listed(args.exclude))
     job = Job(
         name=args.model,
         model=model,
         batch=batch,
         adapter=adapter,
-        blocks=survey(model, batch, adapter),
+        blocks=blocks,
         evaluate=lambda model, show: evaluate(model, loaders, notes, show),
         save=lambda folder: models.save(model, folder, stored),
         output=args.output,

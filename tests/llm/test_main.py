@@ -32,11 +32,14 @@ FLAGS = [
     "--dtype",
     "--evaluate",
     "--evaluate-windows",
+    "--exclude",
     "--gradient-dtype",
     "--gradients",
     "--group",
     "--help",
+    "--include",
     "--length",
+    "--list",
     "--method",
     "--micro-batch",
     "--model",
@@ -351,3 +354,30 @@ def test_demo_prunes_its_own_model(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 0
     table = capsys.readouterr().out
     assert all(method in table for method in METHODS)
+
+
+def test_linears_can_be_chosen_by_their_names(folder: Path, text: Path, tmp_path: Path, capsys):
+    output = tmp_path / "pruned"
+    chosen = ["--include", "*.mlp.*", "--exclude", "*.down_proj,model.layers.1.*"]
+    assert main(command(folder, text, *chosen, "--output", str(output))) == 0
+    report = json.loads((output / "report.json").read_text())
+    names = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
+    assert [linear["name"] for linear in report["linears"]] == names
+    assert report["dense"]["model.layers.1.mlp.up_proj"] == "excluded"
+    model = AutoModelForCausalLM.from_pretrained(output)
+    zeros = {name for name, value in model.named_parameters() if (value == 0).float().mean() > 0.4}
+    assert zeros == {f"{name}.weight" for name in names}
+    capsys.readouterr()
+    assert main(command(folder, text, "--exclude", "*.up")) == 2
+    assert "no linear is called *.up" in capsys.readouterr().err
+    assert main(command(folder, text, "--exclude", "*")) == 2
+    assert "every linear is excluded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["methods", "patterns"])
+def test_what_there_is_can_be_listed(what: str, capsys):
+    assert main(["--list", what]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 4
+    if what == "methods":
+        assert {line.split()[0] for line in lines} >= set(METHODS)
