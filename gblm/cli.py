@@ -46,12 +46,17 @@ class Parser(argparse.ArgumentParser):
         raise GblmError(f"{message}; see --help")
 
 
+EXITS = """
+exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted
+"""
+
+
 def parser(program: str, description: str, epilog: str) -> Parser:
     """Return a parser with the flags that mean the same on both sides."""
     new = Parser(
         program,
         description=description,
-        epilog=epilog,
+        epilog=epilog + EXITS,
         formatter_class=Formatter,
         allow_abbrev=False,
     )
