@@ -9,12 +9,14 @@ changed when it is done.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -148,6 +150,7 @@ class Unit:
         """Let the parameters hold NaN, in the memory of a single number."""
         for own in self.parameters.values():
             own.data = absent(own.shape, own.dtype, self.device)
+        give_back()
 
     def _version(self) -> int:
         return sum(own._version for own in self.parameters.values())
@@ -224,6 +227,13 @@ class Offload:
         """End the reading of units ahead."""
         self.next = None
         self.reader.shutdown(cancel_futures=True)
+
+
+def give_back() -> None:
+    """Let the C library give freed memory back to the system, where it is one that can."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
