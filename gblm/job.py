@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -164,10 +165,10 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
     """
     for run in wanted:
         check(job.blocks, run.method, run.pattern)
-    linears = [linear for block in job.blocks for linear in block.linears]
-    # A single run needs no way back to the dense weights, and an offloaded model has one.
+    # A single run needs no way back to the dense model, and an offloaded one has its own.
     several = len(wanted) > 1 and not job.offload
-    weights = [linear.weight.clone() for linear in linears] if several else []
+    parameters = [own for block in job.blocks for own in block.module.parameters() if several]
+    dense = [own.detach().clone() for own in parameters]
     found = job.work.settings(job) if job.work else {}
     journals = {run.label: job.work.journal(run, found) if job.work else None for run in wanted}
     reports = []
@@ -180,8 +181,9 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
         for run in wanted:
             if job.offload:
                 job.offload.revert()
-            for linear, weight in zip(linears, weights, strict=False):
-                linear.weight.copy_(weight)
+            with torch.no_grad():
+                for own, value in zip(parameters, dense, strict=True):
+                    own.copy_(value)
             seconds = {**job.seconds, **(shared if needed(run.method, run.pattern) else {})}
             report = perform(job, run, gradients, seconds, before, show, journals[run.label])
             reports.append(report)

@@ -59,6 +59,16 @@ def test_every_offload_writes_the_same_bits(side, request, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu", "disk", "none"]
 
 
+@pytest.mark.parametrize("side", ["llm", "vit"])
+def test_every_run_of_a_command_starts_from_the_dense_model(side, request, tmp_path):
+    run = {"llm": prune_llm, "vit": prune_vit}[side]
+    flags = [*arguments(request.getfixturevalue(side)), "--sparsity", "0.5"]
+    both = ["--method", "best,wanda", "--output", str(tmp_path / "both")]
+    assert run([*flags, *both]) == 0  # best changes norms and biases too
+    assert run([*flags, "--method", "wanda", "--output", str(tmp_path / "alone")]) == 0
+    assert same(tmp_path / "both" / "wanda-0.5", tmp_path / "alone")
+
+
 def test_gradients_of_a_former_run_are_taken_and_others_refused(llm, tmp_path, capsys):
     flags = [*arguments(llm), "--sparsity", "0.5", "--method"]
     work = tmp_path / "work"
