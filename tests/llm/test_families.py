@@ -168,7 +168,7 @@ def test_pruning(family, method, batch):
         assert linear.sparsity == (linear.shape[1] // 2) / linear.shape[1], linear
         found, expected = (m.get_submodule(linear.name).weight for m in (model, whole))
         if method == "best":  # each choice changes what the next is made from
-            assert ((found == 0) == (expected == 0)).float().mean() > 0.9, linear.name
+            assert ((found == 0) == (expected == 0)).float().mean() > 0.8, linear.name
             continue
         same = ((found == 0) == (expected == 0)).all(dim=1)
         # Rounding decides between equals, and a solver then mends the rest of that row otherwise.
