@@ -12,7 +12,6 @@ rest of the wall time, between the operations, is Python's.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 import time
@@ -70,20 +69,12 @@ def shares(bench: quality.Bench, method: str, pattern: str) -> dict[str, float]:
 
 def main() -> None:
     """Read the flags, measure, print the table and write it where asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = quality.measured(__doc__ or "", samples=32)
     add = parser.add_argument
-    add("side", choices=sorted(quality.OPEN), help="language or vision")
-    add("--model", required=True)
-    add("--checkpoint", help="the weights of a model of timm")
-    add("--calibration", required=True)
-    add("--samples", type=int, default=32, help="[%(default)s]")
-    add("--length", type=int, help="tokens in a window")
     add("--methods", default="wanda,gblm,sparsegpt,best", help="[%(default)s]")
     add("--pattern", default="0.5", help="[%(default)s]")
-    add("--write", type=Path, help="Markdown file for the table")
     args = parser.parse_args()
-    args.device, args.evaluate, args.windows = "cpu", args.calibration, 1
-    bench = quality.OPEN[args.side](args)
+    bench = quality.opened(args)
     cells = {}
     for method in cli.listed(args.methods):
         for name, share in shares(bench, method, args.pattern).items():

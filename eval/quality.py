@@ -85,6 +85,26 @@ def parser() -> argparse.ArgumentParser:
     return new
 
 
+def measured(program: str, samples: int) -> argparse.ArgumentParser:
+    """Return the parser of a script that measures a model of either side while it is pruned."""
+    new = argparse.ArgumentParser(description=program.splitlines()[0])
+    add = new.add_argument
+    add("side", choices=sorted(METRICS), help="language or vision")
+    add("--model", required=True, help="as the command line of the side takes it")
+    add("--checkpoint", help="the weights of a model of timm")
+    add("--calibration", required=True, help="a source of the side")
+    add("--samples", type=int, default=samples, help="calibration samples [%(default)s]")
+    add("--length", type=int, help="tokens in a window")
+    add("--write", type=Path, help="Markdown file for the tables")
+    return new
+
+
+def opened(args: argparse.Namespace) -> Bench:
+    """Load the model of such a script on the CPU; it evaluates nothing."""
+    args.device, args.evaluate, args.windows = "cpu", args.calibration, 1
+    return OPEN[args.side](args)
+
+
 def wanted(args: argparse.Namespace) -> list[Run]:
     """Return the runs that the flags ask for; raises `GblmError` for a value that is none."""
     cli.fill(args, samples=DEFAULTS[args.side]["samples"])

@@ -130,7 +130,7 @@ def error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
 
 def measure(args: argparse.Namespace) -> dict[tuple[str, str], tuple[list[float], float]]:
     """Return the errors in percent and the seconds by solver and pattern."""
-    bench = quality.OPEN[args.side](args)
+    bench = quality.opened(args)
     batch = placed(bench.draw(0), bench.model)
     adapter = find_adapter(bench.model)
     blocks = survey(bench.model, batch, adapter)
@@ -158,18 +158,10 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], tuple[list[float]
 
 def main() -> None:
     """Read the flags, measure, print the tables and write them where asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = quality.measured(__doc__ or "", samples=128)
     add = parser.add_argument
-    add("side", choices=sorted(quality.OPEN), help="language or vision")
-    add("--model", required=True)
-    add("--checkpoint", help="the weights of a model of timm")
-    add("--calibration", required=True)
-    add("--samples", type=int, default=128, help="[%(default)s]")
-    add("--length", type=int, help="tokens in a window")
     add("--patterns", default="0.5,0.6,0.7,2:4,4:8", help="[%(default)s]")
-    add("--write", type=Path, help="Markdown file for the tables")
     args = parser.parse_args()
-    args.device, args.evaluate, args.windows = "cpu", args.calibration, 1
     found = measure(args)
     model = Path(args.model).name
     text = f"{model}, {args.samples} samples of {Path(args.calibration).name}, "

@@ -157,6 +157,11 @@ class Job:
     offload: Offload | None = None
     work: Work | None = None
 
+    @property
+    def spill(self) -> Path | None:
+        """The folder for what fits nowhere else, where the weights do not live on the device."""
+        return self.work.scratch if self.work and self.offload else None
+
 
 def compare(job: Job, wanted: list[Run]) -> list[Report]:
     """Carry out runs one after the other, on the same samples and gradients of the dense model.
@@ -217,7 +222,7 @@ def dense_gradients(
         backward=job.backward,
         share=share,
         keep=folder.keep if folder else None,
-        spill=job.work.scratch if job.work and job.offload else None,
+        spill=job.spill,
         progress=lambda done, total: show("gradients", done, total),
     )
     return folder.finish() if folder else sums
@@ -243,7 +248,7 @@ def perform(
         gradients=gradients,
         micro_batch=job.micro_batch,
         journal=journal,
-        spill=job.work.scratch if job.work and job.offload else None,
+        spill=job.spill,
         progress=show,
     )
     report.seconds = {**seconds, **report.seconds}

@@ -121,7 +121,6 @@ class Unit:
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     offload: Offload
-    device: torch.device
     depth: int = 0
     version: int = 0
 
@@ -132,7 +131,7 @@ class Unit:
             for name, tensor in self.offload.fetch(self).items():
                 own = self.parameters[name]
                 copy = self.offload.store.shared
-                own.data = tensor.to(self.device, own.dtype, non_blocking=True, copy=copy)
+                own.data = tensor.to(self.offload.device, own.dtype, non_blocking=True, copy=copy)
             self.version = self._version()
 
     def leave(self) -> None:
@@ -149,7 +148,7 @@ class Unit:
     def forget(self) -> None:
         """Let the parameters hold NaN, in the memory of a single number."""
         for own in self.parameters.values():
-            own.data = absent(own.shape, own.dtype, self.device)
+            own.data = absent(own.shape, own.dtype, self.offload.device)
         give_back()
 
     def _version(self) -> int:
@@ -297,13 +296,7 @@ def _units(offload: Offload, model: nn.Module, blocks: Mapping[str, nn.Module]) 
         if name in blocks or (isinstance(module, nn.Embedding | nn.Linear) and module not in within)
     }
     return [
-        Unit(
-            name,
-            module,
-            {known[own]: own for own in module.parameters()},
-            offload,
-            offload.device,
-        )
+        Unit(name, module, {known[own]: own for own in module.parameters()}, offload)
         for name, module in chosen.items()
     ]
 
@@ -323,7 +316,7 @@ def read_tensors(path: Path, names: list[str] | None = None) -> Tensors:
         raise GblmError(f"{path} cannot be read ({error}); fetch or write it again") from error
 
 
-def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file: beside first, forced to the disk, then renamed.
 
     Raises `GblmError` where the disk is full or the folder cannot be written to.
@@ -331,7 +324,7 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None 
     whole = {name: tensor.contiguous().to("cpu") for name, tensor in tensors.items()}
 
     def write(beside: Path) -> None:
-        save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
+        save_file(whole, beside, metadata={"format": "pt"})
 
     write_beside(path, write)
 

@@ -100,7 +100,7 @@ def _tuned_output(call: Call, tuned: Tuned) -> int | None:
 
 def _tuned(block: Block) -> Tuned:
     """Return every parameter to be fitted, its values in fp32, and which of them may change."""
-    weights = [linear.module.get_parameter("weight") for linear in block.linears]
+    weights = [linear.parameter for linear in block.linears]
     known = set(weights)
     others = [p for p in block.module.parameters() if p.ndim == 1 and p.is_floating_point()]
     tuned: Tuned = [(w, wide(w.detach()).clone(), w.detach() != 0) for w in weights]
