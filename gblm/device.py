@@ -2,8 +2,10 @@
 
 import resource
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import psutil
@@ -14,6 +16,7 @@ from gblm.base import GblmError, one_of
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -40,12 +43,27 @@ def find_dtype(
     one_of(dtype, ["auto", *DTYPES], "dtype")
     if dtype != "auto" or device.type != "cpu":
         return DTYPES.get(dtype)
-    slow = {
-        torch.bfloat16: not torch.cpu._is_avx512_bf16_supported(),
-        torch.float16: not torch.cpu._is_amx_fp16_supported(),
-    }
     found = stored()
-    return torch.float32 if found is not None and slow.get(found) else None
+    return torch.float32 if found in HALVES and not quick(device, found) else None
+
+
+@cache
+def quick(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether products in a dtype of 16 bits are quicker than in float32, by a short trial.
+
+    The best of several tries counts, so that other work on the machine does not decide.
+    """
+
+    def seconds(kind: torch.dtype) -> float:
+        x = torch.ones(512, 512, dtype=kind, device=device)
+        found = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (x @ x).sum().item()  # which waits for the product
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    return seconds(dtype) < seconds(torch.float32)
 
 
 @dataclass
