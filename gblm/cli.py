@@ -194,6 +194,9 @@ def whole(text: str, what: str) -> int | None:
     return int(text)
 
 
+ASIDE = {"acc_norm"}  # metrics that stand in the report alone
+
+
 def show_table(title: str, reports: list[Report]) -> None:
     """Print the runs of one command side by side, the dense model first, in process 0 alone."""
     if rank():
@@ -203,17 +206,25 @@ def show_table(title: str, reports: list[Report]) -> None:
         console = Console(width=160)  # a file has no edge to wrap at
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for column in ("pattern", "sparsity", *map(short, reports[0].evaluation), "seconds"):
+    entries = reports[0].evaluation.items()
+    first = {name: entry for name, entry in entries if entry["metric"] not in ASIDE}
+    for column in ("pattern", "sparsity", *map(short, first), "seconds"):
         table.add_column(column, justify="right")
-    dense = [f"{value['dense']:.2f}" for value in reports[0].evaluation.values()]
+    dense = [shown(value, "dense") for value in first.values()]
     table.add_row("dense", "", "", *dense, "", end_section=True)
     for report in reports:
-        values = [f"{value['pruned']:.2f}" for value in report.evaluation.values()]
+        values = [shown(report.evaluation[name], "pruned") for name in first]
         cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
         table.add_row(
             report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
         )
     console.print(table)
+
+
+def shown(entry: dict[str, Any], when: str) -> str:
+    """Return a value of an evaluation as a table has it: fractions, as acc is one, in percent."""
+    value = entry[when]
+    return f"{100 * value:.1f} %" if entry["metric"] == "acc" else f"{value:.2f}"
 
 
 def short(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -25,14 +26,14 @@ from gblm.report import Report, clock
 from gblm.survey import Block
 from gblm.work import GradientFolder, Journal, Settings, fingerprint, locked
 
-Evaluation = dict[str, dict[str, float]]  # by data set: metric and value
+Evaluation = dict[str, dict[str, float]]  # by data set: metric and value, METRIC_stderr its error
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
 
 @contextmanager
 def bars() -> Iterator[Bars]:
     """Show one bar per phase with the time left; nothing where there is no terminal."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # this very one, whatever is redirected meanwhile
     columns = (TextColumn("{task.description:>12}"), BarColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
     with Progress(
@@ -263,14 +264,16 @@ def perform(
 def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
     """Return the metrics of every data set with their values before and after pruning.
 
-    Where a data set has several metrics, each stands under the name of the set and its own.
+    Where a data set has several metrics, each stands under the name of the set and its own. The
+    standard error of a metric stands beside its value.
     """
-    return {
-        name if len(metrics) == 1 else f"{name} {metric}": {
-            "metric": metric,
-            "dense": value,
-            "pruned": after[name][metric],
-        }
-        for name, metrics in before.items()
-        for metric, value in metrics.items()
-    }
+    found = {}
+    for name, metrics in before.items():
+        own = [metric for metric in metrics if not metric.endswith("_stderr")]
+        for metric in own:
+            entry: dict[str, Any] = {"metric": metric}
+            for end in ("", "_stderr"):
+                if (key := f"{metric}{end}") in metrics:
+                    entry |= {f"dense{end}": metrics[key], f"pruned{end}": after[name][key]}
+            found[name if len(own) == 1 else f"{name} {metric}"] = entry
+    return found

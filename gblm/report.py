@@ -12,7 +12,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("gblm", "torch", "transformers", "timm", "datasets", "accelerate", "safetensors")
+PACKAGES = (
+    "gblm",
+    "torch",
+    "transformers",
+    "timm",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "lm_eval",
+)
 
 
 @dataclass

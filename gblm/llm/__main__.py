@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gblm import cli
@@ -31,6 +33,9 @@ def parser() -> cli.Parser:
     add = new.add_argument
     add("--length", type=int, help="tokens in a window [2048, or what the model can take]")
     add("--evaluate-windows", type=int, help="evaluate on the first windows alone")
+    add("--tasks", help="zero-shot tasks of lm-evaluation-harness, with commas; paper: its six")
+    add("--task-data", type=Path, help="a folder with the items of each, TASK_….jsonl [the hub]")
+    add("--task-limit", type=int, help="evaluate on the first items of each task alone")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
     return new
@@ -72,6 +77,7 @@ def carry_out(
         logging.disable_progress_bar()
         device = find_device(args.device)
         config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+        tasks = open_tasks(args)
         batch, sets = draw(args, config, tokenizer)
     with clock(seconds, "load"):
         model, offload = models.load_offloaded(
@@ -96,7 +102,7 @@ def carry_out(
         batch=batch,
         adapter=adapter,
         blocks=blocks,
-        evaluate=lambda model, show: evaluate(model, sets, show),
+        evaluate=lambda model, show: evaluate(model, tokenizer, sets, tasks, show),
         save=lambda folder: models.save(model, tokenizer, folder, like=args.model),
         output=args.output,
         seed=args.seed,
@@ -109,7 +115,8 @@ def carry_out(
     reports = compare(job, wanted)
     samples, length = batch["input_ids"].shape
     title = "the packaged demo" if demo else args.model
-    cli.show_table(f"{title}: perplexity, pruned with {samples} windows of {length}", reports)
+    metrics = "perplexity, zero-shot accuracy" if tasks else "perplexity"
+    cli.show_table(f"{title}: {metrics}, pruned with {samples} windows of {length}", reports)
     if args.output and not rank():
         print(f"written to {args.output}")
 
@@ -128,17 +135,32 @@ def draw(args: Any, config: Any, tokenizer: Any) -> tuple[Batch, dict[str, Any]]
     return batch, sets
 
 
-def evaluate(model: Any, sets: dict[str, Any], show: Bars) -> Evaluation:
-    """Return the perplexity on every data set."""
+def open_tasks(args: Any) -> Any:
+    """Return the zero-shot tasks with their items, None where the flags name none."""
+    from gblm.llm import zero_shot
+
+    if names := cli.listed(args.tasks):
+        return zero_shot.open_tasks(names, args.task_data, args.task_limit)
+    if args.task_data or args.task_limit is not None:
+        raise GblmError("--task-data and --task-limit go with --tasks; name some, or paper")
+    return None
+
+
+def evaluate(
+    model: Any, tokenizer: Any, sets: dict[str, Any], tasks: Any, show: Bars
+) -> Evaluation:
+    """Return the perplexity on every data set, and the accuracy on every task with their mean."""
+    from gblm.llm import zero_shot
     from gblm.llm.evaluate import perplexity
 
-    def progress(done: int, total: int) -> None:
-        show("evaluate", done, total)
-
-    return {
-        name: {"perplexity": perplexity(model, ids, progress=progress)}
-        for name, ids in sets.items()
+    bar = partial(show, "evaluate")
+    found = {
+        name: {"perplexity": perplexity(model, ids, progress=bar)} for name, ids in sets.items()
     }
+    if tasks:
+        bar = partial(show, "zero-shot")
+        found |= zero_shot.entries(zero_shot.accuracy(model, tokenizer, tasks, progress=bar))
+    return found
 
 
 def set_demo(args: Any) -> None:

@@ -52,6 +52,9 @@ FLAGS = [
     "--samples",
     "--seed",
     "--sparsity",
+    "--task-data",
+    "--task-limit",
+    "--tasks",
     "--trust-remote-code",
     "--work-dir",
 ]

@@ -1,0 +1,248 @@
+"""Zero-shot accuracy of a causal language model, by lm-evaluation-harness on the model in memory.
+
+Tasks, prompts and metrics are the harness' own. What gblm brings is where the items come from: the
+hub, as the harness has it, or local files.
+"""
+
+import copy
+import difflib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gblm.base import GblmError
+from gblm.device import MicroBatch
+from gblm.distributed import gathered, rank
+
+PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "openbookqa")
+METRICS = ("acc", "acc_norm")  # the first is the headline of a task
+BATCH = 8  # items' choices the model sees at a time
+
+Accuracy = dict[str, dict[str, float]]  # by task: metrics and their standard errors, as fractions
+Row = dict[str, Any]
+
+# What the hub's copy of a task calls otherwise than the files its authors gave out.
+COLUMNS: dict[str, Callable[[Row], Row]] = {
+    "boolq": lambda row: row if "label" in row else {**row, "label": int(row["answer"])}
+}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of the harness with their items, by name; `limit` keeps the first items of each."""
+
+    tasks: dict[str, Any]
+    limit: int | None = None
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    data: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = BATCH,
+) -> Accuracy:
+    """Return acc and acc_norm with their standard errors, as fractions, by task.
+
+    A task has the metrics that the harness defines for it. See `open_tasks` for the rest.
+    """
+    return accuracy(model, tokenizer, open_tasks(tasks, data, limit), batch_size)
+
+
+def open_tasks(names: Sequence[str], data: Path | None = None, limit: int | None = None) -> Tasks:
+    """Return tasks of the harness with their items; "paper" stands for the six of the paper.
+
+    data: a folder of TASK.jsonl or TASK_….jsonl, one item a line, such as
+    hellaswag_validation.jsonl; without it the harness loads the items from the hub. limit: evaluate
+    on the first items of each task alone.
+
+    Raises `GblmError` where the harness is missing, does not know a task or does not judge it by
+    accuracy, and where items are missing or of another form than the task's.
+    """
+    if limit is not None and limit < 1:
+        raise GblmError(f"{limit} items of a task are none; give a limit of 1 or more")
+    each = (own for name in names for own in (PAPER if name == "paper" else [name]))
+    every = list(dict.fromkeys(each))
+    if not every:
+        raise GblmError("no task given; paper stands for the six of the paper")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise GblmError(
+            f"tasks are evaluated by lm-evaluation-harness, which is missing ({error}); "
+            "pip install 'gblm[eval]'"
+        ) from error
+    with _quiet():
+        manager = _index(every)
+        for name in every:
+            _check_name(name, manager)
+        files = {name: _file(name, data) for name in every} if data else {}
+        return Tasks({name: _open(name, files.get(name), manager) for name in every}, limit)
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Tasks,
+    batch_size: int = BATCH,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Accuracy:
+    """Return acc and acc_norm with their standard errors, as fractions, by task.
+
+    A batch that does not fit is halved. Of several processes, process 0 evaluates for all.
+    """
+
+    def run(step: int) -> Accuracy:
+        from lm_eval import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        found = {}
+        with _quiet():
+            # A copy, for the harness gives a tokenizer a token to pad with, which no result needs.
+            lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=step)
+            for name, task in tasks.tasks.items():
+                asked = {"tasks": {name: task}}
+                done = evaluate(lm, asked, limit=tasks.limit, log_samples=False)
+                found[name] = _metrics(done["results"][name])
+                progress(len(found), len(tasks.tasks))
+        return found
+
+    return gathered({} if rank() else MicroBatch(batch_size, auto=True).run(run))[0]
+
+
+def mean(found: Accuracy) -> float:
+    """Return the mean of acc over the tasks."""
+    return sum(values[METRICS[0]] for values in found.values()) / len(found)
+
+
+def entries(found: Accuracy) -> Accuracy:
+    """Return accuracies as entries of an evaluation: of every task and metric, and the mean."""
+    new: Accuracy = {}
+    for name, values in found.items():
+        for metric in (metric for metric in METRICS if metric in values):
+            own = {key: values[key] for key in (metric, f"{metric}_stderr") if key in values}
+            new[name if metric == METRICS[0] else f"{name} {metric}"] = own
+    if len(found) > 1:
+        new["mean of tasks"] = {METRICS[0]: mean(found)}
+    return new
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return acc and acc_norm of a row of results, whose keys are "acc,FILTER", "acc_stderr,…"."""
+    values = {key.partition(",")[0]: value for key, value in row.items()}
+    wanted = [f"{metric}{end}" for metric in METRICS for end in ("", "_stderr")]
+    # A single item has no standard error, which the harness writes in words.
+    return {k: float(values[k]) for k in wanted if isinstance(values.get(k), float | int)}
+
+
+def _index(names: Sequence[str]) -> Any:
+    """Return a task manager that knows the tasks, and the folders they lie in.
+
+    To read the thousands of other tasks as well takes many seconds, and is done where one of the
+    names is not found at the start of a line.
+    """
+    import lm_eval.tasks
+
+    folders: dict[str, Path] = {}
+    lines = {f"task: {name}": name for name in names}
+    for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
+        for line in lines.keys() & set(file.read_text(encoding="utf-8").splitlines()):
+            folders.setdefault(lines[line], file.parent)
+    paths: list[str | Path] = sorted(set(folders.values()))
+    few = lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False)
+    return few if set(names) <= set(few.all_subtasks) else lm_eval.tasks.TaskManager()
+
+
+def _check_name(name: str, manager: Any) -> None:
+    if name in manager.all_subtasks:
+        return
+    if name in manager.all_tasks:
+        raise GblmError(f"{name} is a group of tasks; name those of its tasks that you want")
+    near = difflib.get_close_matches(name, ["paper", *manager.all_subtasks], 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise GblmError(f"unknown task {name!r}; {hint}`lm-eval ls tasks` lists all, paper is six")
+
+
+def _open(name: str, file: Path | None, manager: Any) -> Any:
+    """Return a task of the harness, with the items of the file where there is one."""
+    spec: str | Row = name
+    if file:
+        items = _items(name, file)
+        # A group may say what its tasks have otherwise: here the items, for whatever split.
+        own = {"task": name, "custom_dataset": lambda **_: defaultdict(lambda: items)}
+        spec = {"group": "local", "task": [own]}
+    try:
+        task = manager.load(spec)["tasks"][name]
+    except Exception as error:  # whatever the hub, the network or the items had against it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if file:
+            raise GblmError(f"{file} has not the form of the task {name} ({reason})") from error
+        raise GblmError(
+            f"the items of the task {name} cannot be loaded ({reason}); check the connection to "
+            "the hub, or give a folder of them (--task-data)"
+        ) from error
+    if METRICS[0] not in task.aggregation():
+        judged = ", ".join(task.aggregation())
+        raise GblmError(f"the task {name} is judged by {judged}, not by acc; leave it out")
+    task.set_config("num_fewshot", 0)
+    return task
+
+
+def _file(name: str, data: Path) -> Path:
+    """Return the file of a task in a folder; raises `GblmError` where none is, or several are."""
+    if not data.is_dir():
+        raise GblmError(f"task data {data}: no such folder; give one that holds {name}.jsonl")
+    names = (f"{name}.jsonl", f"{name}_*.jsonl")
+    found = sorted(file for pattern in names for file in data.glob(pattern))
+    if not found:
+        raise GblmError(f"task data {data} has neither {' nor '.join(names)}; add the items")
+    if len(found) > 1:
+        several = ", ".join(file.name for file in found)
+        raise GblmError(f"task data {data} has several files for {name}: {several}; keep one")
+    return found[0]
+
+
+def _items(name: str, file: Path) -> Any:
+    """Return the items of a file as a data set in memory; raises `GblmError` for a damaged one."""
+    import datasets
+
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GblmError(f"{file} cannot be read ({error}); repair it") from error
+    rows = [
+        _row(name, line, f"{file}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not rows:
+        raise GblmError(f"{file} is empty; give one item of the task {name} a line")
+    if other := next((row for row in rows if row.keys() != rows[0].keys()), None):
+        raise GblmError(f"{file}: items have {', '.join(rows[0])}, but one {', '.join(other)}")
+    try:
+        return datasets.Dataset.from_list(rows)
+    except Exception as error:  # of pyarrow, where a field is not of one type
+        raise GblmError(f"{file} is no table of items ({error}); repair it") from error
+
+
+def _row(name: str, line: str, where: str) -> Row:
+    try:
+        return COLUMNS.get(name, dict)(json.loads(line))
+    except (ValueError, TypeError, KeyError) as error:
+        raise GblmError(f"{where}: no item of the task {name} ({error!r}); repair it") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars and remarks of the harness off the terminal, where gblm has its own bar."""
+    with redirect_stderr(io.StringIO()):
+        yield
