@@ -8,10 +8,12 @@ import copy
 import difflib
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from gblm.distributed import gathered, rank
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "openbookqa")
 METRICS = ("acc", "acc_norm")  # the first is the headline of a task
 BATCH = 8  # items' choices the model sees at a time
+
+NAME = re.compile(r"""^["']?task["']?\s*:[ \t]*["']?([^\s"'\[]+)""", re.MULTILINE)  # of a YAML
 
 Accuracy = dict[str, dict[str, float]]  # by task: metrics and their standard errors, as fractions
 Row = dict[str, Any]
@@ -81,9 +85,7 @@ def open_tasks(names: Sequence[str], data: Path | None = None, limit: int | None
             "pip install 'gblm[eval]'"
         ) from error
     with _quiet():
-        manager = _index(every)
-        for name in every:
-            _check_name(name, manager)
+        manager = _manager(every)
         files = {name: _file(name, data) for name in every} if data else {}
         return Tasks({name: _open(name, files.get(name), manager) for name in every}, limit)
 
@@ -98,8 +100,14 @@ def accuracy(
 ) -> Accuracy:
     """Return acc and acc_norm with their standard errors, as fractions, by task.
 
-    A batch that does not fit is halved. Of several processes, process 0 evaluates for all.
+    A batch that does not fit is halved. Of several processes, process 0 evaluates for all. Raises
+    `GblmError` where the tokenizer has no token that the harness could begin a text with.
     """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise GblmError(
+            "the tokenizer has neither a bos nor an eos token, and lm-evaluation-harness needs one "
+            "of them; name it in tokenizer_config.json, or leave out the tasks"
+        )
 
     def run(step: int) -> Accuracy:
         from lm_eval import evaluate
@@ -144,32 +152,33 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(values[k]) for k in wanted if isinstance(values.get(k), float | int)}
 
 
-def _index(names: Sequence[str]) -> Any:
-    """Return a task manager that knows the tasks, and the folders they lie in.
-
-    To read the thousands of other tasks as well takes many seconds, and is done where one of the
-    names is not found at the start of a line.
-    """
+@cache
+def _known() -> dict[str, Path]:
+    """Return the file of every task of the harness, whose own index takes many seconds to make."""
     import lm_eval.tasks
 
-    folders: dict[str, Path] = {}
-    lines = {f"task: {name}": name for name in names}
+    found: dict[str, Path] = {}
     for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
-        for line in lines.keys() & set(file.read_text(encoding="utf-8").splitlines()):
-            folders.setdefault(lines[line], file.parent)
-    paths: list[str | Path] = sorted(set(folders.values()))
-    few = lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False)
-    return few if set(names) <= set(few.all_subtasks) else lm_eval.tasks.TaskManager()
+        for name in NAME.findall(file.read_text(encoding="utf-8")):
+            found.setdefault(name, file)
+    return found
 
 
-def _check_name(name: str, manager: Any) -> None:
-    if name in manager.all_subtasks:
-        return
-    if name in manager.all_tasks:
-        raise GblmError(f"{name} is a group of tasks; name those of its tasks that you want")
-    near = difflib.get_close_matches(name, ["paper", *manager.all_subtasks], 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise GblmError(f"unknown task {name!r}; {hint}`lm-eval ls tasks` lists all, paper is six")
+def _manager(names: Sequence[str]) -> Any:
+    """Return a task manager that knows the tasks; raises `GblmError` where the harness does not."""
+    from lm_eval.tasks import TaskManager
+
+    known = _known()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, ["paper", *known], 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise GblmError(
+                f"unknown task {name!r}; {hint}`lm-eval ls subtasks` lists all, groups of tasks "
+                "are not taken, and paper stands for the six of the paper"
+            )
+    folders: list[str | Path] = sorted({known[name].parent for name in names})
+    return TaskManager(include_path=folders, include_defaults=False)
 
 
 def _open(name: str, file: Path | None, manager: Any) -> Any:
