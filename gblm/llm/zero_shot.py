@@ -103,6 +103,8 @@ def accuracy(
     A batch that does not fit is halved. Of several processes, process 0 evaluates for all. Raises
     `GblmError` where the tokenizer has no token that the harness could begin a text with.
     """
+    if batch_size < 1:
+        raise GblmError(f"a batch of {batch_size} holds nothing; give 1 or more")
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise GblmError(
             "the tokenizer has neither a bos nor an eos token, and lm-evaluation-harness needs one "

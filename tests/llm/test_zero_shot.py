@@ -331,9 +331,11 @@ def test_damaged_items_are_named(case, tmp_path):
     assert str(tmp_path / "boolq.jsonl") in str(error.value)
 
 
-def test_a_tokenizer_without_a_first_token_is_refused(llm, data):
+def test_what_the_harness_cannot_run_is_refused(llm, data):
     with pytest.raises(GblmError, match="neither a bos nor an eos token"):
         zero_shot(*load(llm[2], device="cpu"), ["boolq"], data)
+    with pytest.raises(GblmError, match="a batch of 0"):
+        zero_shot(*load(llm[2], device="cpu"), ["boolq"], data, batch_size=0)
 
 
 def test_files_are_found_by_the_name_of_their_task(tmp_path):
