@@ -20,6 +20,9 @@ OF_LANGUAGE = [
     "--evaluate-windows",
     "--length",
     "--trust-remote-code",
+    "--task-data",
+    "--task-limit",
+    "--tasks",
 ]
 
 
