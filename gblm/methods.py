@@ -88,7 +88,7 @@ def best(
     allocation: str = "auto",
     focus: float = 0.5,
     mix: float = 0.5,
-    refine: float = 2.0,
+    refine: float = 0.75,
 ) -> Method:
     """The settings gblm stands for: gradients decide where, least squares and refinement mend.
 

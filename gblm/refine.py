@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gblm import distributed
-from gblm.device import quick
+from gblm.device import halved
 from gblm.stats import wide
 from gblm.stream import Call, made
 from gblm.survey import Block
 
 RATE = 0.01  # of Adam, times the mean size of the weights of a tensor
 POSITIONS = 512  # about so many in a step
-JUDGED = 8  # steps whose samples tell whether it was worth it
+JUDGED = 4  # steps whose samples tell whether it was worth it
 
 
 Tuned = list[tuple[nn.Parameter, Tensor, Tensor | None]]  # as `_tuned` gives it
@@ -85,9 +85,6 @@ class _Fit:
     weights: Tensor | None
 
     def __post_init__(self) -> None:
-        device, half = self.call.device or self.goal.device, torch.bfloat16
-        halved = self.goal.dtype == torch.float32 and quick(device, half)
-        self.products = torch.autocast(device.type, half, enabled=halved)
         energy = [_error(part, self.weights).item() * len(part) for part in self.goal.split(64)]
         self.scale = _mean(sum(energy) / len(self.goal)) or 1.0
 
@@ -97,7 +94,7 @@ class _Fit:
         for start in range(piece.start, piece.stop, self.step):
             part = slice(start, min(start + self.step, piece.stop))
             wanted = self.goal[part.start * carried : part.stop * carried]
-            with self.products:
+            with halved(self.call.device or wanted.device, wanted.dtype):
                 output = tree_flatten(self.call.run(self.call.arguments(part)))[0][self.which]
             share = (part.stop - part.start) / (piece.stop - piece.start)
             yield share * _error(output - wanted.to(output.device), self.weights) / self.scale

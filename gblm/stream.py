@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics
-from gblm.device import MicroBatch, free_memory
+from gblm.device import MicroBatch, exact, free_memory, halved
 from gblm.survey import Block, Linear, hooked, quiet, size
 
 Forward = Callable[..., Any]
@@ -185,7 +185,8 @@ class Inputs:
         """Add the inputs `x` of `samples` samples, of so many in all; see `stats.add_inputs`."""
         stride = max(1, self.group[0].positions * of // ERROR_POSITIONS)
         self.examples.append(x[-self.statistics.positions % stride :: stride].clone())
-        stats.add_inputs(self.statistics, x, samples, dense, self.weights)
+        with exact(x.device):
+            stats.add_inputs(self.statistics, x, samples, dense, self.weights)
 
 
 class Keeper(Protocol):
@@ -224,7 +225,8 @@ def forward(
     beside: carry the dense stream beside the pruned one. Then `visit` is called for one group after
     the other, in the order of use, each with inputs that the groups before it, as visited, have
     made, and `refine` goes towards the outputs of the dense stream. The model is called on the
-    samples twice over, the first half of every tensor being what the dense model has.
+    samples twice over, the first half of every tensor being what the dense model has, with products
+    in bfloat16 where they are quicker.
     weights: how much the positions count, by the name of the first linear of a group.
     keeper: is given every finished block, and asked for those that it has. spill: see `room`.
     """
@@ -252,9 +254,12 @@ def forward(
         ours = micro.run(pruned.outputs) if again else ours
         return _both(target, ours, spill)
 
-    if beside:
-        batch = {name: torch.cat([value, value]) for name, value in batch.items()}
-    _run(model, batch, adapter, blocks, both if beside else alone, keeper, spill)
+    if not beside:
+        return _run(model, batch, adapter, blocks, alone, keeper, spill)
+    batch = {name: torch.cat([value, value]) for name, value in batch.items()}
+    some = next(blocks[0].module.parameters())
+    with halved(some.device, some.dtype):
+        return _run(model, batch, adapter, blocks, both, keeper, spill)
 
 
 def _run(
@@ -355,7 +360,8 @@ def _beside(
                         inputs.add(own.x, piece.stop - piece.start, pruned.samples, beside)
                 distributed.add_statistics([inputs.statistics])
                 check(group[0], inputs.statistics)
-                visit(block, [inputs], pruned)
+                with exact(group[0].weight.device):
+                    visit(block, [inputs], pruned)
                 now = _Weights(block)
                 before.write()
                 theirs = _go_on(streams[0], theirs, index)

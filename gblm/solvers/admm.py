@@ -115,14 +115,15 @@ def _mask(problem: Problem, pattern: Pattern) -> Tensor | None:
         if info or not torch.isfinite(lower).all():
             return None
         inverse = torch.cholesky_inverse(lower)
+        towards = problem.target @ inverse
         dual *= before / penalty  # which is scaled by the penalty
         before = penalty
         for _ in range(STEPS):
-            free = (problem.target + penalty * (kept - dual)) @ inverse
-            kept = free + dual
-            keep = pattern.keep(kept.abs())
-            kept *= keep
-            dual += free - kept
+            free = torch.addmm(towards, kept - dual, inverse, alpha=penalty)
+            free += dual
+            keep = pattern.keep(free.abs())
+            kept = free.masked_fill(~keep, 0)
+            dual = free.sub_(kept)  # what the pattern refuses of Z + U
     return keep
 
 
