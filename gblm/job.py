@@ -22,7 +22,8 @@ from gblm.gradients import gradient_sums
 from gblm.offload import Offload
 from gblm.output import written_beside
 from gblm.pruner import check, needed, prune
-from gblm.report import Report, clock
+from gblm.report import Examples, Report, clock
+from gblm.report.masks import masks
 from gblm.survey import Block
 from gblm.work import GradientFolder, Journal, Settings, fingerprint, locked
 
@@ -140,6 +141,7 @@ class Job:
     evaluate(model, bars): the metrics of the model as it is. save(folder): write it as it is.
     output: the folder of a single run, of the folders of several. seconds: of the phases before.
     offload: how the weights come to the device. work: where runs are kept, to go on from.
+    report: the folder of the pages, which show the examples. loading(folder): Python to load it.
     """
 
     name: str
@@ -157,6 +159,10 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     offload: Offload | None = None
     work: Work | None = None
+    report: Path | None = None
+    examples: Examples | None = None
+    calibration: str = ""
+    loading: Callable[[Path], str] = lambda folder: ""
 
     @property
     def spill(self) -> Path | None:
@@ -181,6 +187,8 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
             before = job.evaluate(job.model, show)
+            if job.examples:
+                job.examples.before(job.model)
         shared: dict[str, float] = {}
         with clock(shared, "gradients"):
             gradients = dense_gradients(job, wanted, found, show)
@@ -191,15 +199,27 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
                 for own, value in zip(parameters, dense, strict=True):
                     own.copy_(value)
             seconds = {**job.seconds, **(shared if needed(run.method, run.pattern) else {})}
-            report = perform(job, run, gradients, seconds, before, show, journals[run.label])
-            reports.append(report)
-            if job.output and not rank():
-                folder = job.output / run.label if len(wanted) > 1 else job.output
-                with written_beside(folder) as beside:
-                    with clock(report.seconds, "save"):
-                        job.save(beside)
-                    report.write(beside)
+            journal = journals[run.label]
+            reports.append(perform(job, run, gradients, seconds, before, show, journal))
+            if not rank():
+                keep(job, wanted, reports)
     return reports
+
+
+def keep(job: Job, wanted: list[Run], reports: list[Report]) -> None:
+    """Write the last result, where it is to go, and then its page."""
+    report, labels = reports[-1], [run.label for run in wanted]
+    if job.output:
+        folder = job.output / labels[len(reports) - 1] if len(wanted) > 1 else job.output
+        report.loading = job.loading(folder)
+        with written_beside(folder) as beside:
+            with clock(report.seconds, "save"):
+                job.save(beside)
+            report.write(beside)
+    if job.report:
+        from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
+
+        write_pages(job.report, labels, reports)
 
 
 def dense_gradients(
@@ -255,8 +275,12 @@ def perform(
     report.seconds = {**seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
         after = job.evaluate(job.model, show)
+        if job.examples:
+            report.examples_note, report.examples = job.examples.after(job.model)
     report.evaluation = merged(before, after)
     report.model, report.seed, report.notes = job.name, job.seed, job.notes
+    report.calibration = job.calibration
+    report.masks = masks(report, job.blocks) if job.output or job.report else {}
     report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
     return report
 
