@@ -27,7 +27,7 @@ ERROR = "#d9480f"
 SPARSITY = "#1c7ed6"
 # Colours that stand out from white and from black alike.
 SERIES = ("#1c7ed6", "#d9480f", "#2b9348", "#ae3ec9", "#0c8599", "#b08900", "#e64980", "#868e96")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX"
 WIDTH = 330  # a figure fills a phone
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -177,28 +177,35 @@ def mask(name: str, found: Mask, shape: Sequence[int]) -> Markup:
 class Point:
     """One run in a plot of a metric against sparsity."""
 
-    series: str
+    method: str
     sparsity: float
     value: float
     tip: str
+    window: bool = False  # of n:m
 
 
 def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metric) -> Markup:
-    """Return the plot of a metric against sparsity, a line per series; dense models are levels."""
+    """Return the plot of a metric against sparsity; dense models are levels.
+
+    A method has a colour, and one line for its sparsities, one with hollow marks for n:m.
+    """
     series: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda point: point.sparsity):
-        series.setdefault(point.series, []).append(point)
-    columns = 1 if max(map(len, series)) > 20 else 2
+        series.setdefault(point.method + ", n:m" * point.window, []).append(point)
+    methods = list(dict.fromkeys(point.method for point in points))
+    columns = 1 if max(map(len, series)) > 16 else 2
     under = 50 + 17 * -(-len(series) // columns)
     height = 210 + under
     tips: list[str] = []
     with drawn(name):
         figure = Figure((WIDTH / 72, height / 72))
         axes = figure.add_axes((0.15, under / height, 0.79, 195 / height))
-        for i, (label, found) in enumerate(series.items()):
-            colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+        for label, found in series.items():
+            i = methods.index(found[0].method)
+            look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+            look |= {"fillstyle": "none" if found[0].window else "full", "label": label}
             x, y = [point.sparsity for point in found], [point.value for point in found]
-            axes.plot(x, y, color=colour, marker=marker, lw=1.5, ms=6, label=label)
+            axes.plot(x, y, lw=1.5, ms=6, **look)
             for point in found:  # a larger target for the pointer
                 target = axes.plot(point.sparsity, point.value, "o", ms=16, alpha=0)[0]
                 target.set(gid=f"tip-{len(tips)}")

@@ -34,6 +34,7 @@ def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> None:
 def run_page(report: Report) -> str:
     """Return the page of one run."""
     linears = sorted(report.linears, key=lambda linear: -linear.relative_error)
+    found = changes(report)
     shapes = {linear.name: linear.shape for linear in report.linears}
     shares = [linear.sparsity for linear in report.linears]
     return render(
@@ -41,7 +42,8 @@ def run_page(report: Report) -> str:
         report=report,
         title=wording.headline(report),
         name=wording.short(report.model) or "model",
-        changes=changes(report),
+        changes=found,
+        first=next(iter(found), None),
         worst=linears[:WORST],
         left=left_dense(report),
         uneven=max(shares) - min(shares) > 0.005,
@@ -55,6 +57,7 @@ def run_page(report: Report) -> str:
         },
         examples=[(e, common(e.dense.strip(), e.pruned.strip())) for e in report.examples],
         shapes=shapes,
+        blocks=len({report.place(linear.name)[0] for linear in report.linears}),
         zeros=round(report.weights * report.sparsity),
         total=sum(report.seconds.values()),
         longest=max(report.seconds.values(), default=0),
@@ -107,11 +110,10 @@ def comparison_page(runs: dict[str, Report], links: dict[str, str] | None = None
     models = list(dict.fromkeys(row.model for row in rows))
     first = next(iter(found), None)
     best = None
-    if first and found[first].better:
-        measured = [row for row in rows if first in row.values]
-        for row in measured:
-            row.front = not any(beats(other, row, first) for other in measured)
-        best = max(measured, key=lambda row: row.values[first].pruned * found[first].better)
+    if first and found[first].better and all(first in row.values for row in rows):
+        for row in rows:
+            row.front = not any(beats(other, row, first) for other in rows)
+        best = max(rows, key=lambda row: row.values[first].pruned * found[first].better)
     return render(
         "comparison.html.j2",
         title=f"{wording.some(len(rows), 'run')} of {', '.join(models)}",
@@ -120,7 +122,7 @@ def comparison_page(runs: dict[str, Report], links: dict[str, str] | None = None
         metrics=found,
         first=first,
         best=best,
-        plots={key: plot(rows, key, of, len(models) > 1) for key, of in found.items()},
+        plots={key: plot(rows, key, of) for key, of in found.items()},
     )
 
 
@@ -132,17 +134,19 @@ def beats(one: Row, other: Row, key: tuple[str, str]) -> bool:
     return sparsity >= 0 and quality >= 0 and (sparsity > 0 or quality > 0)
 
 
-def plot(rows: list[Row], key: tuple[str, str], of: wording.Metric, models: bool) -> Markup:
-    """Return the plot of a metric against sparsity; n:m is a series of its own."""
+def plot(rows: list[Row], key: tuple[str, str], of: wording.Metric) -> Markup:
+    """Return the plot of a metric against sparsity; models are named where there are several."""
     points: list[figures.Point] = []
     dense: dict[str, float] = {}
-    for row in rows:
-        if change := row.values.get(key):
-            name = f"{row.model}, " if models else ""
-            series = name + row.report.method + (", n:m" if ":" in row.report.pattern else "")
-            tip = f"{name}{row.report.method}, {row.report.pattern}: {change.after}"
-            points.append(figures.Point(series, row.report.sparsity, change.pruned, tip))
-            dense[f"{name}dense"] = change.dense
+    measured = [row for row in rows if key in row.values]
+    several = len({row.model for row in measured}) > 1
+    for row in measured:
+        report, change = row.report, row.values[key]
+        name = f"{row.model}, " if several else ""
+        method, tip = f"{name}{report.method}", f"{report.method}, {report.pattern}: {change.after}"
+        window = ":" in report.pattern
+        points.append(figures.Point(method, report.sparsity, change.pruned, name + tip, window))
+        dense[f"{name}dense"] = change.dense
     return figures.pareto(" ".join(key), points, dense, of)
 
 

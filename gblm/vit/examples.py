@@ -42,11 +42,14 @@ class Changed:
         ]
         lost = [found for found in changed if found[1] == found[2]]
         shown = (lost + [found for found in changed if found[1] != found[2]])[:SHOWN]
-        said = (
-            f"{len(changed)} of the first {len(self.dense)} images of {self.source} are "
-            f"classified otherwise, {len(lost)} of them rightly before; the first {len(shown)}:"
-        )
-        return said if shown else said.replace("; the first 0:", "."), [
+        whole = f"of the first {len(self.dense)} images of {self.source}"
+        said = f"None {whole} is classified otherwise."
+        if changed:
+            said = (
+                f"{len(changed)} {whole} classified otherwise, {len(lost)} of them rightly before; "
+                f"the first {len(shown)}:"
+            )
+        return said, [
             Example(self.name(label), self.name(old), self.name(new), self.picture(pixels))
             for pixels, label, old, new in shown
         ]

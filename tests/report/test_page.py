@@ -183,7 +183,7 @@ def test_runs_are_compared(make_report):
     }
     page = comparison_page(runs, {"a": "a/report.html"})
     text = said(page)
-    assert "4 runs of tiny-llama: best is best, perplexity 48.6 → 50.0 (+2.9 %)" in text
+    assert "4 runs of tiny-llama: best comes out ahead, perplexity 48.6 → 50.0 (+2.9 %)" in text
     rows = re.findall(r"<tr(?: class=\"(\w+)\")?>\s*<th scope=\"row\">", page)
     assert rows == ["dense", "", "front", "front", ""]
     assert Parsed(page).links == ["a/report.html"]
@@ -195,7 +195,15 @@ def test_models_are_told_apart(make_report):
     runs = {name: make_report(model=name) for name in ("small", "large")}
     page = comparison_page(runs)
     assert page.count('<tr class="dense">') == 2
+    assert "comes out ahead" in page
     assert ">small, dense</text>" in page
+
+
+def test_what_was_measured_otherwise_is_not_ranked(make_report, vision):
+    page = comparison_page({"a": make_report(), "b": vision})
+    assert "comes out ahead" not in page
+    assert ">dense</text>" in page
+    assert "tiny-llama, dense" not in page  # one model in a plot needs no name there
 
 
 def test_pages_are_written_run_by_run(make_report, vision, tmp_path: Path):
