@@ -202,7 +202,10 @@ def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metr
         axes = figure.add_axes((0.15, under / height, 0.79, 195 / height))
         for label, found in series.items():
             i = methods.index(found[0].method)
-            look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+            look: dict[str, Any] = {
+                "color": SERIES[i % len(SERIES)],
+                "marker": MARKERS[i % len(MARKERS)],
+            }
             look |= {"fillstyle": "none" if found[0].window else "full", "label": label}
             x, y = [point.sparsity for point in found], [point.value for point in found]
             axes.plot(x, y, lw=1.5, ms=6, **look)

@@ -60,7 +60,7 @@ def test_ids_of_two_figures_do_not_meet(make_report):
 
 
 def test_a_deep_model_fits(make_report):
-    for blocks in (1, 32, 126):
+    for blocks in (1, 32, 80):
         assert len(titles(figures.heat_maps(make_report(blocks=blocks))[0][2])) == 3 * blocks
 
 
