@@ -199,8 +199,7 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
                 for own, value in zip(parameters, dense, strict=True):
                     own.copy_(value)
             seconds = {**job.seconds, **(shared if needed(run.method, run.pattern) else {})}
-            journal = journals[run.label]
-            reports.append(perform(job, run, gradients, seconds, before, show, journal))
+            reports.append(perform(job, run, gradients, seconds, before, show, journals[run.label]))
             if not rank():
                 keep(job, wanted, reports)
     return reports
