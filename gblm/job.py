@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,12 +21,11 @@ from gblm.gradients import gradient_sums
 from gblm.offload import Offload
 from gblm.output import written_beside
 from gblm.pruner import check, needed, prune
-from gblm.report import Examples, Report, clock
+from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
 from gblm.survey import Block
 from gblm.work import GradientFolder, Journal, Settings, fingerprint, locked
 
-Evaluation = dict[str, dict[str, float]]  # by data set: metric and value, METRIC_stderr its error
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
 
@@ -282,21 +280,3 @@ def perform(
     report.masks = masks(report, job.blocks) if job.output or job.report else {}
     report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
     return report
-
-
-def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every data set with their values before and after pruning.
-
-    Where a data set has several metrics, each stands under the name of the set and its own. The
-    standard error of a metric stands beside its value.
-    """
-    found = {}
-    for name, metrics in before.items():
-        own = [metric for metric in metrics if not metric.endswith("_stderr")]
-        for metric in own:
-            entry: dict[str, Any] = {"metric": metric}
-            for end in ("", "_stderr"):
-                if (key := f"{metric}{end}") in metrics:
-                    entry |= {f"dense{end}": metrics[key], f"pruned{end}": after[name][key]}
-            found[name if len(own) == 1 else f"{name} {metric}"] = entry
-    return found

@@ -10,8 +10,8 @@ from gblm import cli
 from gblm.base import Batch, GblmError
 from gblm.device import find_device
 from gblm.distributed import launched, rank
-from gblm.job import Bars, Evaluation, Job, Run, Work, compare, work_folder
-from gblm.report import Examples, clock
+from gblm.job import Bars, Job, Run, Work, compare, work_folder
+from gblm.report import Evaluation, Examples, clock
 from gblm.survey import choose as choose_linears
 from gblm.survey import placed, survey
 

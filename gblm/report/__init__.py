@@ -29,6 +29,8 @@ PACKAGES = (
     "lm_eval",
 )
 
+Evaluation = dict[str, dict[str, float]]  # by data set: metric and value, METRIC_stderr its error
+
 
 @dataclass
 class LinearReport:
@@ -175,6 +177,24 @@ class Report:
         return report
 
 
+def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
+    """Return the metrics of every data set with their values before and after pruning.
+
+    Where a data set has several metrics, each stands under the name of the set and its own. The
+    standard error of a metric stands beside its value.
+    """
+    found = {}
+    for name, metrics in before.items():
+        own = [metric for metric in metrics if not metric.endswith("_stderr")]
+        for metric in own:
+            entry: dict[str, Any] = {"metric": metric}
+            for end in ("", "_stderr"):
+                if (key := f"{metric}{end}") in metrics:
+                    entry |= {f"dense{end}": metrics[key], f"pruned{end}": after[name][key]}
+            found[name if len(own) == 1 else f"{name} {metric}"] = entry
+    return found
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place, then rename it; raises `GblmError` where that cannot be."""
     beside = path.with_name(f".{path.name}.part")
@@ -221,4 +241,5 @@ def _check(report: Report) -> None:
 def _values(evaluation: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(evaluation["metric"], str):
         raise TypeError("a metric has no name")
-    return {key: evaluation[key] for key in ("dense", "pruned")}
+    errors = {key: value for key, value in evaluation.items() if key.endswith("_stderr")}
+    return {**errors, **{key: evaluation[key] for key in ("dense", "pruned")}}

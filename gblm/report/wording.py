@@ -8,12 +8,16 @@ from gblm.report import Report
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is called, means, and which way is better: +1 higher, -1 lower, 0 unknown."""
+    """What a metric is called, means, and which way is better: +1 higher, -1 lower, 0 unknown.
+
+    factor: what its values are multiplied by to be in its unit.
+    """
 
     title: str
     means: str
     better: int
     unit: str = ""
+    factor: float = 1
 
     @property
     def direction(self) -> str:
@@ -36,9 +40,18 @@ METRICS = {
     "cross_entropy": Metric(
         "cross-entropy", "How surprised the model is at the right class, in nats.", -1
     ),
-    "acc": Metric("accuracy", "The share of the questions that are answered right.", 1),
-    "acc_norm": Metric("normalised accuracy", "The same, with the answers' lengths evened out.", 1),
+    "acc": Metric("accuracy", "Of 100 questions, how many are answered right.", 1, "\u00a0%", 100),
+    "acc_norm": Metric(
+        "normalised accuracy",
+        "Of 100 questions, how many are answered right, the answers' lengths evened out.",
+        1,
+        "\u00a0%",
+        100,
+    ),
 }
+
+
+VALUES = ("dense", "pruned", "dense_stderr", "pruned_stderr")  # of an evaluation
 
 
 def metric(name: str) -> Metric:
@@ -54,8 +67,8 @@ class Change:
     metric: Metric
     dense: float
     pruned: float
-    dense_error: float | None = None
-    pruned_error: float | None = None
+    dense_error: float = 0.0
+    pruned_error: float = 0.0
 
     @property
     def before(self) -> str:
@@ -104,17 +117,13 @@ def changes(report: Report) -> list[Change]:
     found = report.evaluation.items()
     names = [short(name.removesuffix(f" {value['metric']}")) for name, value in found]
     keys = list(zip(names, (value["metric"] for _, value in found), strict=True))
-    return [
-        Change(
-            data if keys.count((data, value["metric"])) == 1 else name,
-            metric(value["metric"]),
-            value["dense"],
-            value["pruned"],
-            value.get("dense_stderr"),
-            value.get("pruned_stderr"),
-        )
-        for data, (name, value) in zip(names, found, strict=True)
-    ]
+    known = []
+    for data, (name, value) in zip(names, found, strict=True):
+        of = metric(value["metric"])
+        numbers = [value.get(key, 0.0) * of.factor for key in VALUES]
+        one = keys.count((data, value["metric"])) == 1
+        known.append(Change(data if one else name, of, *numbers))
+    return known
 
 
 def headline(report: Report) -> str:
@@ -150,9 +159,9 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def error(value: float | None) -> str:
+def error(value: float) -> str:
     """Return a standard error after its number, nothing where there is none."""
-    return f" ± {value:.2g}" if value else ""
+    return f" ± {value:.2g}" if value > 0 else ""
 
 
 def signed(value: float, digits: int) -> str:

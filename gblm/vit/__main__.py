@@ -8,9 +8,9 @@ from gblm import cli
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
 from gblm.distributed import launched, rank
-from gblm.job import Bars, Evaluation, Job, Run, Work, compare, work_folder
+from gblm.job import Bars, Job, Run, Work, compare, work_folder
 from gblm.offload import offloaded
-from gblm.report import Examples, clock
+from gblm.report import Evaluation, Examples, clock
 from gblm.survey import choose as choose_linears
 from gblm.survey import survey
 
