@@ -94,11 +94,16 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """How much worse the metric has become, in words, relative to the dense model."""
+        """How much worse the metric has become, in words, relative to the dense model.
+
+        What is less than twice the standard error of the difference is no change.
+        """
         if not self.metric.better:
             return ""
         if not math.isfinite(self.pruned):
             return "broken"
+        if abs(self.pruned - self.dense) < 2 * math.hypot(self.dense_error, self.pruned_error):
+            return "within the error"
         worse = self.metric.better * (self.dense - self.pruned) / abs(self.dense or 1)
         if worse <= 0:
             return "as good as before"
@@ -108,7 +113,12 @@ class Change:
     @property
     def tone(self) -> str:
         """How the verdict is to be shown: good, fair or poor."""
-        tones = {"": "", "as good as before": "good", "hardly worse": "good"}
+        tones = {
+            "": "",
+            "within the error": "",
+            "as good as before": "good",
+            "hardly worse": "good",
+        }
         return tones.get(self.verdict, "fair" if self.verdict == "a little worse" else "poor")
 
 

@@ -49,6 +49,12 @@ def test_verdicts(name: str, dense: float, pruned: float, difference: str, verdi
     assert change.verdict == verdict
 
 
+def test_a_change_within_the_error_is_none():
+    assert Change("rte", metric("acc"), 60.0, 55.0, 3.0, 3.0).verdict == "within the error"
+    assert Change("rte", metric("acc"), 60.0, 50.0, 3.0, 3.0).verdict == "clearly worse"
+    assert Change("rte", metric("acc"), 60.0, 55.0).verdict == "a little worse"
+
+
 def test_data_sets_of_one_name_are_told_apart(make_report):
     value = {"metric": "perplexity", "dense": 1.0, "pruned": 2.0}
     names = ["a/text.txt", "b/text.txt", "c/other.txt"]
