@@ -22,8 +22,10 @@ from gblm.distributed import rank
 from gblm.gradients import BACKWARDS
 from gblm.job import Run
 from gblm.methods import METHODS, SOLVERS, make
-from gblm.offload import OFFLOADS
+from gblm.offload import OFFLOADS, offload_of
+from gblm.output import check_output, check_report
 from gblm.report import Report
+from gblm.report.wording import short, size, time
 from gblm.scores import NORMS
 
 
@@ -90,7 +92,8 @@ def parser(program: str, description: str, epilog: str) -> Parser:
     add("--gradients", type=Path, help="a folder of gradients: DIR/gradients of a --work-dir")
     add("--gradient-dtype", default="float32", help="of gradients in a folder [%(default)s]")
     add("--output", type=Path, help="a folder for the pruned model and report.json")
-    add("--overwrite", action="store_true", help="let the output replace what is there")
+    add("--report", type=Path, help="a folder for report.html, a page that shows what became of it")
+    add("--overwrite", action="store_true", help="let output and report replace what is there")
     return new
 
 
@@ -197,6 +200,14 @@ def whole(text: str, what: str) -> int | None:
 ASIDE = {"acc_norm"}  # metrics that stand in the report alone
 
 
+def check_folders(args: argparse.Namespace, size: int = 0) -> None:
+    """Raise `GblmError` where a result of `size` bytes, or its report, cannot be written."""
+    if args.output:
+        check_output(args.output, size, args.overwrite)
+    if args.report:
+        check_report(args.report, args.overwrite)
+
+
 def show_table(title: str, reports: list[Report]) -> None:
     """Print the runs of one command side by side, the dense model first, in process 0 alone."""
     if rank():
@@ -219,6 +230,8 @@ def show_table(title: str, reports: list[Report]) -> None:
             report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
         )
     console.print(table)
+    if len(reports) == 1:
+        show_short(reports[0])
 
 
 def shown(entry: dict[str, Any], when: str) -> str:
@@ -227,9 +240,30 @@ def shown(entry: dict[str, Any], when: str) -> str:
     return f"{100 * value:.1f} %" if entry["metric"] == "acc" else f"{value:.2f}"
 
 
-def short(name: str) -> str:
-    """Return the name of an evaluation without the folders of its path."""
-    return name.rstrip("/").rpartition("/")[2]
+def show_short(report: Report) -> None:
+    """Print the worst linears of a run, its time and its memory."""
+    worst = sorted(report.linears, key=lambda linear: -linear.relative_error)[:3]
+    named = ", ".join(f"{linear.name} {linear.relative_error:.1%}" for linear in worst)
+    seconds, memory = sum(report.seconds.values()), report.peak_memory_bytes
+    print(f"largest errors: {named}")
+    print(f"{time(seconds)} in all, {size(memory)} of memory at the peak")
+
+
+def told(args: argparse.Namespace, model: nn.Module) -> bool:
+    """Whether there will be a report that shows examples.
+
+    A model that comes to the device block by block makes them for --report alone: they take many
+    passes.
+    """
+    return bool(args.report or (args.output and not offload_of(model)))
+
+
+def show_folders(args: argparse.Namespace) -> None:
+    """Print where the results are, in process 0 alone."""
+    if args.output and not rank():
+        print(f"written to {args.output}")
+    if args.report and not rank():
+        print(f"report in {args.report / 'report.html'}")
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,11 +21,11 @@ from gblm.gradients import gradient_sums
 from gblm.offload import Offload
 from gblm.output import written_beside
 from gblm.pruner import check, needed, prune
-from gblm.report import Report, clock
+from gblm.report import Evaluation, Examples, Report, clock, merged
+from gblm.report.masks import masks
 from gblm.survey import Block
 from gblm.work import GradientFolder, Journal, Settings, fingerprint, locked
 
-Evaluation = dict[str, dict[str, float]]  # by data set: metric and value, METRIC_stderr its error
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
 
@@ -140,6 +139,7 @@ class Job:
     evaluate(model, bars): the metrics of the model as it is. save(folder): write it as it is.
     output: the folder of a single run, of the folders of several. seconds: of the phases before.
     offload: how the weights come to the device. work: where runs are kept, to go on from.
+    report: the folder of the pages, which show the examples. loading(folder): Python to load it.
     """
 
     name: str
@@ -157,6 +157,10 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     offload: Offload | None = None
     work: Work | None = None
+    report: Path | None = None
+    examples: Examples | None = None
+    calibration: str = ""
+    loading: Callable[[Path], str] = lambda folder: ""
 
     @property
     def spill(self) -> Path | None:
@@ -181,6 +185,8 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
             before = job.evaluate(job.model, show)
+            if job.examples:
+                job.examples.before(job.model)
         shared: dict[str, float] = {}
         with clock(shared, "gradients"):
             gradients = dense_gradients(job, wanted, found, show)
@@ -191,15 +197,26 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
                 for own, value in zip(parameters, dense, strict=True):
                     own.copy_(value)
             seconds = {**job.seconds, **(shared if needed(run.method, run.pattern) else {})}
-            report = perform(job, run, gradients, seconds, before, show, journals[run.label])
-            reports.append(report)
-            if job.output and not rank():
-                folder = job.output / run.label if len(wanted) > 1 else job.output
-                with written_beside(folder) as beside:
-                    with clock(report.seconds, "save"):
-                        job.save(beside)
-                    report.write(beside)
+            reports.append(perform(job, run, gradients, seconds, before, show, journals[run.label]))
+            if not rank():
+                keep(job, wanted, reports)
     return reports
+
+
+def keep(job: Job, wanted: list[Run], reports: list[Report]) -> None:
+    """Write the last result, where it is to go, and then its page."""
+    report, labels = reports[-1], [run.label for run in wanted]
+    if job.output:
+        folder = job.output / labels[len(reports) - 1] if len(wanted) > 1 else job.output
+        report.loading = job.loading(folder)
+        with written_beside(folder) as beside:
+            with clock(report.seconds, "save"):
+                job.save(beside)
+            report.write(beside)
+    if job.report:
+        from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
+
+        write_pages(job.report, labels, reports)
 
 
 def dense_gradients(
@@ -255,25 +272,11 @@ def perform(
     report.seconds = {**seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
         after = job.evaluate(job.model, show)
+        if job.examples:
+            report.examples_note, report.examples = job.examples.after(job.model)
     report.evaluation = merged(before, after)
     report.model, report.seed, report.notes = job.name, job.seed, job.notes
+    report.calibration = job.calibration
+    report.masks = masks(report, job.blocks) if job.output or job.report else {}
     report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
     return report
-
-
-def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every data set with their values before and after pruning.
-
-    Where a data set has several metrics, each stands under the name of the set and its own. The
-    standard error of a metric stands beside its value.
-    """
-    found = {}
-    for name, metrics in before.items():
-        own = [metric for metric in metrics if not metric.endswith("_stderr")]
-        for metric in own:
-            entry: dict[str, Any] = {"metric": metric}
-            for end in ("", "_stderr"):
-                if (key := f"{metric}{end}") in metrics:
-                    entry |= {f"dense{end}": metrics[key], f"pruned{end}": after[name][key]}
-            found[name if len(own) == 1 else f"{name} {metric}"] = entry
-    return found

@@ -17,23 +17,45 @@ def check_output(folder: Path, size: int, overwrite: bool) -> None:
     That is where the folder holds something and `overwrite` is not given, where it is a file, where
     rights are missing, or the disk is too full.
     """
-    if folder.exists() and not folder.is_dir():
-        raise GblmError(f"output {folder} is a file; give a folder")
+    parent = _parent(folder, "output")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise GblmError(f"output {folder} is not empty; give another folder, or --overwrite")
-    parent = folder.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise GblmError(f"output {folder}: {parent} is a file; give a folder in a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise GblmError(f"output {folder}: no right to write in {parent}; give another folder")
+    _writable(parent, folder, "output")
     free = shutil.disk_usage(parent).free
     if free < size:
         raise GblmError(
             f"output {folder}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
             "make space, or give a folder on another disk"
         )
+
+
+def check_report(folder: Path, overwrite: bool) -> None:
+    """Raise `GblmError` where a report cannot be written to the folder.
+
+    That is where the folder holds a report and `overwrite` is not given, where it is a file, or
+    rights are missing.
+    """
+    parent = _parent(folder, "report")
+    if (folder / "report.html").exists() and not overwrite:
+        raise GblmError(f"report {folder} is there already; give another folder, or --overwrite")
+    _writable(folder if folder.exists() else parent, folder, "report")
+
+
+def _parent(folder: Path, what: str) -> Path:
+    """Return the nearest folder above that is there; raises `GblmError` where a file is instead."""
+    if folder.exists() and not folder.is_dir():
+        raise GblmError(f"{what} {folder} is a file; give a folder")
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise GblmError(f"{what} {folder}: {parent} is a file; give a folder in a folder")
+    return parent
+
+
+def _writable(place: Path, folder: Path, what: str) -> None:
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise GblmError(f"{what} {folder}: no right to write in {place}; give another folder")
 
 
 @contextmanager

@@ -63,7 +63,8 @@ def prune(
     adapter = adapter or find_adapter(model)
     blocks = blocks or survey(model, batch, adapter)
     check(blocks, method, pattern)
-    report = Report(method.name, pattern.name)
+    report = Report(method.name, pattern.name, blocks=[block.name for block in blocks])
+    report.parameters = sum(parameter.numel() for parameter in model.parameters())
     if journal:
         journal.begin(report)
     for block in blocks:
@@ -88,6 +89,7 @@ def prune(
     micro = sized(blocks, size(batch), micro_batch)
     chosen = {linear.name: pattern for block in blocks for linear in block.linears}
     if spent := allocated(method, pattern):
+        report.allocation = spent.name
         with clock(report.seconds, "allocation"):
             chosen = allot(model, batch, adapter, blocks, spent, pattern, gradients, micro)
     weights = position_weights(blocks, gradients, method.focus)

@@ -126,7 +126,7 @@ def test_the_check_sees_a_word_of_one_side():
 
 
 def test_import_gblm_is_light():
-    heavy = ["transformers", "timm", "matplotlib", "datasets", "torchvision", "lm_eval"]
+    heavy = ["transformers", "timm", "matplotlib", "jinja2", "datasets", "torchvision", "lm_eval"]
     code = f"import sys, gblm; print(*set({heavy}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

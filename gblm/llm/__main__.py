@@ -10,9 +10,8 @@ from gblm import cli
 from gblm.base import Batch, GblmError
 from gblm.device import find_device
 from gblm.distributed import launched, rank
-from gblm.job import Bars, Evaluation, Job, Run, Work, compare, work_folder
-from gblm.output import check_output
-from gblm.report import clock
+from gblm.job import Bars, Job, Run, Work, compare, work_folder
+from gblm.report import Evaluation, Examples, clock
 from gblm.survey import choose as choose_linears
 from gblm.survey import placed, survey
 
@@ -57,8 +56,7 @@ def run(argv: Sequence[str] | None) -> None:
     cli.fill(args, method="gblm", sparsity="0.5", alpha="100", calibration="c4", samples=128)
     wanted = cli.runs(args)
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
-    if args.output:
-        check_output(args.output, 0, args.overwrite)
+    cli.check_folders(args)
     with launched(args.device) as args.device, work_folder(args) as work:
         carry_out(args, wanted, micro_batch, demo, work)
 
@@ -89,13 +87,13 @@ def carry_out(
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
         )
-    if args.output:
-        check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
+    cli.check_folders(args, cli.model_bytes(model) * len(wanted))
 
     batch = placed(batch, model)
     adapter = adapters.adapter(model)
     blocks = survey(model, batch, adapter)
     choose_linears(blocks, cli.listed(args.include), cli.listed(args.exclude))
+    samples, length = batch["input_ids"].shape
     job = Job(
         name=args.model,
         model=model,
@@ -111,14 +109,16 @@ def carry_out(
         seconds=seconds,
         offload=offload,
         work=work if work.asked or offload else None,
+        report=args.report,
+        examples=examples(args, model, tokenizer, batch, sets),
+        calibration=f"{samples} windows of {length} tokens from {args.calibration}",
+        loading=models.loading,
     )
     reports = compare(job, wanted)
-    samples, length = batch["input_ids"].shape
     title = "the packaged demo" if demo else args.model
     metrics = "perplexity, zero-shot accuracy" if tasks else "perplexity"
     cli.show_table(f"{title}: {metrics}, pruned with {samples} windows of {length}", reports)
-    if args.output and not rank():
-        print(f"written to {args.output}")
+    cli.show_folders(args)
 
 
 def draw(args: Any, config: Any, tokenizer: Any) -> tuple[Batch, dict[str, Any]]:
@@ -144,6 +144,18 @@ def open_tasks(args: Any) -> Any:
     if args.task_data or args.task_limit is not None:
         raise GblmError("--task-data and --task-limit go with --tasks; name some, or paper")
     return None
+
+
+def examples(
+    args: Any, model: Any, tokenizer: Any, batch: Batch, sets: dict[str, Any]
+) -> Examples | None:
+    """Return what the report shows before and after, in process 0 where there will be one."""
+    if rank() or not cli.told(args, model):
+        return None
+    from gblm.llm.examples import Continuations
+
+    source, windows = next(iter(sets.items()), (args.calibration, batch["input_ids"]))
+    return Continuations(tokenizer, windows, cli.short(source))
 
 
 def evaluate(

@@ -247,6 +247,15 @@ def windows(
     return {"input_ids": ids}
 
 
+def loading(folder: Path) -> str:
+    """Return the Python that loads a saved model."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
+    )
+
+
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, like: str
 ) -> None:

@@ -8,10 +8,9 @@ from gblm import cli
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
 from gblm.distributed import launched, rank
-from gblm.job import Bars, Evaluation, Job, Run, Work, compare, work_folder
+from gblm.job import Bars, Job, Run, Work, compare, work_folder
 from gblm.offload import offloaded
-from gblm.output import check_output
-from gblm.report import clock
+from gblm.report import Evaluation, Examples, clock
 from gblm.survey import choose as choose_linears
 from gblm.survey import survey
 
@@ -55,8 +54,7 @@ def run(argv: Sequence[str] | None) -> None:
         raise GblmError("no calibration images; give a folder or a data set by --calibration")
     wanted = cli.runs(args)
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
-    if args.output:
-        check_output(args.output, 0, args.overwrite)
+    cli.check_folders(args)
     with launched(args.device) as args.device, work_folder(args) as work:
         carry_out(args, wanted, micro_batch, demo, work)
 
@@ -76,8 +74,7 @@ def carry_out(
         model.to(dtype)
         adapter = adapters.adapter(model)
         offload = offloaded(args.offload, model, adapter.blocks(model), work.scratch, device)
-    if args.output:
-        check_output(args.output, cli.model_bytes(model) * len(wanted), args.overwrite)
+    cli.check_folders(args, cli.model_bytes(model) * len(wanted))
     with clock(seconds, "data"):
         batch, loaders, notes = choose(args, model)
 
@@ -99,14 +96,17 @@ def carry_out(
         seconds=seconds,
         offload=offload,
         work=work if work.asked or offload else None,
+        report=args.report,
+        examples=examples(args, model, batch, loaders),
+        calibration=f"{len(batch['images'])} images from {args.calibration}",
+        loading=models.loading,
     )
     reports = compare(job, wanted)
     title = "the packaged demo" if demo else args.model
     cli.show_table(f"{title}, pruned with {len(batch['images'])} images", reports)
     for note in notes if not rank() else []:
         print(note)
-    if args.output and not rank():
-        print(f"written to {args.output}")
+    cli.show_folders(args)
 
 
 def choose(args: Any, model: Any) -> tuple[Batch, dict[str, Any], list[str]]:
@@ -144,6 +144,16 @@ def choose(args: Any, model: Any) -> tuple[Batch, dict[str, Any], list[str]]:
         source: data.evaluation(found, limit=args.evaluate_images) for source, found in sets.items()
     }
     return batch, loaders, notes
+
+
+def examples(args: Any, model: Any, batch: Batch, loaders: dict[str, Any]) -> Examples | None:
+    """Return what the report shows before and after, in process 0 where there will be one."""
+    if rank() or not cli.told(args, model):
+        return None
+    from gblm.vit.examples import Changed
+
+    source, found = next(iter(loaders.items()), (args.calibration, [batch]))
+    return Changed(model, found, cli.short(source))
 
 
 def evaluate(model: Any, loaders: dict[str, Any], notes: list[str], show: Bars) -> Evaluation:

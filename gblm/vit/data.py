@@ -262,6 +262,13 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return resolve(model) if resolve else resolve_data_config({}, model=model)
 
 
+def scaling(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the mean and the deviation `[c, 1, 1]` by which a model's images are scaled."""
+    config = _config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return mean, std
+
+
 def _transformed(transform: Transform, mode: str, picture: Image.Image) -> Tensor:
     return transform(picture.convert(mode))
 

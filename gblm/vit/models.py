@@ -57,6 +57,12 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     return model.eval()
 
 
+def loading(folder: Path) -> str:
+    """Return the Python that loads a saved model."""
+    name = f"{LOCAL}{folder}"
+    return f"import timm\n\nmodel = timm.create_model({name!r}, pretrained=True).eval()"
+
+
 def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write `model.safetensors` and `config.json`, in a dtype: beside first, then renamed.
 

@@ -48,6 +48,7 @@ FLAGS = [
     "--output",
     "--overwrite",
     "--refine",
+    "--report",
     "--resume",
     "--samples",
     "--seed",
@@ -384,3 +385,56 @@ def test_what_there_is_can_be_listed(what: str, capsys):
     assert len(lines) >= 4
     if what == "methods":
         assert {line.split()[0] for line in lines} >= set(METHODS)
+
+
+def test_a_report_is_a_page_of_the_run(folder: Path, text: Path, tmp_path: Path, capsys):
+    report = tmp_path / "shown"
+    more = ["--evaluate", str(text), "--report", str(report)]
+    assert main(command(folder, text, *more)) == 0
+    said = capsys.readouterr().out
+    assert "largest errors: model.layers." in said
+    assert "in all, " in said
+    assert f"report in {report / 'report.html'}" in said
+    assert {path.name for path in report.iterdir()} == {"report.html", "report.json"}
+    found = json.loads((report / "report.json").read_text())
+    assert found["blocks"] == ["model.layers.0", "model.layers.1"]
+    assert found["calibration"] == f"6 windows of 32 tokens from {text}"
+    assert len(found["examples"]) == 3
+    assert all(example["given"] and example["dense"] for example in found["examples"])
+    page = (report / "report.html").read_text()
+    assert "tiny, pruned by gblm" in page
+    assert "<code>--output DIR</code>" in page  # it was not kept
+    assert main(command(folder, text, *more)) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_report_may_lie_in_the_output(folder: Path, text: Path, tmp_path: Path, capsys):
+    output = tmp_path / "pruned"
+    more = ["--output", str(output), "--report", str(output)]
+    assert main(command(folder, text, "--method", "magnitude,wanda", *more)) == 0
+    assert "2 runs of tiny" in (output / "report.html").read_text()
+    for name in ("magnitude-0.5", "wanda-0.5"):
+        page = (output / name / "report.html").read_text()
+        assert f"from_pretrained(&#39;{output / name}&#39;)" in page
+        assert (output / name / "config.json").exists()
+    assert "largest errors" not in capsys.readouterr().out  # the table says enough
+
+
+def test_runs_without_report_or_output_draw_nothing(folder: Path, text: Path, monkeypatch):
+    monkeypatch.setattr("gblm.llm.examples.Continuations", None)
+    monkeypatch.setattr("gblm.report.masks.picture", None)
+    assert main(command(folder, text, "--method", "wanda")) == 0
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "closed/below"])
+def test_a_report_that_cannot_be_written_ends_before_work(
+    place: str, folder: Path, text: Path, tmp_path: Path, capsys
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if place.startswith("closed") and os.access(tmp_path / "closed", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    assert main(command(folder, text, "--report", str(tmp_path / place))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: report {tmp_path / place}")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -191,3 +191,16 @@ def test_a_folder_without_images_is_refused(
 ):
     assert main(command(folder, tmp_path)) == 2
     assert "image" in capsys.readouterr().err
+
+
+def test_a_report_compares_the_runs(folder: Path, images: Path, tmp_path: Path):
+    report = tmp_path / "shown"
+    more = ["--method", "wanda,magnitude", "--evaluate", str(images), "--report", str(report)]
+    assert main(command(folder, images, *more)) == 0
+    page = (report / "report.html").read_text()
+    assert "2 runs of tiny" in page
+    assert "against sparsity" in page
+    found = json.loads((report / "wanda-0.5" / "report.json").read_text())
+    assert f"of the first 12 images of {images.name}" in found["examples_note"]
+    assert found["calibration"] == f"8 images from {images}"
+    assert (report / "magnitude-0.5" / "report.html").exists()

@@ -1,0 +1,55 @@
+"""Text that a language model writes before and after pruning."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm.llm.models import positions
+from gblm.report import Example
+
+PROMPTS = 3
+GIVEN = 24  # tokens of a prompt
+WRITTEN = 40  # tokens that follow it
+
+
+class Continuations:
+    """Greedy continuations of the starts of a few windows `[n, t]`, drawn evenly."""
+
+    def __init__(self, tokenizer: Any, windows: Tensor, source: str) -> None:
+        picks = torch.linspace(0, len(windows) - 1, min(PROMPTS, len(windows))).round().long()
+        given = max(1, min(GIVEN, windows.shape[1] // 2))
+        self.tokenizer, self.source = tokenizer, source
+        self.prompts = windows[picks, :given]
+        self.dense: list[str] = []
+
+    def before(self, model: nn.Module) -> None:
+        """Note what the dense model writes."""
+        self.dense = self.written(model)
+
+    def after(self, model: nn.Module) -> tuple[str, list[Example]]:
+        """Return what the examples are, and the prompts with what both models write."""
+        pruned = self.written(model)
+        prompts = [self._text(prompt) for prompt in self.prompts]
+        found = [Example(*texts) for texts in zip(prompts, self.dense, pruned, strict=True)]
+        return f"How each model goes on, token by most likely token, from {self.source}.", found
+
+    def written(self, model: Any) -> list[str]:
+        """Return the most likely next token over and over, as text, for each prompt.
+
+        The whole window runs each time: so few tokens need no cache, and every family can do it.
+        """
+        ids = self.prompts.to(model.device)
+        limit = positions(model.config) or ids.shape[1] + WRITTEN
+        with torch.no_grad():
+            for _ in range(min(WRITTEN, limit - ids.shape[1])):
+                logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+                ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+        return [self._text(row[self.prompts.shape[1] :]) for row in ids]
+
+    def _text(self, ids: Tensor) -> str:
+        """Return the text of ids up to the end of the sequence."""
+        found = ids.tolist()
+        if (end := self.tokenizer.eos_token_id) in found:
+            found = found[: found.index(end)]
+        return self.tokenizer.decode(found, skip_special_tokens=True)

@@ -1,0 +1,170 @@
+"""The page a person reads: one run, or several side by side; one file that needs no other."""
+
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from markupsafe import Markup
+
+from gblm.report import Report, figures, wording, write_text
+from gblm.report.wording import Change, changes
+
+WORST = 10  # linears in the table
+
+
+def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> None:
+    """Write the page and `report.json` of the last report, and the comparison of those there are.
+
+    labels: of all runs of a command, finished or not. A single run's files are in the folder
+    itself; of several, each has a folder of its label, beside the comparison.
+    """
+    own = folder / labels[len(reports) - 1] if len(labels) > 1 else folder
+    own.mkdir(parents=True, exist_ok=True)
+    reports[-1].write(own)
+    write_text(own / "report.html", run_page(reports[-1]))
+    if len(labels) > 1:
+        done = dict(zip(labels, reports, strict=False))
+        page = comparison_page(done, {label: quote(f"{label}/report.html") for label in done})
+        write_text(folder / "report.html", page)
+
+
+def run_page(report: Report) -> str:
+    """Return the page of one run."""
+    linears = sorted(report.linears, key=lambda linear: -linear.relative_error)
+    found = changes(report)
+    shapes = {linear.name: linear.shape for linear in report.linears}
+    shares = [linear.sparsity for linear in report.linears]
+    return render(
+        "run.html.j2",
+        report=report,
+        title=wording.headline(report),
+        name=wording.short(report.model) or "model",
+        changes=found,
+        first=next(iter(found), None),
+        worst=linears[:WORST],
+        left=left_dense(report),
+        uneven=max(shares) - min(shares) > 0.005,
+        most=max(report.linears, key=lambda linear: linear.sparsity),
+        least=min(report.linears, key=lambda linear: linear.sparsity),
+        maps=figures.heat_maps(report),
+        masks={
+            name: figures.mask(name, mask, shapes[name])
+            for name, mask in report.masks.items()
+            if name in shapes
+        },
+        examples=[(e, common(e.dense.strip(), e.pruned.strip())) for e in report.examples],
+        shapes=shapes,
+        blocks=len({report.place(linear.name)[0] for linear in report.linears}),
+        zeros=round(report.weights * report.sparsity),
+        total=sum(report.seconds.values()),
+        longest=max(report.seconds.values(), default=0),
+    )
+
+
+def left_dense(report: Report) -> dict[str, list[str]]:
+    """Return the linears left dense, by the reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in report.dense.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def common(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at their start, up to a word's end."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return same if same in (len(one), len(other)) else one.rfind(" ", 0, same) + 1
+
+
+@dataclass
+class Row:
+    """One run in the comparison; `values` are its metrics by data set and name."""
+
+    label: str
+    report: Report
+    link: str
+    values: dict[tuple[str, str], Change]
+    front: bool = False
+
+    @property
+    def model(self) -> str:
+        """The name of the model."""
+        return wording.short(self.report.model) or "model"
+
+    @property
+    def error(self) -> float:
+        """The mean relative error of the linears."""
+        errors = [linear.relative_error for linear in self.report.linears]
+        return sum(errors) / len(errors)
+
+
+def comparison_page(runs: dict[str, Report], links: dict[str, str] | None = None) -> str:
+    """Return the page that compares runs, by label; `links` lead to the pages of some of them."""
+    rows = []
+    for label, report in runs.items():
+        values = {(change.data, change.metric.title): change for change in changes(report)}
+        rows.append(Row(label, report, (links or {}).get(label, ""), values))
+    found = {key: change.metric for row in rows for key, change in row.values.items()}
+    models = list(dict.fromkeys(row.model for row in rows))
+    first = next(iter(found), None)
+    best = None
+    if first and found[first].better and all(first in row.values for row in rows):
+        for row in rows:
+            row.front = not any(beats(other, row, first) for other in rows)
+        best = max(rows, key=lambda row: row.values[first].pruned * found[first].better)
+    return render(
+        "comparison.html.j2",
+        title=f"{wording.some(len(rows), 'run')} of {', '.join(models)}",
+        rows=rows,
+        models=models,
+        metrics=found,
+        first=first,
+        best=best,
+        plots={key: plot(rows, key, of) for key, of in found.items()},
+    )
+
+
+def beats(one: Row, other: Row, key: tuple[str, str]) -> bool:
+    """Whether a run is as sparse as another and as good, and better in one of the two."""
+    better = one.values[key].metric.better
+    sparsity = round(one.report.sparsity, 3) - round(other.report.sparsity, 3)
+    quality = better * (one.values[key].pruned - other.values[key].pruned)
+    return sparsity >= 0 and quality >= 0 and (sparsity > 0 or quality > 0)
+
+
+def plot(rows: list[Row], key: tuple[str, str], of: wording.Metric) -> Markup:
+    """Return the plot of a metric against sparsity; models are named where there are several."""
+    points: list[figures.Point] = []
+    dense: dict[str, float] = {}
+    measured = [row for row in rows if key in row.values]
+    several = len({row.model for row in measured}) > 1
+    for row in measured:
+        report, change = row.report, row.values[key]
+        name = f"{row.model}, " if several else ""
+        method, tip = f"{name}{report.method}", f"{report.method}, {report.pattern}: {change.after}"
+        window = ":" in report.pattern
+        points.append(figures.Point(method, report.sparsity, change.pruned, name + tip, window))
+        dense[f"{name}dense"] = change.dense
+    return figures.pareto(" ".join(key), points, dense, of)
+
+
+def dotted(name: str) -> Markup:
+    """Return a dotted name that may be broken after its dots."""
+    return Markup("<code>{}</code>").format(Markup(".<wbr>").join(name.split(".")))
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page of this folder's templates; whatever is put in is escaped."""
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters["dotted"] = dotted
+    words = ("number", "percent", "count", "size", "time", "some", "short")
+    pages.filters |= {word: getattr(wording, word) for word in words}
+    return pages.get_template(template).render(values)

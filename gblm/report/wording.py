@@ -1,0 +1,215 @@
+"""Numbers, names and verdicts, as a person reads them."""
+
+import math
+from dataclasses import dataclass
+
+from gblm.report import Report
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is called, means, and which way is better: +1 higher, -1 lower, 0 unknown.
+
+    factor: what its values are multiplied by to be in its unit.
+    """
+
+    title: str
+    means: str
+    better: int
+    unit: str = ""
+    factor: float = 1
+
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words."""
+        return {1: "higher is better", -1: "lower is better", 0: ""}[self.better]
+
+
+METRICS = {
+    "perplexity": Metric(
+        "perplexity",
+        "Among how many equally likely continuations the model wavers at each step, on average.",
+        -1,
+    ),
+    "top1": Metric(
+        "top-1", "Of 100 pictures, how many get the right class as the first answer.", 1, "\u00a0%"
+    ),
+    "top5": Metric(
+        "top-5", "Of 100 pictures, how many have the right class among five answers.", 1, "\u00a0%"
+    ),
+    "cross_entropy": Metric(
+        "cross-entropy", "How surprised the model is at the right class, in nats.", -1
+    ),
+    "acc": Metric("accuracy", "Of 100 questions, how many are answered right.", 1, "\u00a0%", 100),
+    "acc_norm": Metric(
+        "normalised accuracy",
+        "Of 100 questions, how many are answered right, the answers' lengths evened out.",
+        1,
+        "\u00a0%",
+        100,
+    ),
+}
+
+
+VALUES = ("dense", "pruned", "dense_stderr", "pruned_stderr")  # of an evaluation
+
+
+def metric(name: str) -> Metric:
+    """Return what is known of a metric."""
+    return METRICS.get(name, Metric(name, "", 0))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric on a data set before and after pruning, with standard errors where there are any."""
+
+    data: str
+    metric: Metric
+    dense: float
+    pruned: float
+    dense_error: float = 0.0
+    pruned_error: float = 0.0
+
+    @property
+    def before(self) -> str:
+        """The metric of the dense model, in words."""
+        return number(self.dense) + error(self.dense_error) + self.metric.unit
+
+    @property
+    def after(self) -> str:
+        """The metric of the pruned model, in words."""
+        return number(self.pruned) + error(self.pruned_error) + self.metric.unit
+
+    @property
+    def difference(self) -> str:
+        """How much the metric has changed: in points of a percentage, else in percent."""
+        difference = self.pruned - self.dense
+        if not math.isfinite(difference):
+            return "beyond measure"
+        if self.metric.unit:
+            return f"{signed(difference, 1)} points"
+        if not self.dense:
+            return signed(difference, 3)
+        return f"{signed(100 * difference / abs(self.dense), 1)}\u00a0%"
+
+    @property
+    def verdict(self) -> str:
+        """How much worse the metric has become, in words, relative to the dense model.
+
+        What is less than twice the standard error of the difference is no change.
+        """
+        if not self.metric.better:
+            return ""
+        if not math.isfinite(self.pruned):
+            return "broken"
+        if abs(self.pruned - self.dense) < 2 * math.hypot(self.dense_error, self.pruned_error):
+            return "within the error"
+        worse = self.metric.better * (self.dense - self.pruned) / abs(self.dense or 1)
+        if worse <= 0:
+            return "as good as before"
+        steps = ((0.02, "hardly worse"), (0.1, "a little worse"), (0.5, "clearly worse"))
+        return next((words for most, words in steps if worse <= most), "much worse")
+
+    @property
+    def tone(self) -> str:
+        """How the verdict is to be shown: good, fair or poor."""
+        tones = {
+            "": "",
+            "within the error": "",
+            "as good as before": "good",
+            "hardly worse": "good",
+        }
+        return tones.get(self.verdict, "fair" if self.verdict == "a little worse" else "poor")
+
+
+def changes(report: Report) -> list[Change]:
+    """Return the metrics of a run in words, in the order they were measured."""
+    found = report.evaluation.items()
+    names = [short(name.removesuffix(f" {value['metric']}")) for name, value in found]
+    keys = list(zip(names, (value["metric"] for _, value in found), strict=True))
+    known = []
+    for data, (name, value) in zip(names, found, strict=True):
+        of = metric(value["metric"])
+        numbers = [value.get(key, 0.0) * of.factor for key in VALUES]
+        one = keys.count((data, value["metric"])) == 1
+        known.append(Change(data if one else name, of, *numbers))
+    return known
+
+
+def headline(report: Report) -> str:
+    """Return a run in one line: model, sparsity, metric before and after, the verdict."""
+    start = f"{short(report.model) or 'A model'} at {percent(report.sparsity)} sparsity"
+    found = next(iter(changes(report)), None)
+    if found is None:
+        return start
+    words = f", {found.verdict}" if found.verdict else ""
+    values = f"{found.before} → {found.after} ({found.difference})"
+    return f"{start}: {found.metric.title} {values}{words}"
+
+
+def short(name: str) -> str:
+    """Return a name without the folders of its path."""
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def number(value: float) -> str:
+    """Return a number with three digits or more, never in powers of ten where it is of this world.
+
+    >>> number(48.62), number(1234.5), number(0.0123), number(89.2), number(0)
+    ('48.6', '1,234', '0.0123', '89.2', '0')
+    """
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "not a number"
+    size = abs(value)
+    if size >= 1e7 or 0 < size < 1e-4:
+        return f"{value:.2e}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    digits = max(0, 2 - math.floor(math.log10(size))) if size else 0
+    return f"{value:.{digits}f}"
+
+
+def error(value: float) -> str:
+    """Return a standard error after its number, nothing where there is none."""
+    return f" ± {value:.2g}" if value > 0 else ""
+
+
+def signed(value: float, digits: int) -> str:
+    """Return a number with its sign, and no sign of what rounds to 0."""
+    text = f"{abs(value):,.{digits}f}"
+    return text if not float(text.replace(",", "")) else f"{'−' if value < 0 else '+'}{text}"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage with one digit."""
+    return f"{100 * share:.1f}\u00a0%"
+
+
+def count(value: int) -> str:
+    """Return a count in thousands, millions or billions."""
+    for size, unit in ((1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:,}"
+
+
+def some(value: int, word: str) -> str:
+    """Return a count and its word, in the plural but for 1."""
+    return f"{value:,} {word}" if value == 1 else f"{value:,} {word}s"
+
+
+def size(value: float) -> str:
+    """Return bytes in the unit that suits them."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, int(math.log10(max(value, 1)) // 3))
+    return f"{value / 1000**power:.3g}\u00a0{units[power]}"
+
+
+def time(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.1f}\u00a0s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
