@@ -65,6 +65,31 @@ def test_each_group_sees_what_those_before_it_have_made(make_llama, batch, step)
         torch.testing.assert_close(value, done.state_dict()[name])
 
 
+def test_halved_streams_leave_sums_and_solves_exact(llama, batch, monkeypatch):
+    monkeypatch.setattr("gblm.device.quick", lambda device, dtype: True)
+    made: list[torch.dtype] = []
+    sums: list[torch.Tensor] = []
+
+    def visit(block, found, call):
+        assert not torch.is_autocast_enabled("cpu")
+        sums.extend(inputs.statistics["input_gram"] for inputs in found)
+
+    blocks = survey(llama, batch, find_adapter(llama))
+    linear = blocks[0].linears[0].module
+    hook = linear.register_forward_hook(lambda module, args, output: made.append(output.dtype))
+    needs = frozenset({"input_gram"})
+    forward = partial(stream.forward, llama, batch, find_adapter(llama), blocks, needs, visit)
+    forward(MicroBatch(3), beside=True)
+    assert set(made) == {torch.bfloat16}
+    assert not torch.is_autocast_enabled("cpu")
+    halved, sums = sums, []
+    forward(MicroBatch(3))
+    hook.remove()
+    # What the first group sees comes from the embedding alone, and no product has rounded it.
+    torch.testing.assert_close(halved[0], sums[0], rtol=1e-6, atol=1e-6)
+    assert all(total.dtype == torch.float32 for total in halved)
+
+
 @pytest.mark.parametrize("fails_at", [0, 2])
 def test_a_block_that_fails_in_the_middle_is_as_it_was(llama, batch, fails_at):
     before = {name: value.clone() for name, value in llama.state_dict().items()}
@@ -91,9 +116,11 @@ def block_error(model: nn.Module, dense: nn.Module, batch: dict) -> float:
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "best"])
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+@pytest.mark.parametrize("half", [False, True])
 def test_refinement_brings_the_model_nearer_and_keeps_the_mask(
-    make_llama, make_batch, method, pattern
+    make_llama, make_batch, monkeypatch, method, pattern, half
 ):
+    monkeypatch.setattr("gblm.device.quick", lambda device, dtype: half)
     batch, dense = make_batch(64), make_llama()
     models = [make_llama() for _ in range(2)]
     for model, passes in zip(models, (0, 40), strict=True):
