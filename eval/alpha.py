@@ -49,12 +49,14 @@ def case(name: str) -> list[str]:
     return os.path.expandvars(CASES[name]).split()
 
 
-def sweep(arguments: list[str], alphas: str, sparsities: str, page: Path, again: bool) -> str:
-    """Carry out the runs of a case; return its tables and the line on alpha of equal medians."""
+def sweep(args: argparse.Namespace, alphas: str, sparsities: str, figure: Path) -> str:
+    """Carry out the runs of flags of `eval/quality.py`; return their tables and the figure.
+
+    A last line says which alphas give the linears equal medians.
+    """
     methods = [*(f"gblm:alpha={alpha}" for alpha in cli.listed(alphas)), "gradient"]
-    asked = ["--methods", ",".join(methods), "--patterns", sparsities]
-    args = quality.parser().parse_args([*arguments, *asked, *(["--again"] if again else [])])
-    cli.fill(args, section=Path(args.model).name)
+    asked = {"methods": ",".join(methods), "patterns": sparsities, "draws": 1}
+    args = argparse.Namespace(**{**vars(args), **asked})
     runs = quality.wanted(args)
     found = quality.measure(args, runs)
     level, text = quality.dense(args, found), f"{quality.described(args)}.\n\n"
@@ -62,8 +64,7 @@ def sweep(arguments: list[str], alphas: str, sparsities: str, page: Path, again:
         values = quality.cells(args, runs, found, metric)
         values = {(short(row), column): cell for (row, column), cell in values.items()}
         if metric == next(iter(quality.METRICS[args.side])):
-            path = page.with_name(f"alpha-{args.section}.svg")
-            picture = tables.figure(path, draw_alphas(values, title, level[metric]))
+            picture = tables.figure(figure, draw_alphas(values, title, level[metric]))
         text += f"{title[0].upper()}{title[1:]} (dense: {tables.number(level[metric])}):\n\n"
         text += f"{tables.table('alpha', values)}\n"
     alone = sorted(equal_medians(args))
@@ -135,10 +136,12 @@ def main() -> None:
     add("--write", type=Path, default=Path("docs/alpha.md"), help="[%(default)s]")
     add("--again", action="store_true", help="forget the stored runs that are asked for")
     args = parser.parse_args()
-    cases = {name: case(name) for name in args.cases}
+    cases = {name: quality.parser().parse_args(case(name)) for name in args.cases}
     command = tables.portable(shlex.join(["python", *sys.argv]))
-    for name, arguments in cases.items():
-        text = sweep(arguments, args.alphas, args.patterns, args.write, args.again)
+    for name, found in cases.items():
+        found.again = args.again
+        figure = args.write.with_name(f"alpha-{Path(found.model).name}.svg")
+        text = sweep(found, args.alphas, args.patterns, figure)
         text += f"\n    {command}\n"
         print(text)
         tables.write(args.write, f"alpha:{name}", f"## {name}", text)

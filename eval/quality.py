@@ -20,7 +20,8 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -260,23 +261,31 @@ def prepare(bench: Bench, seed: int, needs: frozenset[str]) -> Draw:
     return Draw(batch, blocks, gradients, time.perf_counter() - start if needs else 0.0)
 
 
-def pruned(bench: Bench, draw: Draw, method: Method, pattern: Pattern) -> dict[str, Any]:
-    """Prune and measure the dense model, and leave it dense: the only place that prunes."""
+@contextmanager
+def pruning(bench: Bench, draw: Draw, method: Method, pattern: Pattern) -> Iterator[dict[str, Any]]:
+    """Prune the dense model for the time of a `with`: the only place that prunes.
+
+    Gives the `name` of the method, the `sparsity` reached and the `seconds` it took.
+    """
     dense = [parameter.detach().clone() for parameter in bench.model.parameters()]
     # A method that takes the gradients of fewer samples computes them itself.
     gradients = draw.gradients if method.share == 1 else None
     shared = {"blocks": draw.blocks, "gradients": gradients}
     try:
         report = gblm.prune(bench.model, draw.batch, method, pattern, **shared)
-        metrics = bench.evaluate()
+        taken = draw.seconds if pruner.needed(method, pattern) else 0.0
+        taken = report.seconds.get("gradients", taken)
+        seconds = {"gradients": round(taken, 1), "prune": round(report.seconds["prune"], 1)}
+        yield {"name": report.method, "sparsity": report.sparsity, "seconds": seconds}
     finally:
         for parameter, value in zip(bench.model.parameters(), dense, strict=True):
             parameter.data.copy_(value)
-    taken = draw.seconds if pruner.needed(method, pattern) else 0.0
-    taken = report.seconds.get("gradients", taken)
-    seconds = {"gradients": round(taken, 1), "prune": round(report.seconds["prune"], 1)}
-    found = {"name": report.method, "metrics": metrics, "sparsity": report.sparsity}
-    return {**found, "seconds": seconds}
+
+
+def pruned(bench: Bench, draw: Draw, method: Method, pattern: Pattern) -> dict[str, Any]:
+    """Prune and measure the dense model, and leave it dense."""
+    with pruning(bench, draw, method, pattern) as found:
+        return {**found, "metrics": bench.evaluate()}
 
 
 def measure(args: argparse.Namespace, runs: list[Run]) -> dict[Key, dict[str, Any]]:

@@ -47,17 +47,38 @@ def cell(values: Sequence[float]) -> str:
 
 
 def table(corner: str, cells: Mapping[tuple[str, str], Sequence[float]]) -> str:
-    """Return a Markdown table of the draws by row and column, both in their first order."""
+    """Return a Markdown table of the draws by row and column, both in their first order.
+
+    What is not there is left empty.
+    """
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     lines = [[corner, *columns], ["---", *["--:"] * len(columns)]]
-    lines += [[row, *(cell(cells[row, column]) for column in columns)] for row in rows]
+    lines += [
+        [row, *(cell(found) if (found := cells.get((row, column))) else "" for column in columns)]
+        for row in rows
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def figure(path: Path, draw: Callable[[Any], None]) -> str:
-    """Draw an SVG figure on the axes of matplotlib; return the Markdown that shows it.
+    """Draw an SVG figure on the axes of matplotlib, with a legend: see `picture`."""
 
-    Without matplotlib that is nothing, and a message says so.
+    def single(canvas: Any) -> None:
+        axes = canvas.subplots()
+        draw(axes)
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+
+    return picture(path, single)
+
+
+def picture(
+    path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4), dpi: int = 100
+) -> str:
+    """Draw an SVG on a figure of matplotlib; return the Markdown that shows it.
+
+    size: in inches; dpi: of what is drawn as pixels. Without matplotlib nothing is drawn or
+    returned, and a message says so.
     """
     try:
         import matplotlib
@@ -67,11 +88,8 @@ def figure(path: Path, draw: Callable[[Any], None]) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": path.name}):  # the same file for the same values
-        canvas = Figure(figsize=(7, 4), layout="constrained")
-        axes = canvas.subplots()
-        draw(axes)
-        axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
+        canvas = Figure(figsize=size, dpi=dpi, layout="constrained")
+        draw(canvas)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.part")
         canvas.savefig(beside, format="svg", metadata={"Date": None})
