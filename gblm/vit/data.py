@@ -137,11 +137,23 @@ class Loader:
         self.decoded = held
 
 
-def preprocessing(model: nn.Module) -> Transform:
+def config(model: nn.Module, test_size: bool = False) -> dict[str, Any]:
+    """Return size, mean, std, crop and interpolation of a model's images.
+
+    test_size: those a model is tested with, where timm knows other ones than those of training.
+    """
+    # Of the model as it was made, where timm knows that: not as its weights were trained.
+    resolve = getattr(timm.data, "resolve_input_data_config", None)
+    if resolve:
+        return resolve(model, use_test_size=test_size)
+    return resolve_data_config({}, model=model, use_test_size=test_size)
+
+
+def preprocessing(model: nn.Module, test_size: bool = False) -> Transform:
     """Return the model's own evaluation transform: resize, crop, mean and std, as timm has it."""
-    config = _config(model)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
-    return partial(_transformed, create_transform(**config, is_training=False), mode)
+    found = config(model, test_size)
+    mode = "L" if found["input_size"][0] == 1 else "RGB"
+    return partial(_transformed, create_transform(**found, is_training=False), mode)
 
 
 def open_images(
@@ -196,7 +208,7 @@ def evaluation(images: Images, size: int = 64, limit: int | None = None) -> Load
 
 def fitting(model: nn.Module, batch: Batch, source: str) -> None:
     """Raise `GblmError` where the model does not take images of the shape of this batch."""
-    own = tuple(_config(model)["input_size"])
+    own = tuple(config(model)["input_size"])
     shape = tuple(batch["images"].shape[1:])
     if shape == own:
         return
@@ -255,17 +267,10 @@ def _batch(items: Sequence[_Item], source: Source) -> Batch:
     return {**batch, "labels": torch.tensor(labels)} if labels else batch
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
-    """Return size, mean, std, crop and interpolation of a model's images."""
-    # Of the model as it was made, where timm knows that: not as its weights were trained.
-    resolve = getattr(timm.data, "resolve_input_data_config", None)
-    return resolve(model) if resolve else resolve_data_config({}, model=model)
-
-
 def scaling(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the mean and the deviation `[c, 1, 1]` by which a model's images are scaled."""
-    config = _config(model)
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    found = config(model)
+    mean, std = (torch.tensor(found[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return mean, std
 
 
