@@ -22,7 +22,6 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -127,9 +126,10 @@ def measure(
             left[run] = missing
     if not left:
         return found
+    harness = opened(args, [test for missing in left.values() for test in missing])
     bench = quality.OPEN["llm"](args)
     if None in left:
-        judge(args, bench, None, left.pop(None), {})
+        judge(args, bench, None, left.pop(None), harness, {})
     for seed in range(args.draws):
         here = [run for run in left if run and run.seed == seed]
         if not here:
@@ -140,7 +140,7 @@ def measure(
             pruner.check(draw.blocks, run.method, run.pattern)
         for run in here:
             with quality.pruning(bench, draw, run.method, run.pattern) as done:
-                judge(args, bench, run, left[run], done)
+                judge(args, bench, run, left[run], harness, done)
     return quality.stored(args.store)
 
 
@@ -149,36 +149,35 @@ def judge(
     bench: quality.Bench,
     run: quality.Run | None,
     asked: list[Test],
+    harness: dict[str, Any],
     done: dict[str, Any],
 ) -> None:
     """Try the model as it is, and store every result as soon as it is there."""
-    for found in results(args, bench, asked):
-        for test, metrics in found.items():
-            quality.add(args.store, {**test.key(args, run), **done, "metrics": metrics})
-            where = f"{run.column:6} {run.row:18}" if run else f"{quality.DENSE:25}"
-            values = "  ".join(f"{k} {value:.4g}" for k, value in metrics.items())
-            print(f"{Path(args.model).name}  {where} {Path(test.name).name}: {values}", flush=True)
+    for test in asked:
+        metrics = tried(args, bench, harness[test.task]) if test.task else bench.evaluate()
+        quality.add(args.store, {**test.key(args, run), **done, "metrics": metrics})
+        where = f"{run.column:6} {run.row:18}" if run else f"{quality.DENSE:25}"
+        values = "  ".join(f"{k} {value:.4g}" for k, value in metrics.items())
+        print(f"{Path(args.model).name}  {where} {Path(test.name).name}: {values}", flush=True)
 
 
-def results(
-    args: argparse.Namespace, bench: quality.Bench, asked: list[Test]
-) -> Iterator[dict[Test, dict[str, float]]]:
-    """Yield the metrics of the text, then those of all tasks, which share their set-up."""
-    if text := [test for test in asked if not test.task]:
-        yield {text[0]: bench.evaluate()}
-    if tasks := {test.task: test for test in asked if test.task}:
-        from gblm.llm import models, zero_shot
+def opened(args: argparse.Namespace, asked: list[Test]) -> dict[str, Any]:
+    """Return the tasks among the tests by name; raises `GblmError` where one cannot be had."""
+    names = list(dict.fromkeys(test.task for test in asked if test.task))
+    if not names:
+        return {}
+    from gblm.llm import zero_shot
 
-        _, tokenizer = models.load_tokenizer(args.model)
-        found = zero_shot.zero_shot(
-            bench.model, tokenizer, list(tasks), data=args.task_data, limit=args.limit
-        )
-        yield {test: numbers(found[name]) for name, test in tasks.items()}
+    folder = Path(args.task_data) if args.task_data else None
+    return {name: zero_shot.open_tasks([name], folder, args.limit) for name in names}
 
 
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of a task that are numbers; not every task has each of them."""
-    return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+def tried(args: argparse.Namespace, bench: quality.Bench, task: Any) -> dict[str, float]:
+    """Return acc, acc_norm and their standard errors, those that the task has."""
+    from gblm.llm import models, zero_shot
+
+    (found,) = zero_shot.accuracy(bench.model, models.load_tokenizer(args.model)[1], task).values()
+    return found
 
 
 # 3. The tables.
@@ -280,7 +279,7 @@ def markdown(models: dict[str, Model], length: int) -> str:
     few = f", the first {args.limit} items of each" if args.limit else ""
     for label, model in models.items():
         text += f"{label}, acc by task in %{few}:\n\n{by_task(model)}\n"
-    return f"{text}`acc_norm` is the harness's, and acc for the tasks that have none.\n"
+    return f"{text}`acc_norm` is the harness's, and acc for the tasks that have none.\n\n"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import paper_tables
@@ -21,15 +22,20 @@ def harness(monkeypatch):
     """A stand-in for the zero-shot harness: accuracies that follow from the weights; its calls."""
     calls = []
 
-    def zero_shot(model, tokenizer, tasks, data=None, limit=None):
-        calls.append((tuple(tasks), data, limit))
-        zeros = sum((p == 0).sum().item() for p in model.parameters() if p.dim() == 2)
-        size = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-        found = {"acc": 1 - zeros / size, "acc_stderr": 0.1, "alias": "a word"}
-        return {task: found | ({"acc_norm": 0.5} if task == "rte" else {}) for task in tasks}
+    def open_tasks(names, data=None, limit=None):
+        assert all(name in paper_tables.PAPER for name in names)
+        return tuple(names), data, limit
+
+    def accuracy(model, tokenizer, tasks):
+        calls.append(tasks)
+        weights = [own for own in model.parameters() if own.dim() == 2]
+        zeros = sum((own == 0).sum().item() for own in weights)
+        acc = 1 - zeros / sum(own.numel() for own in weights)
+        found = {"acc": acc, "acc_stderr": 0.1}
+        return {task: found | ({"acc_norm": 0.5} if task == "rte" else {}) for task in tasks[0]}
 
     module = ModuleType("gblm.llm.zero_shot")
-    module.zero_shot = zero_shot
+    module.open_tasks, module.accuracy = open_tasks, accuracy
     monkeypatch.setitem(sys.modules, "gblm.llm.zero_shot", module)
     monkeypatch.setattr(llm, "zero_shot", module, raising=False)
     return calls
@@ -168,7 +174,8 @@ def test_ours_are_those_of_the_api_and_are_measured_once(llm, tmp_path, monkeypa
     more = ["--methods", "wanda,gblm", "--patterns", "0.5", "--tasks", "boolq,rte"]
     asked = flags(llm, tmp_path, *more, "--task-data", "items", "--limit", "7")
     call(monkeypatch, asked)
-    assert harness == [(("boolq", "rte"), "items", 7)] * 3  # dense and two methods
+    once = [((task,), Path("items"), 7) for task in ("boolq", "rte")]
+    assert harness == once * 3  # dense and two methods
     page = (tmp_path / "paper.md").read_text()
     model, tokenizer = gblm.llm.load(llm[2], device="cpu")
     batch = gblm.llm.windows(llm[4], model.config, tokenizer, samples=6, length=16)
@@ -190,7 +197,7 @@ def test_ours_are_those_of_the_api_and_are_measured_once(llm, tmp_path, monkeypa
     entries = json.loads((tmp_path / "paper.json").read_text())
     assert {entry["evaluate"] for entry in entries} == {llm[4], "items/boolq", "items/rte"}
     call(monkeypatch, asked)
-    assert len(harness) == 3
+    assert len(harness) == 6
     assert (tmp_path / "paper.md").read_text() == page
 
 
@@ -200,7 +207,7 @@ def test_a_second_call_does_what_is_missing(llm, tmp_path, monkeypatch, harness)
     assert harness == []
     call(monkeypatch, flags(llm, tmp_path, *base, "--tasks", "boolq"))
     call(monkeypatch, flags(llm, tmp_path, *base, "--tasks", "boolq,rte"))
-    assert [tasks for tasks, _, _ in harness] == [("boolq",)] * 2 + [("rte",)] * 2
+    assert [tasks for (tasks,), _, _ in harness] == ["boolq"] * 2 + ["rte"] * 2
     assert len(json.loads((tmp_path / "paper.json").read_text())) == 2 * 3
 
 
@@ -208,11 +215,17 @@ def test_the_text_is_kept_when_a_task_fails(llm, tmp_path, monkeypatch, harness)
     def failing(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["gblm.llm.zero_shot"], "zero_shot", failing)
+    monkeypatch.setattr(sys.modules["gblm.llm.zero_shot"], "accuracy", failing)
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, flags(llm, tmp_path, "--methods", "wanda", "--tasks", "boolq"))
     (entry,) = json.loads((tmp_path / "paper.json").read_text())
     assert (entry["method"], list(entry["metrics"])) == ("dense", ["perplexity"])
+
+
+def test_a_task_that_cannot_be_had_ends_before_work(llm, tmp_path, monkeypatch, harness):
+    with pytest.raises(AssertionError):
+        call(monkeypatch, flags(llm, tmp_path, "--methods", "wanda", "--tasks", "piqa"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_windows_of_two_lengths_are_two_sections(llm, tmp_path, monkeypatch):
