@@ -116,12 +116,12 @@ def draw_alphas(values: dict[tuple[str, str], list[float]], title: str, level: f
             axes.plot(list(line), list(line.values()), marker="o", color=color, label=pattern)
             if auto is not None:
                 axes.axhline(auto, color=color, linestyle="--", label=f"{pattern}, auto")
-        axes.axhline(level, color="gray", linestyle=":", label=quality.DENSE)
+        tables.level(axes, quality.DENSE, level)
         axes.set_xlabel("alpha")
         axes.tick_params(axis="x", rotation=45)
         axes.set_ylabel(title)
         if title.startswith("perplexity"):
-            axes.set_yscale("log")
+            tables.logarithmic(axes)
 
     return draw
 

@@ -87,6 +87,11 @@ def title(args: argparse.Namespace) -> str:
     return next(iter(quality.METRICS[args.side].values()))
 
 
+def heading(args: argparse.Namespace) -> str:
+    """Return the same with a capital letter."""
+    return title(args)[0].upper() + title(args)[1:]
+
+
 def draw_lines(
     args: argparse.Namespace, values: dict[tuple[str, str], list[float]], level: float, label: str
 ) -> Callable[[Any], None]:
@@ -105,24 +110,13 @@ def draw_lines(
                 off = [stdev(found) for found in line.values()]
                 low, high = ([m + s * o for m, o in zip(middle, off, strict=True)] for s in (-1, 1))
                 axes.fill_between(list(line), low, high, color=drawn.get_color(), alpha=0.15)
-        axes.axhline(level, color="black", linestyle=":", label=quality.DENSE)
+        tables.level(axes, quality.DENSE, level)
         axes.set_xlabel(label)
         axes.set_ylabel(title(args))
         if args.side == "llm":
-            axes.set_yscale("log")
-            plain_ticks(axes.yaxis, [value for found in values.values() for value in found])
+            tables.logarithmic(axes)
 
     return draw
-
-
-def plain_ticks(axis: Any, values: list[float]) -> None:
-    """Label a logarithmic axis by plain numbers, those between the powers too where it is short."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    short = max(values) < 20 * min(values)
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if short else (1, 3)))
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
 
 
 # 1. Against sparsity, alpha, and the samples.
@@ -134,7 +128,7 @@ def sparsity(args: argparse.Namespace, figure: Path) -> str:
     args = changed(args, patterns=sparsities, draws=1)
     values, level = measured(args)
     text = f"{quality.described(args)}; every method in the comparison group it was published "
-    text += f"with.\n\n{title(args)} (dense: {tables.number(level)}):\n\n"
+    text += f"with.\n\n{heading(args)} (dense: {tables.number(level)}):\n\n"
     text += f"{tables.table('method', values)}\n"
     return text + tables.figure(figure, draw_lines(args, values, level, "sparsity"))
 
@@ -164,7 +158,7 @@ def samples(args: argparse.Namespace, figure: Path) -> str:
 
     source, test = (Path(name).name for name in (args.calibration, args.evaluate))
     text = f"{Path(args.model).name} at {pattern} by the number of calibration samples of {source},"
-    text += f" mean ± standard deviation of {args.draws} draws; on {test}.\n\n{title(args)} "
+    text += f" mean ± standard deviation of {args.draws} draws; on {test}.\n\n{heading(args)} "
     text += f"(dense: {tables.number(level)}):\n\n{tables.table('method', values)}\n"
     return text + tables.figure(figure, draw)
 
@@ -322,11 +316,11 @@ def main() -> None:
     for name in wanted:
         figure = folder / f"figures-{name}-{args.section}.svg"
         text = FIGURES[name](changed(args), figure)
-        text = f"{text}\n    {command}\n"
+        text = f"{text.rstrip()}\n\n    {command}\n"
         print(text)
         if args.write:
-            heading = f"## {args.section}: {name}"
-            tables.write(args.write, f"figures:{args.section}:{name}", heading, text)
+            section = f"{args.section}:{name}"
+            tables.write(args.write, f"figures:{section}", f"## {args.section}: {name}", text)
 
 
 if __name__ == "__main__":

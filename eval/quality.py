@@ -354,11 +354,11 @@ def draw_patterns(args: argparse.Namespace, metric: str, values: dict, level: fl
         for row in dict.fromkeys(row for row, _ in values):
             line = {column: mean(found) for (own, column), found in values.items() if own == row}
             axes.plot(list(line), list(line.values()), marker="o", label=row)
-        axes.axhline(level, color="gray", linestyle=":", label=DENSE)
+        tables.level(axes, DENSE, level)
         axes.set_ylabel(METRICS[args.side][metric])
         axes.tick_params(axis="x", rotation=45)
         if args.side == "llm":
-            axes.set_yscale("log")
+            tables.logarithmic(axes)
 
     return draw
 

@@ -40,22 +40,16 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import contestants
 import tables
+from contestants import PLAIN, SPARSITY
 
-if TYPE_CHECKING:  # the process that measures stays small: see `measure`
-    from torch import Tensor, nn
-
-SPARSITY, ALPHA = 0.5, 100.0
-SAYS = "measured: "  # before what a process measures by itself
-BATCH = 8  # of llmcompressor: the quickest
-MICRO_BATCHES = (2, 4, 8, 16, 32)  # that a plain pass chooses from
-CHOOSING = 32  # the images it does that by
+ENTRIES = contestants.__file__
 METHODS = "magnitude,gradient,wanda,gblm,sparsegpt"
 PACKAGES = {
     "llm": ("gblm", "llmcompressor", "torch", "transformers"),
@@ -103,228 +97,7 @@ RATIOS = {
     ),
 }
 
-# 1. What runs in processes of its own: `python eval/speed.py ENTRY ARGUMENTS`.
-
-
-def draw(model: str, calibration: str, samples: str, length: str, path: str) -> None:
-    """Draw the calibration windows as `gblm.llm` does and save them for all contestants."""
-    import numpy
-
-    from gblm.llm import models
-
-    sizes = {"samples": int(samples), "length": int(length)}
-    found = models.windows(calibration, *models.load_tokenizer(model), **sizes)
-    numpy.savez(path, input_ids=found["input_ids"].numpy())
-
-
-def load(model: str) -> Any:
-    """Load a model as transformers does; alone, this is the share of the start-up."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model)
-
-
-def linears(module: nn.Module) -> list[nn.Module]:
-    """Return the linears in a module."""
-    return [part for part in module.modules() if type(part).__name__ == "Linear"]
-
-
-def plain_gblm(model: str, windows: str) -> Any:
-    """Prune as the published code does, in one process: autograd on each sample, then layers."""
-    import numpy
-    import torch
-
-    loaded = load(model)
-    samples = torch.from_numpy(numpy.load(windows)["input_ids"]).split(1)
-    l1: dict[nn.Module, Any] = defaultdict(float)
-    l2: dict[nn.Module, Any] = defaultdict(float)  # that code always makes both norms
-    for ids in samples:
-        loaded(input_ids=ids, labels=ids).loss.backward()
-        for linear in linears(loaded.model.layers):
-            grad = linear.weight.grad * ALPHA
-            l1[linear] += grad.abs()
-            l2[linear] += grad**2
-        loaded.zero_grad()
-    with torch.no_grad():
-        plain_layers(loaded, samples, l1)
-    return loaded
-
-
-def plain_layers(model: Any, samples: tuple[Tensor, ...], l1: dict[nn.Module, Tensor]) -> None:
-    """Prune layer by layer, sample by sample, by |W|·(sqrt(Σx² / n) + Σ|100 g|)."""
-    import torch
-
-    states: list[Tensor] = []
-    others: dict[str, Any] = {}
-    squares: dict[nn.Module, Any] = defaultdict(float)
-
-    def catch(_: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
-        states.append(args[0])
-        others.update(kwargs)
-        raise StopIteration
-
-    def add(linear: nn.Module, args: tuple[Tensor], _: Tensor) -> None:
-        squares[linear] += torch.norm(args[0].flatten(0, -2).t().float(), p=2, dim=1) ** 2
-
-    model.config.use_cache = False
-    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for ids in samples:
-        with suppress(StopIteration):
-            model(input_ids=ids)
-    handle.remove()
-    for layer in model.model.layers:
-        handles = [linear.register_forward_hook(add) for linear in linears(layer)]
-        for state in states:
-            layer(state, **others)
-        for handle in handles:
-            handle.remove()
-        for linear in linears(layer):
-            size = linear.weight.abs()
-            score = size * torch.sqrt(squares[linear] / len(states)) + size * l1[linear]
-            order = torch.sort(score, dim=-1, stable=True)[1]
-            drop = torch.zeros_like(score, dtype=torch.bool)
-            drop.scatter_(1, order[:, : int(score.shape[1] * SPARSITY)], True)
-            linear.weight[drop] = 0
-        states = [layer(state, **others) for state in states]
-
-
-def check(model: str, windows: str) -> None:
-    """Compare the masks of the baseline with those of gblm, and say how many cells agree."""
-    import numpy
-    import torch
-
-    import gblm
-
-    ours, theirs = load(model), plain_gblm(model, windows)
-    ids = torch.from_numpy(numpy.load(windows)["input_ids"])
-    gblm.prune(ours, {"input_ids": ids}, gblm.METHODS["gblm"](alpha=ALPHA), str(SPARSITY))
-    pairs = zip(linears(ours.model.layers), linears(theirs.model.layers), strict=True)
-    share = min(float(((a.weight == 0) == (b.weight == 0)).double().mean()) for a, b in pairs)
-    print(f"{share:.4%} of the mask cells of the worst linear agree")
-    if share < 0.999:
-        sys.exit("the baseline does not prune as gblm does")
-
-
-def llmcompressor(method: str, pipeline: str, model: str, windows: str) -> None:
-    """Prune with llmcompressor, which runs in a virtual environment of its own."""
-    import numpy
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers import pruning
-
-    modifier = pruning.WandaPruningModifier if method == "wanda" else pruning.SparseGPTModifier
-    ids = numpy.load(windows)["input_ids"]
-    oneshot(
-        model=load(model),
-        dataset=Dataset.from_dict({"input_ids": list(ids)}),
-        recipe=modifier(sparsity=SPARSITY, targets=["Linear"], ignore=["re:.*lm_head"]),
-        num_calibration_samples=len(ids),
-        max_seq_length=ids.shape[1],
-        pipeline=pipeline,
-        batch_size=BATCH,
-        shuffle_calibration_samples=False,
-    )
-
-
-def decode(model: str, checkpoint: str, calibration: str, samples: str, path: str) -> None:
-    """Choose the calibration images as `gblm.vit` does and save them, decoded, for all."""
-    import numpy
-
-    from gblm.vit import data, models
-
-    images = data.open_images(calibration, models.load(model, checkpoint or None), "calibration")
-    batch = data.calibration(images, int(samples))
-    numpy.savez(path, **{name: value.numpy() for name, value in batch.items()})
-
-
-def opened(model: str, checkpoint: str, path: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return a classifier and the decoded images."""
-    import numpy
-    import torch
-
-    from gblm.vit import models
-
-    with numpy.load(path) as file:
-        batch = {name: torch.from_numpy(file[name]) for name in file.files}
-    return models.load(model, checkpoint or None), batch
-
-
-def forward(model: nn.Module, batch: dict[str, Tensor], step: int) -> None:
-    """Run the model over the images."""
-    import torch
-
-    with torch.no_grad():
-        for part in batch["images"].split(step):
-            model(part)
-
-
-def forward_backward(model: nn.Module, batch: dict[str, Tensor], step: int) -> None:
-    """Run the model over the images, and differentiate their mean loss by all parameters."""
-    from torch.nn.functional import cross_entropy
-
-    parts = zip(batch["images"].split(step), batch["labels"].split(step), strict=True)
-    for part, labels in parts:
-        cross_entropy(model(part), labels).backward()
-
-
-PLAIN = {"forward": forward, "forward-backward": forward_backward}
-
-
-def say(found: dict[str, Any]) -> None:
-    """Tell the process that measures what this one has found."""
-    print(f"{SAYS}{json.dumps(found)}", flush=True)
-
-
-def heard(log: str) -> dict[str, Any]:
-    """Return what a process said, nothing where it did not."""
-    lines = [line for line in log.splitlines() if line.startswith(SAYS)]
-    return json.loads(lines[-1].removeprefix(SAYS)) if lines else {}
-
-
-def timed(work: Callable[..., object], *args: Any) -> dict[str, float]:
-    """Return the wall and CPU seconds of a call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work(*args)
-    return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-
-
-def choose(model: str, checkpoint: str, path: str) -> None:
-    """Say the micro-batch in which each plain pass is quickest."""
-    loaded, batch = opened(model, checkpoint, path)
-    few = {name: value[:CHOOSING] for name, value in batch.items()}
-    found = {}
-    for name, run in PLAIN.items():
-        run(loaded, few, MICRO_BATCHES[-1])
-        seconds = {
-            step: min(timed(run, loaded, few, step)["seconds"] for _ in range(2))
-            for step in MICRO_BATCHES
-        }
-        found[name] = min(seconds, key=seconds.__getitem__)
-    say(found)
-
-
-def images(contestant: str, step: str, model: str, checkpoint: str, path: str) -> None:
-    """Say the seconds of a plain pass, of pruning by a method, or of nothing at all."""
-    loaded, batch = opened(model, checkpoint, path)
-    forward(loaded, {name: value[: int(step)] for name, value in batch.items()}, int(step))
-    if contestant == "start-up":
-        found = timed(lambda: None)
-    elif contestant in PLAIN:
-        found = timed(PLAIN[contestant], loaded, batch, int(step))
-    else:
-        import gblm
-        from gblm.methods import make
-
-        found = timed(gblm.prune, loaded, batch, make(contestant, alpha="auto"), str(SPARSITY))
-    say(found)
-
-
-ENTRIES = {
-    entry.__name__: entry
-    for entry in (draw, load, plain_gblm, check, llmcompressor, decode, choose, images)
-}
-
-# 2. The measurement.
+# 1. The measurement.
 
 
 Contestants = tuple[str, dict[str, list[str]]]  # on what, in words; their commands by name
@@ -333,19 +106,19 @@ Contestants = tuple[str, dict[str, list[str]]]  # on what, in words; their comma
 def language(args: argparse.Namespace, windows: str) -> Contestants:
     """Draw the windows into a file, and return the contestants."""
     drawing = ["draw", args.model, args.calibration, str(args.samples), str(args.length), windows]
-    measure([sys.executable, __file__, *drawing], args.threads)
+    measure([sys.executable, ENTRIES, *drawing], args.threads)
     flags = ["--model", args.model, "--sparsity", str(SPARSITY), "--calibration", windows]
     flags += ["--samples", str(args.samples), "--length", str(args.length)]
     ours = [sys.executable, "-m", "gblm.llm", *flags, "--method"]
     found = {
-        "start-up": [sys.executable, __file__, "load", args.model],
-        "plain gblm": [sys.executable, __file__, "plain_gblm", args.model, windows],
+        "start-up": [sys.executable, ENTRIES, "load", args.model],
+        "plain gblm": [sys.executable, ENTRIES, "plain_gblm", args.model, windows],
         "gblm": [*ours, "gblm"],
         "gblm wanda": [*ours, "wanda"],
         "gblm sparsegpt": [*ours, "sparsegpt"],
     }
     if args.llmcompressor_python:
-        theirs = [args.llmcompressor_python, __file__]
+        theirs = [args.llmcompressor_python, ENTRIES]
         found["start-up, llmcompressor's packages"] = [*theirs, "load", args.model]
         for ratio in RATIOS["llm"][1:]:
             (name,) = ratio.theirs  # "llmcompressor METHOD" or "llmcompressor METHOD, basic"
@@ -360,14 +133,14 @@ def vision(args: argparse.Namespace, decoded: str) -> Contestants:
     """Decode the images into a file, choose the micro-batches, and return the contestants."""
     model = [args.model, args.checkpoint or ""]
     decoding = ["decode", *model, args.calibration, str(args.samples), decoded]
-    measure([sys.executable, __file__, *decoding], args.threads)
-    chosen = measure([sys.executable, __file__, "choose", *model, decoded], args.threads)
+    measure([sys.executable, ENTRIES, *decoding], args.threads)
+    chosen = measure([sys.executable, ENTRIES, "choose", *model, decoded], args.threads)
     steps = {name: str(chosen[name]) for name in PLAIN}
     sizes = " and ".join(f"{step} ({name})" for name, step in steps.items())
     commands = {}
     for name in ("start-up", *PLAIN, *args.methods.split(",")):
         entry = ["images", name, steps.get(name, steps["forward"]), *model, decoded]
-        commands[name] = [sys.executable, __file__, *entry]
+        commands[name] = [sys.executable, ENTRIES, *entry]
     return f"{args.samples} images, the plain passes in micro-batches of {sizes}", commands
 
 
@@ -398,7 +171,7 @@ def measure(command: list[str], threads: int) -> dict[str, Any]:
         log.seek(0)
         if process.returncode:
             sys.exit(f"{log.read()[-3000:]}\n{shlex.join(command)} failed: {process.returncode}")
-        found = heard(log.read())
+        found = contestants.heard(log.read())
     cpu = usage.ru_utime + usage.ru_stime
     whole = {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
     return {**whole, **found}
@@ -439,7 +212,7 @@ of the process, `start-up` that of one which does no more than load.""",
 }
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any], picture: str = "") -> str:
     """Return the tables of contestants and of ratios, with what they were measured on."""
     runs, ratios = "", ""
     for name, found in result["runs"].items():
@@ -456,7 +229,7 @@ def markdown(result: dict[str, Any]) -> str:
 | contestant | median s | min–max s | peak MB |
 |---|--:|--:|--:|
 {runs}
-| ratio | time | min–max | wanted | peak memory |
+{picture}| ratio | time | min–max | wanted | peak memory |
 |---|--:|--:|--:|--:|
 {ratios}
 {TEXTS[result["side"]][1]}
@@ -465,6 +238,29 @@ def markdown(result: dict[str, Any]) -> str:
 
     {result["command"]}
 """
+
+
+def draw_runs(runs: dict[str, list[dict[str, float]]]) -> Callable[[Any], None]:
+    """Return what draws the seconds, from least to most, and the peak memory of every contestant.
+
+    Those of gblm are coloured.
+    """
+    ours = [name.startswith("gblm") or name in METHODS.split(",") for name in runs]
+    colors = ["tab:blue" if own else "silver" for own in ours]
+
+    def draw(canvas: Any) -> None:
+        pair = canvas.subplots(1, 2, sharey=True)
+        for axes, key, label in zip(pair, ("seconds", "peak_mb"), ("s", "peak MB"), strict=True):
+            found = [[run[key] for run in measured] for measured in runs.values()]
+            middle = [median(values) for values in found]
+            less = [median(values) - min(values) for values in found]
+            more = [max(values) - median(values) for values in found]
+            axes.barh(list(runs), middle, xerr=[less, more], color=colors, capsize=2)
+            axes.set_xlabel(label)
+            axes.grid(axis="x", alpha=0.3)
+        pair[0].invert_yaxis()
+
+    return draw
 
 
 def counted(number: int, what: str) -> str:
@@ -488,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=int, default=2, help="of every process [%(default)s]")
     add("--llmcompressor-python", help="python of its environment; without it, it is left out")
-    add("--write", type=Path, help="Markdown file to write into; the JSON goes beside it")
+    add("--write", type=Path, help="Markdown file to write into; JSON and figure go beside it")
     add("--basic", action="store_true", help="the `basic` pipeline of llmcompressor as well")
     add("--check", action="store_true", help="only compare the masks of baseline and gblm")
     return new
@@ -506,7 +302,7 @@ def main() -> None:
         samples = f"{folder}/samples.npz"
         setting, commands = CONTESTANTS[args.side](args, samples)
         if args.check:
-            command = [sys.executable, __file__, "check", args.model, samples]
+            command = [sys.executable, ENTRIES, "check", args.model, samples]
             sys.exit(subprocess.run(command, env=environment(args.threads)).returncode)
         runs: dict[str, list[dict[str, float]]] = defaultdict(list)
         warm = 1 if args.side == "llm" else 0  # on vision a process warms up by itself
@@ -536,13 +332,12 @@ def main() -> None:
     if args.write:
         section = "speed" if args.side == "llm" else f"speed:{args.side}"
         heading = "## Speed and memory" + ("" if args.side == "llm" else f": {name}")
-        tables.write(args.write, section, heading, markdown(result))
         file = args.write.with_name(f"{section.replace(':', '-')}.json")
         tables.replace(file, json.dumps(result, indent=2) + "\n")
+        size = (8, 1 + 0.28 * len(runs))
+        picture = tables.picture(file.with_suffix(".svg"), draw_runs(runs), size)
+        tables.write(args.write, section, heading, markdown(result, picture))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in ENTRIES:
-        ENTRIES[sys.argv[1]](*sys.argv[2:])
-    else:
-        main()
+    main()

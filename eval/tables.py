@@ -95,3 +95,23 @@ def picture(
         canvas.savefig(beside, format="svg", metadata={"Date": None})
         os.replace(beside, path)
     return f"![{path.stem}]({path.name})\n\n"
+
+
+def level(axes: Any, label: str, value: float) -> None:
+    """Draw a value as a dotted line, unless the drawn ones lie so far off that it would press them.
+
+    That is beyond twice, or below half, of the nearest of them.
+    """
+    drawn = [float(y) for line in axes.get_lines() for y in line.get_ydata()]
+    if min(drawn) / 2 <= value <= max(drawn) * 2:
+        axes.axhline(value, color="black", linestyle=":", label=label)
+
+
+def logarithmic(axes: Any) -> None:
+    """Make the upright axis logarithmic, with plain numbers at its ticks."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

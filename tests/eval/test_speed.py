@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+import contestants
 import numpy as np
 import pytest
 import speed
@@ -19,8 +20,13 @@ def entry(command: list[str], threads: int = 1) -> dict[str, Any]:
     name, *args = command[2:]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        speed.ENTRIES[name](*args)
-    return {"seconds": 0.0, "cpu_seconds": 0.0, "peak_mb": 1.0, **speed.heard(said.getvalue())}
+        contestants.ENTRIES[name](*args)
+    return {
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "peak_mb": 1.0,
+        **contestants.heard(said.getvalue()),
+    }
 
 
 def call(vit: list[str], *more: str) -> list[str]:
@@ -44,7 +50,7 @@ def test_images_are_measured_and_written(vit, tmp_path, monkeypatch):
     )
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
     methods = speed.METHODS.split(",")
-    assert rows[2:10] == ["start-up", *speed.PLAIN, *methods]
+    assert rows[2:10] == ["start-up", *contestants.PLAIN, *methods]
     assert rows[12:] == [
         "wanda / forward",
         "gblm / 2.5 forward + 1.6 forward-backward",
@@ -52,8 +58,10 @@ def test_images_are_measured_and_written(vit, tmp_path, monkeypatch):
     ]
     assert "8 images" in text
     assert "1 thread, 2 rounds" in text
+    assert "![speed-vit](speed-vit.svg)" in text
+    assert "<svg" in (tmp_path / "speed-vit.svg").read_text()
     found = json.loads((tmp_path / "speed-vit.json").read_text())
-    assert set(found["runs"]) == {"start-up", *speed.PLAIN, *methods}
+    assert set(found["runs"]) == {"start-up", *contestants.PLAIN, *methods}
     for name, runs in found["runs"].items():
         assert len(runs) == 2
         assert all(run["seconds"] > 0 for run in runs), name
@@ -67,14 +75,14 @@ def test_images_are_measured_and_written(vit, tmp_path, monkeypatch):
 def decoded(vit, tmp_path) -> list[str]:
     """The model of the fixture, no checkpoint, and its images decoded into a file."""
     model, source, path = vit[2], vit[4], str(tmp_path / "images.npz")
-    speed.decode(model, "", source, "8", path)
+    contestants.decode(model, "", source, "8", path)
     return [model, "", path]
 
 
 def test_all_contestants_have_the_calibration_images_of_the_command(decoded, vit):
     from gblm.vit import data, models
 
-    model, batch = speed.opened(*decoded)
+    model, batch = contestants.opened(*decoded)
     own = models.load(vit[2])
     expected = data.calibration(data.open_images(vit[4], own, "calibration"), 8)
     assert torch.equal(batch["images"], expected["images"])
@@ -83,13 +91,13 @@ def test_all_contestants_have_the_calibration_images_of_the_command(decoded, vit
 
 
 def test_a_plain_pass_is_over_all_images_and_parameters(decoded):
-    model, batch = speed.opened(*decoded)
+    model, batch = contestants.opened(*decoded)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    speed.forward(model, batch, 3)
+    contestants.forward(model, batch, 3)
     assert seen == [3, 3, 2]
     assert all(parameter.grad is None for parameter in model.parameters())
-    speed.forward_backward(model, batch, 8)
+    contestants.forward_backward(model, batch, 8)
     assert seen[3:] == [8]
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -102,17 +110,17 @@ def test_a_method_prunes_to_half(decoded, monkeypatch):
 
     monkeypatch.setattr(gblm, "prune", prune)
     for name in ("wanda", "gblm"):
-        assert entry(["python", "speed.py", "images", name, "4", *decoded])["seconds"] > 0
+        assert entry(["python", "contestants.py", "images", name, "4", *decoded])["seconds"] > 0
     assert [report.method for report in reports] == ["wanda", "gblm(alpha=auto, norm=l1)"]
     assert all(report.sparsity == 0.5 for report in reports)
 
 
 def test_the_quickest_micro_batch_is_chosen(decoded, monkeypatch):
     def timed(run, model, batch, step):
-        return {"seconds": abs(step - (4 if run is speed.forward else 16))}
+        return {"seconds": abs(step - (4 if run is contestants.forward else 16))}
 
-    monkeypatch.setattr(speed, "timed", timed)
-    found = entry(["python", "speed.py", "choose", *decoded])
+    monkeypatch.setattr(contestants, "timed", timed)
+    found = entry(["python", "contestants.py", "choose", *decoded])
     assert (found["forward"], found["forward-backward"]) == (4, 16)
 
 
@@ -124,7 +132,9 @@ def test_a_process_is_measured_and_may_say_its_own_seconds():
     found = speed.measure([sys.executable, "-c", hold], 1)
     assert found["seconds"] > 0.5 > found["cpu_seconds"] > 0
     assert 200 < found["peak_mb"] < 20_000  # what this process holds counts too
-    say = f"import sys; print('{speed.SAYS}{{\"seconds\": 7}}'); print('late', file=sys.stderr)"
+    say = (
+        f"import sys; print('{contestants.SAYS}{{\"seconds\": 7}}'); print('late', file=sys.stderr)"
+    )
     assert speed.measure([sys.executable, "-c", say], 1)["seconds"] == 7
     threads = "import os; assert os.environ['OMP_NUM_THREADS'] == '3'"
     speed.measure([sys.executable, "-c", threads], 3)
@@ -159,7 +169,7 @@ def test_language_has_its_contestants(monkeypatch):
     for ratio in speed.RATIOS["llm"]:
         assert {ratio.ours, *ratio.theirs} <= commands.keys()
     ending = ["llmcompressor", "wanda", "basic", "llama", "windows.npz"]
-    assert commands["llmcompressor wanda, basic"] == ["other", speed.__file__, *ending]
+    assert commands["llmcompressor wanda, basic"] == ["other", contestants.__file__, *ending]
     assert "sequential" in commands["llmcompressor sparsegpt"]
     args = speed.parser().parse_args(flags)
     assert not any("llmcompressor" in name for name in speed.language(args, "")[1])
