@@ -162,6 +162,22 @@ def test_a_cell_is_mean_and_standard_deviation():
     assert tables.cell([123456.0]) == "1.235e+05"
 
 
+def test_what_is_not_there_is_left_empty():
+    cells = {("a", "x"): [1.0], ("b", "y"): [2.0]}
+    assert tables.table("t", cells).splitlines()[2:] == ["| a | 1.00 |  |", "| b |  | 2.00 |"]
+
+
+@pytest.mark.parametrize(("value", "drawn"), [(5.7, False), (12, True), (50, True), (70, False)])
+def test_a_level_far_off_is_left_out(tmp_path, value, drawn):
+    def draw(axes):
+        axes.plot([1, 2], [20, 30], label="line")
+        tables.level(axes, "dense", value)
+        tables.logarithmic(axes)
+        assert len(axes.get_lines()) == 1 + drawn
+
+    assert tables.figure(tmp_path / "a.svg", draw)
+
+
 def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     page = tmp_path / "page.md"
     for text in ("old\n", "new\n"):
