@@ -232,7 +232,7 @@ def masks(args: argparse.Namespace, figure: Path) -> str:
     if not known or args.linear not in (None, known["linear"]) or not figure.exists():
         found, linear, chosen = collect(args)
         known = {**entry, "linear": linear, "structure": found}
-        tables.picture(figure, draw_masks(chosen), size=(12, 3.8), dpi=200)
+        tables.picture(figure, draw_masks(chosen), size=(12, 3.8))
         quality.add(args.store, known)
     found, linear = known["structure"], known["linear"]
     cells = {}
@@ -272,14 +272,15 @@ def draw_mask(part: Any, row: str, keep: Tensor) -> None:
         [["top", "."], ["mask", "side"]], width_ratios=(6, 1), height_ratios=(1, 6)
     )
     rows, columns = keep.shape
-    image = adaptive_avg_pool2d(keep[None], [min(size, PIXELS) for size in keep.shape])[0]
+    cells = [size // -(-size // PIXELS) for size in keep.shape]  # of as many weights each
+    image = adaptive_avg_pool2d(keep[None], cells)[0]
     axes["mask"].imshow(
         image,
         cmap=LinearSegmentedColormap.from_list(row, ("white", color)),
         vmin=0,
         vmax=1,
         aspect="auto",
-        interpolation="nearest",
+        interpolation="none",
         extent=(0, columns, rows, 0),
     )
     axes["mask"].set(xlabel="inputs", ylabel="outputs", xticks=[0, columns], yticks=[0, rows])

@@ -72,13 +72,10 @@ def figure(path: Path, draw: Callable[[Any], None]) -> str:
     return picture(path, single)
 
 
-def picture(
-    path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4), dpi: int = 100
-) -> str:
-    """Draw an SVG on a figure of matplotlib; return the Markdown that shows it.
+def picture(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4)) -> str:
+    """Draw an SVG on a figure of matplotlib, of a size in inches; return Markdown that shows it.
 
-    size: in inches; dpi: of what is drawn as pixels. Without matplotlib nothing is drawn or
-    returned, and a message says so.
+    Without matplotlib nothing is drawn or returned, and a message says so.
     """
     try:
         import matplotlib
@@ -88,7 +85,7 @@ def picture(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": path.name}):  # the same file for the same values
-        canvas = Figure(figsize=size, dpi=dpi, layout="constrained")
+        canvas = Figure(figsize=size, layout="constrained")
         draw(canvas)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.part")
@@ -112,6 +109,6 @@ def logarithmic(axes: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
