@@ -26,6 +26,7 @@ LAYERS = [
     ("work",),
     ("pruner",),
     ("job",),
+    ("flags",),
     ("cli",),
     ("llm", "vit"),
 ]
@@ -69,7 +70,7 @@ def upward(module: str, source: str) -> list[str]:
     """Return the imports of a module that do not point down."""
     own = {name for name in imports(source) if name.split(".")[0] in {"gblm", *OUTSIDE}}
     if not part(module):  # gblm itself opens the core's doors
-        return sorted(name for name in own if part(name) in {*SIDES, "cli"})
+        return sorted(name for name in own if part(name) in {*SIDES, "cli", "flags"})
     return sorted(
         name
         for name in own

@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gblm import cli
+import shtab
+
+from gblm import cli, flags
 from gblm.base import Batch, GblmError
 from gblm.device import find_device
 from gblm.distributed import launched, rank
@@ -19,24 +21,37 @@ EXAMPLES = """\
 examples:
   python -m gblm.llm                                    the packaged demo, six methods
   python -m gblm.llm --model DIR --sparsity 2:4 --calibration c4 --output PRUNED
-  python -m gblm.llm --model DIR --method gblm,wanda,sparsegpt --calibration notes.txt \\
+  python -m gblm.llm --model DIR --method best --sparsity 0.5,2:4 --calibration notes.txt \\
       --evaluate wikitext2
 """
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """Return the parser of `python -m gblm.llm`."""
-    new = cli.parser(
+    new = flags.parser(
         "python -m gblm.llm", "Prune a causal language model, without retraining.", EXAMPLES
     )
-    add = new.add_argument
-    add("--length", type=int, help="tokens in a window [2048, or what the model can take]")
-    add("--evaluate-windows", type=int, help="evaluate on the first windows alone")
-    add("--tasks", help="zero-shot tasks of lm-evaluation-harness, with commas; paper: its six")
-    add("--task-data", type=Path, help="a folder with the items of each, TASK_….jsonl [the hub]")
-    add("--task-limit", type=int, help="evaluate on the first items of each task alone")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    add = new.add
+    add("what", "--trust-remote-code", "run code that comes with the model", action="store_true")
+    add("what", "--allow-pickle", "read weights that are not safetensors", action="store_true")
+    add("calibration", "--length", "tokens in a window [2048 at most]", "N", type=int)
+    add("evaluation", "--evaluate-windows", "the first windows alone", "N", type=int)
+    add(
+        "evaluation",
+        "--tasks",
+        "zero-shot tasks of lm-evaluation-harness, with commas; paper: its six",
+        "TASKS",
+        type=flags.several,
+    )
+    add(
+        "evaluation",
+        "--task-data",
+        "their items, TASK_….jsonl [from the hub]",
+        "DIR",
+        type=Path,
+        complete=shtab.DIRECTORY,
+    )
+    add("evaluation", "--task-limit", "the first items of each task alone", "N", type=int)
     return new
 
 
@@ -49,7 +64,7 @@ def run(argv: Sequence[str] | None) -> None:
     """Read the flags, draw the windows, load the model, carry out the runs, show the table."""
     args = parser().parse_args(argv)
     if args.list:
-        return cli.listing(args.list)
+        return flags.listing(args.list)
     demo = args.model is None
     if demo:
         set_demo(args)

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gblm import cli
+import shtab
+
+from gblm import cli, flags
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
 from gblm.distributed import launched, rank
@@ -23,16 +25,29 @@ examples:
 """
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """Return the parser of `python -m gblm.vit`."""
-    new = cli.parser(
+    new = flags.parser(
         "python -m gblm.vit", "Prune an image classifier, without retraining.", EXAMPLES
     )
-    add = new.add_argument
-    add("--checkpoint", help="the weights, .safetensors; without it those of the model's name")
-    add("--unlabelled", action="store_true", help="the model's own predictions are the labels")
-    add("--evaluate-images", type=int, help="evaluate on a choice of this many")
-    add("--workers", default="auto", help="processes that decode images")
+    add = new.add
+    add(
+        "what",
+        "--checkpoint",
+        "the weights, .safetensors [those of the model's name]",
+        "FILE",
+        complete=shtab.FILE,
+    )
+    add("calibration", "--unlabelled", "labels are the model's predictions", action="store_true")
+    add("evaluation", "--evaluate-images", "a choice of this many", "N", type=int)
+    add(
+        "memory",
+        "--workers",
+        "processes that decode images [auto]",
+        "N",
+        type=flags.amount,
+        default="auto",
+    )
     return new
 
 
@@ -45,7 +60,7 @@ def run(argv: Sequence[str] | None) -> None:
     """Read the flags, load the model, choose the images, carry out the runs, show the table."""
     args = parser().parse_args(argv)
     if args.list:
-        return cli.listing(args.list)
+        return flags.listing(args.list)
     demo = args.model is None
     if demo:
         set_demo(args)
