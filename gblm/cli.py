@@ -1,25 +1,71 @@
-"""The command line both sides share: the runs one command asks for, their exit code, the table."""
+"""The command line both sides share: from the flags to the runs, the exit code and the table."""
 
 import argparse
+import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
 from torch import nn
 
-from gblm import patterns
+from gblm import config, flags, patterns
 from gblm.base import GblmError
-from gblm.distributed import rank
+from gblm.device import DTYPES, find_device
+from gblm.distributed import rank, world
 from gblm.job import Run
 from gblm.methods import make
-from gblm.offload import offload_of
+from gblm.offload import Offload, offload_of
 from gblm.output import check_output, check_report
-from gblm.report import Report
+from gblm.report import Report, versions
 from gblm.report.wording import short, size, time
+
+
+def command(
+    parser: flags.Parser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], None]
+) -> int:
+    """Read the flags, answer what asks for an answer alone, else do the work; the exit code."""
+
+    def answer() -> None:
+        args = config.parse(parser, argv)
+        if args.list:
+            flags.listing(args.list)
+        elif args.completion:
+            print(flags.completion(parser, args.completion))
+        elif args.version:
+            print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        else:
+            with logged(args.verbose):
+                work(args)
+
+    return guarded(answer)
+
+
+@contextmanager
+def logged(verbose: int) -> Iterator[None]:
+    """Show what gblm logs on stderr for a time: warnings, with 1 every block, with 2 details.
+
+    Below warnings that is the log of process 0 alone.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=160)
+    handler = RichHandler(console=console, show_path=False, rich_tracebacks=False)
+    handler.addFilter(lambda record: not rank() or record.levelno >= logging.WARNING)
+    logger = logging.getLogger("gblm")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel([logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -33,6 +79,20 @@ def guarded(work: Callable[[], None]) -> int:
         print("interrupted: finished results stay, nothing half done does", file=sys.stderr)
         return 130
     return 0
+
+
+def recipe(
+    parser: flags.Parser,
+    args: argparse.Namespace,
+    model: nn.Module,
+    offload: Offload | None,
+    names: Collection[str],
+) -> config.Recipe:
+    """Return the recipe of a command, with what its flags left to gblm; see `config.recipe`."""
+    dtype = next((n for n, t in DTYPES.items() if t == next(model.parameters()).dtype), args.dtype)
+    device = "cuda" if world() > 1 and args.device != "cpu" else str(find_device(args.device))
+    own = {"dtype": dtype, "device": device, "offload": offload.kind if offload else "none"}
+    return config.recipe(parser, argparse.Namespace(**{**vars(args), **own}), names)
 
 
 def runs(args: argparse.Namespace) -> list[Run]:
@@ -52,9 +112,8 @@ def runs(args: argparse.Namespace) -> list[Run]:
                 method = replace(method, refine=args.refine)
             group = method.group if args.group == "auto" else args.group
             pattern = patterns.parse(text, group)
-            found.append(
-                Run(f"{name}-{text.replace(':', 'of').replace('/', '-')}", method, pattern)
-            )
+            label = f"{name}-{text.replace(':', 'of').replace('/', '-')}"
+            found.append(Run(label, method, pattern, {"method": name, "sparsity": text}))
     if not found:
         raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")
     return found

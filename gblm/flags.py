@@ -30,6 +30,7 @@ GROUPS = {
     "help": "help",
 }
 
+SHELLS = ("bash", "zsh", "tcsh")
 EXITS = "exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted"
 
 
@@ -60,12 +61,14 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Add a flag to one of the `GROUPS`; `value` names its value in the help.
 
-        `complete` among the options is what shells offer for the value, choices aside.
+        Among the options, `short` is a second name of the flag, and `complete` what shells offer
+        for its value, where that is no matter of choices.
         """
+        names = [name for name in (options.pop("short", None), flag) if name]
         complete = options.pop("complete", None)
         if value:
             options["metavar"] = value
-        action = self.titled[group].add_argument(flag, help=help, **options)
+        action = self.titled[group].add_argument(*names, help=help, **options)
         if complete:
             action.complete = complete  # type: ignore[attr-defined]
 
@@ -239,8 +242,32 @@ def parser(program: str, description: str, examples: str) -> Parser:
         **a_folder,
     )
     add("output", "--overwrite", "let output and report replace what is there", action="store_true")
-    new.titled["help"].add_argument("-h", "--help", action="help", help="show this")
+    add(
+        "output",
+        "--dry-run",
+        "say what a run would do and take; nothing is run",
+        action="store_true",
+    )
+    add(
+        "output",
+        "--verbose",
+        "a line for every block; twice for details",
+        short="-v",
+        action="count",
+        default=0,
+    )
+    add(
+        "help",
+        "--config",
+        "a TOML file of flags, such as the config.toml of a result",
+        "FILE",
+        type=Path,
+        complete=shtab.FILE,
+    )
+    add("help", "--help", "show this", short="-h", action="help")
     add("help", "--list", f"say what there is: {', '.join(LISTS)}", "WHAT", choices=list(LISTS))
+    add("help", "--completion", "a script for bash, zsh or tcsh", "SHELL", choices=SHELLS)
+    add("help", "--version", "of gblm and of the packages it stands on", action="store_true")
     return new
 
 
@@ -293,6 +320,12 @@ LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "patterns": pattern_forms,
     "allocations": allocations,
 }
+
+
+def completion(parser: Parser, shell: str) -> str:
+    """Return the script that completes the flags of a command, `gblm-llm` say, in a shell."""
+    parser.prog = parser.prog.split()[-1].replace(".", "-")
+    return shtab.complete(parser, shell)
 
 
 def listing(what: str) -> None:

@@ -7,6 +7,7 @@ its sums are final. Where the activations of the whole model fit into memory, a 
 the same hooks does without the recomputation.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from gblm.survey import (
 )
 from gblm.survey import micro_batch as sized
 
+log = logging.getLogger(__name__)
+
 FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
@@ -52,6 +55,7 @@ def gradient_sums(
     backward: str = "auto",
     share: float = 1.0,
     keep: Keep | None = None,
+    chose: Callable[[str], None] = lambda backward: None,
     spill: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Gradients:
@@ -61,8 +65,9 @@ def gradient_sums(
     a time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
     memory. share: the part of the samples, from the first, 16 at least. blocks: what `survey` found
     of this model and batch, where that is known. keep: takes the sums of each block as soon as they
-    are final, instead of the result, which then is empty. spill: a folder for the inputs of the
-    blocks between forward and backward, in memory where None. The others are those of `prune`.
+    are final, instead of the result, which then is empty. chose: is told which backward it is.
+    spill: a folder for the inputs of the blocks between forward and backward, in memory where None.
+    The others are those of `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
@@ -82,6 +87,10 @@ def gradient_sums(
         if backward == "auto":
             fits = _fits(model, batch, adapter, blocks, needs, fewer)
             backward = "model" if fits else "blocks"
+        chose(backward)
+        log.debug(
+            "gradients by %s, of %d samples: %s", backward, size(batch), ", ".join(sorted(needs))
+        )
         if backward == "model":
             found = whole_backward(model, batch, adapter, blocks, needs, fewer, progress)
         else:

@@ -25,8 +25,9 @@ LAYERS = [
     ("report", "output"),
     ("work",),
     ("pruner",),
-    ("job",),
     ("flags",),
+    ("config",),
+    ("job",),
     ("cli",),
     ("llm", "vit"),
 ]
@@ -70,7 +71,7 @@ def upward(module: str, source: str) -> list[str]:
     """Return the imports of a module that do not point down."""
     own = {name for name in imports(source) if name.split(".")[0] in {"gblm", *OUTSIDE}}
     if not part(module):  # gblm itself opens the core's doors
-        return sorted(name for name in own if part(name) in {*SIDES, "cli", "flags"})
+        return sorted(name for name in own if part(name) in {*SIDES, "cli", "flags", "config"})
     return sorted(
         name
         for name in own

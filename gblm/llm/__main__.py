@@ -13,6 +13,7 @@ from gblm.base import Batch, GblmError
 from gblm.device import find_device
 from gblm.distributed import launched, rank
 from gblm.job import Bars, Job, Run, Work, compare, work_folder
+from gblm.llm.sources import SOURCES
 from gblm.report import Evaluation, Examples, clock
 from gblm.survey import choose as choose_linears
 from gblm.survey import placed, survey
@@ -57,27 +58,25 @@ def parser() -> flags.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return cli.guarded(lambda: run(argv))
+    return cli.command(parser(), argv, run)
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Read the flags, draw the windows, load the model, carry out the runs, show the table."""
-    args = parser().parse_args(argv)
-    if args.list:
-        return flags.listing(args.list)
+def run(args: Any) -> None:
+    """Draw the windows, load the model, carry out the runs, show the table."""
     demo = args.model is None
     if demo:
         set_demo(args)
+    title = "the packaged demo" if demo else args.model
     cli.fill(args, method="gblm", sparsity="0.5", alpha="100", calibration="c4", samples=128)
     wanted = cli.runs(args)
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     cli.check_folders(args)
     with launched(args.device) as args.device, work_folder(args) as work:
-        carry_out(args, wanted, micro_batch, demo, work)
+        carry_out(args, wanted, micro_batch, title, work)
 
 
 def carry_out(
-    args: Any, wanted: list[Run], micro_batch: int | None, demo: bool, work: Work
+    args: Any, wanted: list[Run], micro_batch: int | None, title: str, work: Work
 ) -> None:
     """Do what the flags ask for, in a work folder."""
     seconds: dict[str, float] = {}
@@ -105,6 +104,7 @@ def carry_out(
     cli.check_folders(args, cli.model_bytes(model) * len(wanted))
 
     batch = placed(batch, model)
+    args.length = batch["input_ids"].shape[1]
     adapter = adapters.adapter(model)
     blocks = survey(model, batch, adapter)
     choose_linears(blocks, cli.listed(args.include), cli.listed(args.exclude))
@@ -128,9 +128,9 @@ def carry_out(
         examples=examples(args, model, tokenizer, batch, sets),
         calibration=f"{samples} windows of {length} tokens from {args.calibration}",
         loading=models.loading,
+        recipe=cli.recipe(parser(), args, model, offload, SOURCES),
     )
     reports = compare(job, wanted)
-    title = "the packaged demo" if demo else args.model
     metrics = "perplexity, zero-shot accuracy" if tasks else "perplexity"
     cli.show_table(f"{title}: {metrics}, pruned with {samples} windows of {length}", reports)
     cli.show_folders(args)

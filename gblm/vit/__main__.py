@@ -53,17 +53,15 @@ def parser() -> flags.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return cli.guarded(lambda: run(argv))
+    return cli.command(parser(), argv, run)
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Read the flags, load the model, choose the images, carry out the runs, show the table."""
-    args = parser().parse_args(argv)
-    if args.list:
-        return flags.listing(args.list)
+def run(args: Any) -> None:
+    """Load the model, choose the images, carry out the runs, show the table."""
     demo = args.model is None
     if demo:
         set_demo(args)
+    title = "the packaged demo" if demo else args.model
     cli.fill(args, method="gblm", sparsity="0.5", alpha="auto", samples=1024)
     if not args.calibration:
         raise GblmError("no calibration images; give a folder or a data set by --calibration")
@@ -71,17 +69,21 @@ def run(argv: Sequence[str] | None) -> None:
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     cli.check_folders(args)
     with launched(args.device) as args.device, work_folder(args) as work:
-        carry_out(args, wanted, micro_batch, demo, work)
+        carry_out(args, wanted, micro_batch, title, work)
 
 
 def carry_out(
-    args: Any, wanted: list[Run], micro_batch: int | None, demo: bool, work: Work
+    args: Any, wanted: list[Run], micro_batch: int | None, title: str, work: Work
 ) -> None:
     """Do what the flags ask for, in a work folder."""
     seconds: dict[str, float] = {}
     with clock(seconds, "load"):
-        from gblm.vit import adapters, models
+        import torch
 
+        from gblm.vit import adapters, demo, models
+
+        if args.model == str(demo.FOLDER):
+            torch.set_num_threads(1)  # so small a model is slower on more, by far beside others
         device = find_device(args.device)
         model = models.load(args.model, args.checkpoint)
         stored = next(model.parameters()).dtype
@@ -115,9 +117,9 @@ def carry_out(
         examples=examples(args, model, batch, loaders),
         calibration=f"{len(batch['images'])} images from {args.calibration}",
         loading=models.loading,
+        recipe=cli.recipe(parser(), args, model, offload, ["demo"]),
     )
     reports = compare(job, wanted)
-    title = "the packaged demo" if demo else args.model
     cli.show_table(f"{title}, pruned with {len(batch['images'])} images", reports)
     for note in notes if not rank() else []:
         print(note)
@@ -186,15 +188,12 @@ def evaluate(model: Any, loaders: dict[str, Any], notes: list[str], show: Bars) 
 
 def set_demo(args: Any) -> None:
     """Fill in the packaged demo where no model is named."""
-    import torch
-
     from gblm.methods import METHODS
     from gblm.vit import demo
 
     flags = ("calibration", "evaluate", "checkpoint")
     if given := [flag for flag in flags if getattr(args, flag)]:
         raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
-    torch.set_num_threads(1)  # so small a model is slower on more, by far where others run too
     args.model, args.calibration, args.evaluate = str(demo.FOLDER), "demo", "demo"
     cli.fill(args, method=",".join(METHODS), sparsity="0.5,0.7,0.8")
 
