@@ -52,10 +52,7 @@ def logged(verbose: int) -> Iterator[None]:
 
     Below warnings that is the log of process 0 alone.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(stderr=True, width=160)
-    handler = RichHandler(console=console, show_path=False, rich_tracebacks=False)
+    handler = RichHandler(console=console(stderr=True), show_path=False, rich_tracebacks=False)
     handler.addFilter(lambda record: not rank() or record.levelno >= logging.WARNING)
     logger = logging.getLogger("gblm")
     before = logger.level
@@ -156,9 +153,6 @@ def show_table(title: str, reports: list[Report]) -> None:
     """Print the runs of one command side by side, the dense model first, in process 0 alone."""
     if rank():
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a file has no edge to wrap at
     table = Table(title=title, title_justify="left")
     table.add_column("method")
     entries = reports[0].evaluation.items()
@@ -173,9 +167,15 @@ def show_table(title: str, reports: list[Report]) -> None:
         table.add_row(
             report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
         )
-    console.print(table)
+    console().print(table)
     if len(reports) == 1:
         show_short(reports[0])
+
+
+def console(stderr: bool = False) -> Console:
+    """Return the terminal, or what stands in its place, which has no edge to wrap at."""
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=160)
 
 
 def shown(entry: dict[str, Any], when: str) -> str:

@@ -125,6 +125,11 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def resident() -> int:
+    """Return the main memory that this process takes now, in bytes."""
+    return psutil.Process().memory_info().rss
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process so far, in bytes: on a GPU that of its tensors."""
     if device.type == "cuda":

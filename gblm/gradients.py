@@ -353,6 +353,33 @@ def _finite(losses: Tensor, start: int) -> Tensor:
     return losses
 
 
+def activations(
+    model: nn.Module, one: Batch, adapter: Adapter, blocks: list[Block]
+) -> tuple[int, int]:
+    """Return the bytes that a plain backward keeps of one sample: of the trunk, and of the head."""
+    storages: dict[int, int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return saved
+
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def kept() -> int:
+        return sum(count for pointer, count in storages.items() if pointer not in weights)
+
+    linears = [linear for block in blocks for linear in block.linears]
+    hooks = [_hook(linear, Statistics({}), 1) for linear in linears]
+    with hooked(hooks), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        hidden = adapter.trunk(model, one)
+        trunk = kept()
+        loss = adapter.loss(model, hidden, one)
+        head = kept() - trunk
+    del loss
+    return trunk, head
+
+
 def _fits(
     model: nn.Module,
     batch: Batch,
@@ -362,25 +389,12 @@ def _fits(
     micro: MicroBatch,
 ) -> bool:
     """Say whether a plain backward takes at most half of the free memory, from one sample's."""
-    storages: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    linears = [linear for block in blocks for linear in block.linears]
-    one = take(batch, slice(0, 1))
-    hooks = [_hook(linear, Statistics({}), 1) for linear in linears]
     try:
-        with hooked(hooks), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            loss = adapter.loss(model, adapter.trunk(model, one), one)
+        kept = sum(activations(model, take(batch, slice(0, 1)), adapter, blocks))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             return False
         raise
-    del loss
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    activations = sum(count for pointer, count in storages.items() if pointer not in weights)
+    linears = [linear for block in blocks for linear in block.linears]
     sums = sum(4 * linear.weight.numel() * len(needs) for linear in linears)
-    return activations * micro.samples + sums <= free_memory(linears[0].weight.device) / 2
+    return kept * micro.samples + sums <= free_memory(linears[0].weight.device) / 2

@@ -1,17 +1,19 @@
 """`python -m gblm.llm`: prune a causal language model, compare methods, save the result."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import shtab
 
-from gblm import cli, flags
+from gblm import cli, flags, plan
 from gblm.base import Batch, GblmError
 from gblm.device import find_device
 from gblm.distributed import launched, rank
+from gblm.estimate import Sight, Task, seen
 from gblm.job import Bars, Job, Run, Work, compare, work_folder
 from gblm.llm.sources import SOURCES
 from gblm.report import Evaluation, Examples, clock
@@ -24,6 +26,7 @@ examples:
   python -m gblm.llm --model DIR --sparsity 2:4 --calibration c4 --output PRUNED
   python -m gblm.llm --model DIR --method best --sparsity 0.5,2:4 --calibration notes.txt \\
       --evaluate wikitext2
+  python -m gblm.llm --model DIR --dry-run              what that takes; nothing is run
 """
 
 
@@ -71,8 +74,11 @@ def run(args: Any) -> None:
     wanted = cli.runs(args)
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     cli.check_folders(args)
-    with launched(args.device) as args.device, work_folder(args) as work:
-        carry_out(args, wanted, micro_batch, title, work)
+    with launched(args.device) as args.device:
+        if args.dry_run:
+            return dry_run(args, wanted, title)
+        with work_folder(args) as work:
+            carry_out(args, wanted, micro_batch, title, work)
 
 
 def carry_out(
@@ -81,12 +87,9 @@ def carry_out(
     """Do what the flags ask for, in a work folder."""
     seconds: dict[str, float] = {}
     with clock(seconds, "data"):
-        from transformers.utils import logging
-
         from gblm.llm import adapters, models
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        silence()
         device = find_device(args.device)
         config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
         tasks = open_tasks(args)
@@ -134,6 +137,49 @@ def carry_out(
     metrics = "perplexity, zero-shot accuracy" if tasks else "perplexity"
     cli.show_table(f"{title}: {metrics}, pruned with {samples} windows of {length}", reports)
     cli.show_folders(args)
+
+
+def silence() -> None:
+    """Let transformers say nothing but errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def dry_run(args: Any, wanted: list[Run], title: str) -> None:
+    """Say what the runs would do and take, by the config and the text, without the weights."""
+    import torch
+
+    from gblm.llm import adapters, evaluate, models
+
+    silence()
+    device = find_device(args.device)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+    batch, sets = draw(args, config, tokenizer)
+    samples, length = batch["input_ids"].shape
+    task = Task(
+        samples,
+        evaluated=sum(len(windows) for windows in sets.values()),
+        together=max(1, evaluate.POSITIONS // length),
+    )
+
+    def sight(model: Any) -> Sight:
+        one = {"input_ids": torch.zeros(1, length, dtype=torch.int64)}
+        return model, one, adapters.adapter(model)
+
+    @contextmanager
+    def sketch() -> Iterator[Sight]:
+        with models.sketch(args.model, device=device, dtype=args.dtype, **trust) as model:
+            yield sight(model)
+
+    def load() -> Sight:
+        kind = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, **trust}
+        return sight(models.load_model(args.model, device=torch.device("cpu"), **kind))
+
+    found = seen(sketch, load)
+    plan.show(title, args, wanted, found, task, device, models.stored_dtype(config))
 
 
 def draw(args: Any, config: Any, tokenizer: Any) -> tuple[Batch, dict[str, Any]]:

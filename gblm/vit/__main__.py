@@ -2,14 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import shtab
 
-from gblm import cli, flags
+from gblm import cli, flags, plan
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
 from gblm.distributed import launched, rank
+from gblm.estimate import Sight, Task, seen
 from gblm.job import Bars, Job, Run, Work, compare, work_folder
 from gblm.offload import offloaded
 from gblm.report import Evaluation, Examples, clock
@@ -20,6 +22,7 @@ EXAMPLES = """\
 examples:
   python -m gblm.vit                                    the packaged demo, all methods
   python -m gblm.vit --model vit_base_patch16_224 --calibration imagenet/train --output PRUNED
+  python -m gblm.vit --model vit_base_patch16_224 --calibration imagenet/train --dry-run
   python -m gblm.vit --model vit_tiny_patch16_224 --checkpoint FILE.safetensors \\
       --method gblm,wanda,sparsegpt --sparsity 0.5,2:4 --calibration DIR --evaluate DIR
 """
@@ -68,8 +71,11 @@ def run(args: Any) -> None:
     wanted = cli.runs(args)
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     cli.check_folders(args)
-    with launched(args.device) as args.device, work_folder(args) as work:
-        carry_out(args, wanted, micro_batch, title, work)
+    with launched(args.device) as args.device:
+        if args.dry_run:
+            return dry_run(args, wanted, title)
+        with work_folder(args) as work:
+            carry_out(args, wanted, micro_batch, title, work)
 
 
 def carry_out(
@@ -124,6 +130,38 @@ def carry_out(
     for note in notes if not rank() else []:
         print(note)
     cli.show_folders(args)
+
+
+def dry_run(args: Any, wanted: list[Run], title: str) -> None:
+    """Say what the runs would do and take, without the weights and without decoding an image."""
+    import torch
+
+    from gblm.vit import adapters, data, models
+
+    device = find_device(args.device)
+
+    def sight(model: Any) -> Sight:
+        parameter = next(model.parameters())
+        shape = data.input_size(model)
+        images = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
+        labels = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+        return model, {"images": images, "labels": labels}, adapters.adapter(model)
+
+    def load() -> Any:
+        return models.load(args.model, args.checkpoint)
+
+    try:
+        model = models.sketch(args.model)
+    except Exception:  # whatever the model's code had against having no values
+        model = load()
+    dtype = find_dtype(args.dtype, device, lambda: torch.float32) or torch.float32
+    images = data.open_images(args.calibration, model, "calibration", labelled=not args.unlabelled)
+    images.chosen(args.samples)
+    sources = (data.open_images(name, model, "evaluation") for name in cli.listed(args.evaluate))
+    counts = [min(len(found), args.evaluate_images or len(found)) for found in sources]
+    task = Task(args.samples, evaluated=sum(counts), together=data.TOGETHER)
+    found = seen(lambda: nullcontext(sight(model.to(dtype))), lambda: sight(load().to(dtype)))
+    plan.show(title, args, wanted, found, task, device, torch.float32)
 
 
 def choose(args: Any, model: Any) -> tuple[Batch, dict[str, Any], list[str]]:
