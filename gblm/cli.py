@@ -1,132 +1,68 @@
-"""The command line both sides share: flags, the runs one command asks for, the table."""
+"""The command line both sides share: from the flags to the runs, the exit code and the table."""
 
 import argparse
-import difflib
-import inspect
+import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
 from torch import nn
 
-from gblm import patterns
-from gblm.allocation import ALLOCATIONS
-from gblm.base import GblmError, one_of
-from gblm.device import DTYPES
-from gblm.distributed import rank
-from gblm.gradients import BACKWARDS
+from gblm import config, flags, patterns
+from gblm.base import GblmError
+from gblm.device import DTYPES, find_device
+from gblm.distributed import rank, world
 from gblm.job import Run
-from gblm.methods import METHODS, SOLVERS, make
-from gblm.offload import OFFLOADS, offload_of
+from gblm.methods import make
+from gblm.offload import Offload, offload_of
 from gblm.output import check_output, check_report
-from gblm.report import Report
+from gblm.report import Report, versions
 from gblm.report.wording import short, size, time
-from gblm.scores import NORMS
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with the examples as they are written."""
+def command(
+    parser: flags.Parser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], None]
+) -> int:
+    """Read the flags, answer what asks for an answer alone, else do the work; the exit code."""
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)
+    def answer() -> None:
+        args = config.parse(parser, argv)
+        if args.list:
+            flags.listing(args.list)
+        elif args.completion:
+            print(flags.completion(parser, args.completion))
+        elif args.version:
+            print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        else:
+            with logged(args.verbose):
+                work(args)
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `GblmError` with the nearest flag."""
-
-    def error(self, message: str) -> NoReturn:
-        known = [flag for action in self._actions for flag in action.option_strings]
-        for word in message.partition("unrecognized arguments: ")[2].split():
-            near = difflib.get_close_matches(word.split("=")[0], known, 1)
-            if word.startswith("--") and near:
-                message += f"; did you mean {near[0]}?"
-        raise GblmError(f"{message}; see --help")
-
-
-EXITS = """
-exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted
-"""
+    return guarded(answer)
 
 
-def parser(program: str, description: str, epilog: str) -> Parser:
-    """Return a parser with the flags that mean the same on both sides."""
-    new = Parser(
-        program,
-        description=description,
-        epilog=epilog + EXITS,
-        formatter_class=Formatter,
-        allow_abbrev=False,
-    )
-    add = new.add_argument
-    add("--model", help="a local folder or a hub name; without it, the packaged demo")
-    add(
-        "--method",
-        help=f"one or several of {', '.join(METHODS)}, with commas; "
-        f"a score's mask mended by METHOD+{'|'.join(SOLVERS)}",
-    )
-    add("--list", choices=sorted(LISTS), help="say what there is of them, and end")
-    add("--sparsity", help="one or several of 0.5, 2:4, …, with commas")
-    add("--alpha", help="factor of the gradient term, or auto: terms of equal median")
-    add("--norm", help="norm of the gradients over samples, l1 or l2 [as published]")
-    add("--group", default="auto", help="comparison group: row, layer, auto (as published)")
-    add("--allocation", help=f"spread the budget over the linears: {', '.join(ALLOCATIONS)}")
-    add("--refine", type=float, help="passes over the samples that refine each block's weights")
-    add("--include", help="linears to prune, with commas, * for anything; all where not given")
-    add("--exclude", help="linears to leave dense, such as '*.down_proj,model.layers.0.*'")
-    add("--calibration", help="a data set or a local path")
-    add("--samples", type=int, help="calibration samples")
-    add("--seed", type=int, default=0, help="of the calibration samples [%(default)s]")
-    add("--evaluate", help="data sets or local paths, with commas")
-    add("--device", default="auto", help="cpu, cuda, auto [%(default)s]")
-    add("--dtype", default="auto", help="float32, bfloat16, float16, auto: as stored [%(default)s]")
-    add("--micro-batch", default="auto", help="samples a block sees at a time [%(default)s]")
-    add("--backward", default="auto", help="gradients by blocks, by the whole model, or auto")
-    add("--offload", default="auto", help="weights away from the device: none, cpu, disk, auto")
-    add("--work-dir", type=Path, help="a folder for gradients, finished blocks and their journal")
-    add("--resume", action="store_true", help="go on with the run that --work-dir holds")
-    add("--gradients", type=Path, help="a folder of gradients: DIR/gradients of a --work-dir")
-    add("--gradient-dtype", default="float32", help="of gradients in a folder [%(default)s]")
-    add("--output", type=Path, help="a folder for the pruned model and report.json")
-    add("--report", type=Path, help="a folder for report.html, a page that shows what became of it")
-    add("--overwrite", action="store_true", help="let output and report replace what is there")
-    return new
+@contextmanager
+def logged(verbose: int) -> Iterator[None]:
+    """Show what gblm logs on stderr for a time: warnings, with 1 every block, with 2 details.
 
-
-def methods() -> list[tuple[str, str]]:
-    """Return the name of every method, and what it does."""
-    said = {name: inspect.getdoc(factory) or "" for name, factory in METHODS.items()}
-    found = [(name, text.partition("\n\n")[0]) for name, text in said.items()]
-    mended = [(f"METHOD+{name}", f"the mask of any of these, mended by {name}") for name in SOLVERS]
-    return [(name, " ".join(text.split())) for name, text in found + mended]
-
-
-def pattern_forms() -> list[tuple[str, str]]:
-    """Return the forms that a pattern has, and what each means."""
-    return [
-        ("0.5", "half of the weights go, compared where --group says"),
-        ("0.5/row", "half of the weights of every output"),
-        ("0.5/layer", "half of the weights of every linear"),
-        ("2:4", "two of every four neighbouring weights stay; any n:m"),
-    ]
-
-
-LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
-    "methods": methods,
-    "patterns": pattern_forms,
-}
-
-
-def listing(what: str) -> None:
-    """Print a line for each of what there is."""
-    found = LISTS[what]()
-    width = max(len(name) for name, _ in found)
-    for name, text in found:
-        print(f"{name:{width}}  {text}")
+    Below warnings that is the log of process 0 alone.
+    """
+    handler = RichHandler(console=console(stderr=True), show_path=False, rich_tracebacks=False)
+    handler.addFilter(lambda record: not rank() or record.levelno >= logging.WARNING)
+    logger = logging.getLogger("gblm")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel([logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -142,18 +78,24 @@ def guarded(work: Callable[[], None]) -> int:
     return 0
 
 
+def recipe(
+    parser: flags.Parser,
+    args: argparse.Namespace,
+    model: nn.Module,
+    offload: Offload | None,
+    names: Collection[str],
+) -> config.Recipe:
+    """Return the recipe of a command, with what its flags left to gblm; see `config.recipe`."""
+    dtype = next((n for n, t in DTYPES.items() if t == next(model.parameters()).dtype), args.dtype)
+    device = "cuda" if world() > 1 and args.device != "cpu" else str(find_device(args.device))
+    own = {"dtype": dtype, "device": device, "offload": offload.kind if offload else "none"}
+    return config.recipe(parser, argparse.Namespace(**{**vars(args), **own}), names)
+
+
 def runs(args: argparse.Namespace) -> list[Run]:
     """Return the runs that the flags ask for; raises `GblmError` for a value that is none."""
-    if args.norm is not None:
-        one_of(args.norm, NORMS, "norm")
-    one_of(args.group, ["auto", *patterns.GROUPS], "comparison group")
-    one_of(args.backward, BACKWARDS, "backward")
-    one_of(args.offload, OFFLOADS, "offload")
-    one_of(args.gradient_dtype, DTYPES, "gradient dtype")
     if args.resume and not args.work_dir:
         raise GblmError("--resume goes on with a run in --work-dir; name that folder")
-    if args.allocation is not None:
-        one_of(args.allocation, ALLOCATIONS, "allocation")
     if args.refine is not None and not 0 <= args.refine < math.inf:
         raise GblmError(f"--refine {args.refine:g} is no number of passes; 1 is the usual one")
     found = []
@@ -167,9 +109,8 @@ def runs(args: argparse.Namespace) -> list[Run]:
                 method = replace(method, refine=args.refine)
             group = method.group if args.group == "auto" else args.group
             pattern = patterns.parse(text, group)
-            found.append(
-                Run(f"{name}-{text.replace(':', 'of').replace('/', '-')}", method, pattern)
-            )
+            label = f"{name}-{text.replace(':', 'of').replace('/', '-')}"
+            found.append(Run(label, method, pattern, {"method": name, "sparsity": text}))
     if not found:
         raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")
     return found
@@ -212,9 +153,6 @@ def show_table(title: str, reports: list[Report]) -> None:
     """Print the runs of one command side by side, the dense model first, in process 0 alone."""
     if rank():
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a file has no edge to wrap at
     table = Table(title=title, title_justify="left")
     table.add_column("method")
     entries = reports[0].evaluation.items()
@@ -229,9 +167,15 @@ def show_table(title: str, reports: list[Report]) -> None:
         table.add_row(
             report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
         )
-    console.print(table)
+    console().print(table)
     if len(reports) == 1:
         show_short(reports[0])
+
+
+def console(stderr: bool = False) -> Console:
+    """Return the terminal, or what stands in its place, which has no edge to wrap at."""
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=160)
 
 
 def shown(entry: dict[str, Any], when: str) -> str:

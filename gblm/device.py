@@ -1,5 +1,6 @@
 """The device: which one, what it is quick with, what memory it has left."""
 
+import logging
 import resource
 import sys
 import time
@@ -12,6 +13,8 @@ import psutil
 import torch
 
 from gblm.base import GblmError, one_of
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -103,6 +106,7 @@ class MicroBatch:
                         "--micro-batch, shorter samples or another device"
                     ) from error
             self.samples = self.samples // 2
+            log.info("out of memory; on with micro-batches of %d", self.samples)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -119,6 +123,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def resident() -> int:
+    """Return the main memory that this process takes now, in bytes."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_memory(device: torch.device) -> int:

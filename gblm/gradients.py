@@ -7,6 +7,7 @@ its sums are final. Where the activations of the whole model fit into memory, a 
 the same hooks does without the recomputation.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from gblm.survey import (
 )
 from gblm.survey import micro_batch as sized
 
+log = logging.getLogger(__name__)
+
 FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
@@ -52,6 +55,7 @@ def gradient_sums(
     backward: str = "auto",
     share: float = 1.0,
     keep: Keep | None = None,
+    chose: Callable[[str], None] = lambda backward: None,
     spill: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Gradients:
@@ -61,8 +65,9 @@ def gradient_sums(
     a time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
     memory. share: the part of the samples, from the first, 16 at least. blocks: what `survey` found
     of this model and batch, where that is known. keep: takes the sums of each block as soon as they
-    are final, instead of the result, which then is empty. spill: a folder for the inputs of the
-    blocks between forward and backward, in memory where None. The others are those of `prune`.
+    are final, instead of the result, which then is empty. chose: is told which backward it is.
+    spill: a folder for the inputs of the blocks between forward and backward, in memory where None.
+    The others are those of `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
@@ -82,6 +87,10 @@ def gradient_sums(
         if backward == "auto":
             fits = _fits(model, batch, adapter, blocks, needs, fewer)
             backward = "model" if fits else "blocks"
+        chose(backward)
+        log.debug(
+            "gradients by %s, of %d samples: %s", backward, size(batch), ", ".join(sorted(needs))
+        )
         if backward == "model":
             found = whole_backward(model, batch, adapter, blocks, needs, fewer, progress)
         else:
@@ -344,6 +353,33 @@ def _finite(losses: Tensor, start: int) -> Tensor:
     return losses
 
 
+def activations(
+    model: nn.Module, one: Batch, adapter: Adapter, blocks: list[Block]
+) -> tuple[int, int]:
+    """Return the bytes that a plain backward keeps of one sample: of the trunk, and of the head."""
+    storages: dict[int, int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return saved
+
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def kept() -> int:
+        return sum(count for pointer, count in storages.items() if pointer not in weights)
+
+    linears = [linear for block in blocks for linear in block.linears]
+    hooks = [_hook(linear, Statistics({}), 1) for linear in linears]
+    with hooked(hooks), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        hidden = adapter.trunk(model, one)
+        trunk = kept()
+        loss = adapter.loss(model, hidden, one)
+        head = kept() - trunk
+    del loss
+    return trunk, head
+
+
 def _fits(
     model: nn.Module,
     batch: Batch,
@@ -353,25 +389,12 @@ def _fits(
     micro: MicroBatch,
 ) -> bool:
     """Say whether a plain backward takes at most half of the free memory, from one sample's."""
-    storages: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    linears = [linear for block in blocks for linear in block.linears]
-    one = take(batch, slice(0, 1))
-    hooks = [_hook(linear, Statistics({}), 1) for linear in linears]
     try:
-        with hooked(hooks), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            loss = adapter.loss(model, adapter.trunk(model, one), one)
+        kept = sum(activations(model, take(batch, slice(0, 1)), adapter, blocks))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             return False
         raise
-    del loss
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    activations = sum(count for pointer, count in storages.items() if pointer not in weights)
+    linears = [linear for block in blocks for linear in block.linears]
     sums = sum(4 * linear.weight.numel() * len(needs) for linear in linears)
-    return activations * micro.samples + sums <= free_memory(linears[0].weight.device) / 2
+    return kept * micro.samples + sums <= free_memory(linears[0].weight.device) / 2

@@ -5,7 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,16 +15,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import nn
 
 from gblm.base import Adapter, Batch, Method, Pattern, Statistics
+from gblm.config import Flags, Recipe
 from gblm.device import DTYPES, peak_memory
 from gblm.distributed import rank
 from gblm.gradients import gradient_sums
 from gblm.offload import Offload
-from gblm.output import written_beside
+from gblm.output import claimed, locked, written_beside
 from gblm.pruner import check, needed, prune
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
 from gblm.survey import Block
-from gblm.work import GradientFolder, Journal, Settings, fingerprint, locked
+from gblm.work import GradientFolder, Journal, Settings, fingerprint
 
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
@@ -56,6 +57,7 @@ class Run:
     label: str  # of its row, and of its folder
     method: Method
     pattern: Pattern
+    flags: Flags = field(default_factory=dict)  # that ask for it alone
 
 
 @dataclass
@@ -78,8 +80,8 @@ class Work:
 
     @property
     def asked(self) -> bool:
-        """Whether the user wants anything kept, or taken from former runs."""
-        return self.kept or self.former is not None
+        """Whether the user wants anything kept, rounded, or taken from former runs."""
+        return self.kept or self.former is not None or self.dtype != "float32"
 
     def settings(self, job: "Job") -> Settings:
         """Return what tells apart the model and the samples of a job."""
@@ -101,7 +103,8 @@ class Work:
     def gradients(self, settings: Settings, needs: frozenset[str], share: float) -> GradientFolder:
         """Return the folder of gradients, with what they must be."""
         own = {**settings, "needs": sorted(needs), "share": share, "dtype": self.dtype}
-        folder = self.former or self.folder / "gradients"
+        name = "gradients" if share == 1 else f"gradients-{share:g}"
+        folder = self.former or self.folder / name
         dtype = DTYPES[self.dtype] if self.dtype != "float32" else None
         return GradientFolder(folder, own, dtype)
 
@@ -110,25 +113,26 @@ class Work:
 def work_folder(args: argparse.Namespace) -> Iterator[Work]:
     """Give the work folder that the flags ask for; else one for the time of the command.
 
-    That one lies beside the output, where there is room for the model.
+    That one lies beside the output, where there is room for the model. Other commands are kept out
+    of both the output and the work folder: raises `GblmError` where one is in it.
     """
     given = {"former": args.gradients, "dtype": args.gradient_dtype}
-    if args.work_dir:
-        work = Work(args.work_dir, args.resume, **given)
-        with locked(args.work_dir) if not rank() else nullcontext():
-            try:
-                shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
-                work.scratch.mkdir(parents=True)
-                yield work
-            finally:
-                shutil.rmtree(work.scratch, ignore_errors=True)
-        return
-    parent = args.output.absolute().parent if args.output else None
-    if parent:
-        parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent) as folder:
-        work = Work(Path(folder), kept=False, **given)
-        work.scratch.mkdir()
+    with ExitStack() as stack:
+        if args.output and not rank():
+            stack.enter_context(claimed(args.output))
+        if args.work_dir:
+            if not rank():
+                stack.enter_context(locked(args.work_dir, args.work_dir / "lock"))
+            work = Work(args.work_dir, args.resume, **given)
+            shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
+        else:
+            parent = args.output.absolute().parent if args.output else None
+            if parent:
+                parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent)
+            work = Work(Path(stack.enter_context(folder)), kept=False, **given)
+        work.scratch.mkdir(parents=True)
+        stack.callback(shutil.rmtree, work.scratch, ignore_errors=True)
         yield work
 
 
@@ -140,6 +144,7 @@ class Job:
     output: the folder of a single run, of the folders of several. seconds: of the phases before.
     offload: how the weights come to the device. work: where runs are kept, to go on from.
     report: the folder of the pages, which show the examples. loading(folder): Python to load it.
+    recipe: the flags, written beside each result.
     """
 
     name: str
@@ -161,6 +166,7 @@ class Job:
     examples: Examples | None = None
     calibration: str = ""
     loading: Callable[[Path], str] = lambda folder: ""
+    recipe: Recipe | None = None
 
     @property
     def spill(self) -> Path | None:
@@ -187,23 +193,21 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
             before = job.evaluate(job.model, show)
             if job.examples:
                 job.examples.before(job.model)
-        shared: dict[str, float] = {}
-        with clock(shared, "gradients"):
-            gradients = dense_gradients(job, wanted, found, show)
+        lots = gradient_lots(job, wanted, found, show)
         for run in wanted:
             if job.offload:
                 job.offload.revert()
             with torch.no_grad():
                 for own, value in zip(parameters, dense, strict=True):
                     own.copy_(value)
-            seconds = {**job.seconds, **(shared if needed(run.method, run.pattern) else {})}
-            reports.append(perform(job, run, gradients, seconds, before, show, journals[run.label]))
+            lot = lots.get(run.method.share if needed(run.method, run.pattern) else 0, Lot())
+            reports.append(perform(job, run, lot, before, show, journals[run.label]))
             if not rank():
-                keep(job, wanted, reports)
+                keep(job, wanted, reports, lot)
     return reports
 
 
-def keep(job: Job, wanted: list[Run], reports: list[Report]) -> None:
+def keep(job: Job, wanted: list[Run], reports: list[Report], lot: "Lot") -> None:
     """Write the last result, where it is to go, and then its page."""
     report, labels = reports[-1], [run.label for run in wanted]
     if job.output:
@@ -213,20 +217,44 @@ def keep(job: Job, wanted: list[Run], reports: list[Report]) -> None:
             with clock(report.seconds, "save"):
                 job.save(beside)
             report.write(beside)
+            if job.recipe:
+                job.recipe.write(beside, **wanted[len(reports) - 1].flags, **lot.flags)
     if job.report:
         from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
 
         write_pages(job.report, labels, reports)
 
 
+@dataclass
+class Lot:
+    """The gradients that some runs share: their sums, the seconds they took, the flags they had."""
+
+    sums: Mapping[str, Statistics] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    flags: Flags = field(default_factory=dict)
+
+
+def gradient_lots(job: Job, wanted: list[Run], settings: Settings, show: Bars) -> dict[float, Lot]:
+    """Return the gradients that the runs need, by the share of the samples they are taken of.
+
+    So each run has those it would have alone.
+    """
+    needs: dict[float, frozenset[str]] = {}
+    for run in wanted:
+        if own := needed(run.method, run.pattern):
+            needs[run.method.share] = needs.get(run.method.share, frozenset()) | own
+    lots = {}
+    for share, names in needs.items():
+        lots[share] = Lot()
+        with clock(lots[share].seconds, "gradients"):
+            lots[share].sums = dense_gradients(job, names, share, lots[share], settings, show)
+    return lots
+
+
 def dense_gradients(
-    job: Job, wanted: list[Run], settings: Settings, show: Bars
+    job: Job, needs: frozenset[str], share: float, lot: Lot, settings: Settings, show: Bars
 ) -> Mapping[str, Statistics]:
-    """Return the sums of gradients that the runs need: of a former run, or computed and kept."""
-    needs = frozenset().union(*(needed(run.method, run.pattern) for run in wanted))
-    if not needs:
-        return {}
-    share = max(run.method.share for run in wanted if needed(run.method, run.pattern))
+    """Return sums of gradients of the dense model: of a former run, or computed and kept."""
     folder = job.work.gradients(settings, needs, share) if job.work else None
     if folder and job.work and (stored := folder.stored(must=job.work.former is not None)):
         return stored
@@ -240,6 +268,7 @@ def dense_gradients(
         backward=job.backward,
         share=share,
         keep=folder.keep if folder else None,
+        chose=lambda backward: lot.flags.update(backward=backward),
         spill=job.spill,
         progress=lambda done, total: show("gradients", done, total),
     )
@@ -249,8 +278,7 @@ def dense_gradients(
 def perform(
     job: Job,
     run: Run,
-    gradients: Mapping[str, Statistics],
-    seconds: dict[str, float],
+    lot: Lot,
     before: Evaluation,
     show: Bars,
     journal: Journal | None,
@@ -263,13 +291,13 @@ def perform(
         run.pattern,
         adapter=job.adapter,
         blocks=job.blocks,
-        gradients=gradients,
+        gradients=lot.sums,
         micro_batch=job.micro_batch,
         journal=journal,
         spill=job.spill,
         progress=show,
     )
-    report.seconds = {**seconds, **report.seconds}
+    report.seconds = {**job.seconds, **lot.seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
         after = job.evaluate(job.model, show)
         if job.examples:

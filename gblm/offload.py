@@ -10,6 +10,7 @@ changed when it is done.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 from gblm.base import GblmError
 from gblm.device import free_memory
 
+log = logging.getLogger(__name__)
+
 OFFLOADS = ("auto", "none", "cpu", "disk")
 Tensors = dict[str, Tensor]
 
@@ -39,12 +42,17 @@ def find_offload(offload: str, size: int, device: torch.device) -> str:
     That is on the device where they take at most half of its free memory, else in main memory by
     the same measure, else on disk.
     """
+    free, cpu = free_memory(device), torch.device("cpu")
     if offload != "auto":
-        return offload
-    if size <= free_memory(device) / 2:
-        return "none"
-    cpu = torch.device("cpu")
-    return "cpu" if device.type != "cpu" and size <= free_memory(cpu) / 2 else "disk"
+        found = offload
+    elif size <= free / 2:
+        found = "none"
+    else:
+        found = "cpu" if device.type != "cpu" and size <= free_memory(cpu) / 2 else "disk"
+    log.debug(
+        "weights: %.3g GB; free on %s: %.3g GB; offload %s", size / 1e9, device, free / 1e9, found
+    )
+    return found
 
 
 class Memory:
@@ -183,6 +191,11 @@ class Offload:
             KNOWN[unit.module] = unit
             unit.module.register_forward_pre_hook(lambda *_, unit=unit: unit.enter(), prepend=True)
             unit.module.register_forward_hook(lambda *_, unit=unit: unit.leave(), always_call=True)
+
+    @property
+    def kind(self) -> str:
+        """Where the weights live: "cpu" or "disk"."""
+        return "cpu" if isinstance(self.store, Memory) else "disk"
 
     def fetch(self, unit: Unit) -> Tensors:
         """Return the tensors of a unit from the store, and start to read the one likely next."""

@@ -1,12 +1,14 @@
 """The folder of a result: checked before work is spent, written beside, then renamed."""
 
+import fcntl
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from gblm.base import GblmError
 
@@ -18,6 +20,8 @@ def check_output(folder: Path, size: int, overwrite: bool) -> None:
     rights are missing, or the disk is too full.
     """
     parent = _parent(folder, "output")
+    if folder.is_dir():
+        _writable(folder, folder, "output")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise GblmError(f"output {folder} is not empty; give another folder, or --overwrite")
     _writable(parent, folder, "output")
@@ -56,6 +60,45 @@ def _parent(folder: Path, what: str) -> Path:
 def _writable(place: Path, folder: Path, what: str) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise GblmError(f"{what} {folder}: no right to write in {place}; give another folder")
+
+
+@contextmanager
+def locked(folder: Path, file: Path) -> Iterator[None]:
+    """Keep other runs out of a folder for a time, by a lock on a file that goes with the time.
+
+    A run that is killed leaves the file, but no lock. Raises `GblmError` where another run is in
+    the folder, or the file cannot be made.
+    """
+    handle = _lock(folder, file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        handle.close()
+
+
+def _lock(folder: Path, file: Path) -> IO[str]:
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = file.open("a")
+        except OSError as error:
+            raise GblmError(f"{folder}: {error.strerror}; give another folder") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            raise GblmError(f"{folder} is in use by another run; wait, or go elsewhere") from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(file.stat(), os.fstat(handle.fileno())):
+                return handle
+        handle.close()  # of a run that ended between our opening of its file and our lock
+
+
+def claimed(folder: Path) -> AbstractContextManager[None]:
+    """Keep other runs out of an output folder for a time: see `locked`."""
+    whole = folder.absolute()
+    return locked(folder, whole.with_name(f".{whole.name}.lock"))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Prune a model: the only place, beside `refine`, where weights change."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,6 +22,8 @@ from gblm.stream import Call, Inputs, Weights, forward
 from gblm.survey import Block, Linear, find_adapter, placed, size, survey
 from gblm.survey import micro_batch as sized
 from gblm.work import Journal
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # phase, done, of how many
 
@@ -92,17 +95,26 @@ def prune(
         report.allocation = spent.name
         with clock(report.seconds, "allocation"):
             chosen = allot(model, batch, adapter, blocks, spent, pattern, gradients, micro)
+        for name, own in chosen.items():
+            log.debug("allocation %s: %s gets %s", spent.name, name, own.name)
     weights = position_weights(blocks, gradients, method.focus)
 
     def visit(block: Block, found: list[Inputs], call: Call) -> None:
         own = regional_sums(block, call, method.needs, micro) if method.regional else gradients
         report.linears += solve_groups(found, method, chosen, own)
-        progress("blocks", blocks.index(block) + 1, len(blocks))
 
     def again(block: Block, call: Call, target: Any, step: int) -> None:
         last = weights.get(block.groups[-1][0].name)  # its outputs are the block's, or added to it
         refine(block, call, target, step, passes=method.refine, weights=last)
 
+    def done(block: Block, seconds: float) -> None:
+        names = {linear.name for linear in block.linears}
+        errors = [entry.relative_error for entry in report.linears if entry.name in names]
+        mean = sum(errors) / max(1, len(errors))
+        log.info("%s: %.2f s, mean relative error %.4f", block.name, seconds, mean)
+        progress("blocks", blocks.index(block) + 1, len(blocks))
+
+    log.debug("%s, %s, micro-batches of %d", method.name, pattern.name, micro.samples)
     with clock(report.seconds, "prune"):
         forward(
             model,
@@ -117,6 +129,7 @@ def prune(
             refine=again if method.refine else None,
             keeper=journal,
             spill=spill,
+            done=done,
         )
     if distributed.world() > 1:
         distributed.agree("the pruned model", [_checksum(block) for block in blocks])

@@ -7,6 +7,7 @@ micro-batches, and returns what the block's own `forward` gives for them.
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -198,6 +199,7 @@ class Keeper(Protocol):
 
 
 Visit = Callable[[Block, list[Inputs], Call], None]
+Done = Callable[[Block, float], None]  # a block, and the seconds it took
 Refine = Callable[[Block, Call, Any, int], None]
 
 
@@ -215,6 +217,7 @@ def forward(
     refine: Refine | None = None,
     keeper: Keeper | None = None,
     spill: Path | None = None,
+    done: Done = lambda block, seconds: None,
 ) -> None:
     """Run the model once over the batch; every block collects, is visited, and runs again.
 
@@ -229,6 +232,7 @@ def forward(
     in bfloat16 where they are quicker.
     weights: how much the positions count, by the name of the first linear of a group.
     keeper: is given every finished block, and asked for those that it has. spill: see `room`.
+    done: is called after every block.
     """
     weights = weights or {}
 
@@ -255,11 +259,11 @@ def forward(
         return _both(target, ours, spill)
 
     if not beside:
-        return _run(model, batch, adapter, blocks, alone, keeper, spill)
+        return _run(model, batch, adapter, blocks, alone, keeper, spill, done)
     batch = {name: torch.cat([value, value]) for name, value in batch.items()}
     some = next(blocks[0].module.parameters())
     with halved(some.device, some.dtype):
-        return _run(model, batch, adapter, blocks, both, keeper, spill)
+        return _run(model, batch, adapter, blocks, both, keeper, spill, done)
 
 
 def _run(
@@ -270,12 +274,14 @@ def _run(
     work: Callable[[Block, Call], Any],
     keeper: Keeper | None,
     spill: Path | None,
+    done: Done,
 ) -> None:
     """Run the model through its last block; `work(block, call)` gives the outputs of each."""
     samples = size(batch)
 
     def make(block: Block, own: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
             call = Call.of(block, own, samples, args, kwargs, spill)
             if keeper and keeper.has(block):
                 outputs = keeper.outputs(block, call)
@@ -283,6 +289,7 @@ def _run(
                 outputs = work(block, call)
                 if keeper:
                     keeper.finish(block, outputs)
+            done(block, time.perf_counter() - start)
             if block is blocks[-1]:
                 raise _Done
             return outputs

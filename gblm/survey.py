@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
 from gblm import distributed
@@ -271,17 +272,28 @@ def _experts(block: Block) -> dict[str, str]:
     }
 
 
-def micro_batch(blocks: list[Block], samples: int, fixed: int | None) -> MicroBatch:
-    """Return the micro-batch the user fixed, None for one of about `POSITIONS` positions."""
+def micro_batch(
+    blocks: list[Block], samples: int, fixed: int | None, device: torch.device | None = None
+) -> MicroBatch:
+    """Return the micro-batch the user fixed, None for one of about `POSITIONS` positions.
+
+    device: that of the blocks where None.
+    """
     if fixed is not None:
         if fixed < 1:
             raise GblmError(f"micro-batches of {fixed} samples are none; use 1 or more, or auto")
         return MicroBatch(fixed)
     linears = [linear for block in blocks for linear in block.linears]
-    wanted = POSITIONS.get(linears[0].weight.device.type, POSITIONS["cuda"])
+    device = device or linears[0].weight.device
+    wanted = POSITIONS.get(device.type, POSITIONS["cuda"])
     wanted //= max(linear.positions for linear in linears)
     # Processes that begin anew by themselves would wait for each other in different places.
     return MicroBatch(max(1, min(samples, wanted)), auto=distributed.world() == 1)
+
+
+def valueless(tensor: Tensor) -> bool:
+    """Say whether a tensor is a shape alone: on the meta device, or fake."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _linears(name: str, block: nn.Module, adapter: Adapter) -> list[Linear]:
@@ -292,7 +304,7 @@ def _linears(name: str, block: nn.Module, adapter: Adapter) -> list[Linear]:
     ]
     with here(block):
         for linear in found:
-            if not torch.isfinite(linear.weight).all():
+            if not valueless(linear.weight) and not torch.isfinite(linear.weight).all():
                 raise GblmError(
                     f"{linear} holds a NaN or an Inf in its weight; load a sound checkpoint"
                 )

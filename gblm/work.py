@@ -11,8 +11,6 @@ run is cut off, the journal and what it names are whole.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -89,7 +87,7 @@ class GradientFolder:
         """Return the sums of a former run, None where there are none.
 
         must: raise `GblmError` then, too. It is raised where they are of other settings, by name;
-        more statistics than asked for do no harm.
+        more statistics than asked for do no harm, nor do gradients of more samples.
         """
         path = self.folder / "gradients.json"
         if not path.is_file():
@@ -100,6 +98,8 @@ class GradientFolder:
         theirs = dict(found["settings"])
         if set(self.settings["needs"]) <= set(theirs["needs"]):
             theirs["needs"] = self.settings["needs"]
+        if must and theirs["share"] > self.settings["share"]:
+            theirs["share"] = self.settings["share"]
         refuse_others(self.folder, theirs, self.settings)
         return StoredGradients(self.folder, found["linears"], found["samples"], found["positions"])
 
@@ -180,22 +180,6 @@ class Journal:
     def _stream(self, count: int) -> Path:
         of = f"-of-process-{rank()}" if world() > 1 else ""
         return self.folder / f"stream-{count}{of}.safetensors"
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder for a time; raises `GblmError` where one is in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a")
-    except OSError as error:
-        raise GblmError(f"{folder}: {error.strerror}; give another folder") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise GblmError(f"{folder} is in use by another run; wait, or go elsewhere") from None
-        yield
 
 
 def fingerprint(model: nn.Module, batch: Batch, blocks: list[Block]) -> Settings:

@@ -25,8 +25,12 @@ LAYERS = [
     ("report", "output"),
     ("work",),
     ("pruner",),
+    ("estimate",),
+    ("flags",),
+    ("config",),
     ("job",),
     ("cli",),
+    ("plan",),
     ("llm", "vit"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -69,7 +73,9 @@ def upward(module: str, source: str) -> list[str]:
     """Return the imports of a module that do not point down."""
     own = {name for name in imports(source) if name.split(".")[0] in {"gblm", *OUTSIDE}}
     if not part(module):  # gblm itself opens the core's doors
-        return sorted(name for name in own if part(name) in {*SIDES, "cli"})
+        return sorted(
+            name for name in own if part(name) in {*SIDES, "cli", "flags", "config", "plan"}
+        )
     return sorted(
         name
         for name in own

@@ -151,7 +151,7 @@ def test_processes_keep_a_work_folder_and_go_on_from_it(llm, tmp_path):
     for name in FOLDERS:
         assert same(tmp_path / "one" / name, tmp_path / "two" / name)
     found = sorted(path.name for path in (tmp_path / "work").iterdir())
-    assert found == ["gblm-0.5", "gradients", "lock", "sparsegpt-0.5"]
+    assert found == ["gblm-0.5", "gradients", "sparsegpt-0.5"]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """`python -m gblm.llm`: prune a causal language model, compare methods, save the result."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gblm import cli
+import shtab
+
+from gblm import cli, flags, plan
 from gblm.base import Batch, GblmError
 from gblm.device import find_device
 from gblm.distributed import launched, rank
+from gblm.estimate import Sight, Task, seen
 from gblm.job import Bars, Job, Run, Work, compare, work_folder
+from gblm.llm.sources import SOURCES
 from gblm.report import Evaluation, Examples, clock
 from gblm.survey import choose as choose_linears
 from gblm.survey import placed, survey
@@ -19,60 +24,72 @@ EXAMPLES = """\
 examples:
   python -m gblm.llm                                    the packaged demo, six methods
   python -m gblm.llm --model DIR --sparsity 2:4 --calibration c4 --output PRUNED
-  python -m gblm.llm --model DIR --method gblm,wanda,sparsegpt --calibration notes.txt \\
+  python -m gblm.llm --model DIR --method best --sparsity 0.5,2:4 --calibration notes.txt \\
       --evaluate wikitext2
+  python -m gblm.llm --model DIR --dry-run              what that takes; nothing is run
 """
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """Return the parser of `python -m gblm.llm`."""
-    new = cli.parser(
+    new = flags.parser(
         "python -m gblm.llm", "Prune a causal language model, without retraining.", EXAMPLES
     )
-    add = new.add_argument
-    add("--length", type=int, help="tokens in a window [2048, or what the model can take]")
-    add("--evaluate-windows", type=int, help="evaluate on the first windows alone")
-    add("--tasks", help="zero-shot tasks of lm-evaluation-harness, with commas; paper: its six")
-    add("--task-data", type=Path, help="a folder with the items of each, TASK_….jsonl [the hub]")
-    add("--task-limit", type=int, help="evaluate on the first items of each task alone")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    add = new.add
+    add("what", "--trust-remote-code", "run code that comes with the model", action="store_true")
+    add("what", "--allow-pickle", "read weights that are not safetensors", action="store_true")
+    add("calibration", "--length", "tokens in a window [2048 at most]", "N", type=int)
+    add("evaluation", "--evaluate-windows", "the first windows alone", "N", type=int)
+    add(
+        "evaluation",
+        "--tasks",
+        "zero-shot tasks of lm-evaluation-harness, with commas; paper: its six",
+        "TASKS",
+        type=flags.several,
+    )
+    add(
+        "evaluation",
+        "--task-data",
+        "their items, TASK_….jsonl [from the hub]",
+        "DIR",
+        type=Path,
+        complete=shtab.DIRECTORY,
+    )
+    add("evaluation", "--task-limit", "the first items of each task alone", "N", type=int)
     return new
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return cli.guarded(lambda: run(argv))
+    return cli.command(parser(), argv, run)
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Read the flags, draw the windows, load the model, carry out the runs, show the table."""
-    args = parser().parse_args(argv)
-    if args.list:
-        return cli.listing(args.list)
+def run(args: Any) -> None:
+    """Draw the windows, load the model, carry out the runs, show the table."""
     demo = args.model is None
     if demo:
         set_demo(args)
+    title = "the packaged demo" if demo else args.model
     cli.fill(args, method="gblm", sparsity="0.5", alpha="100", calibration="c4", samples=128)
     wanted = cli.runs(args)
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     cli.check_folders(args)
-    with launched(args.device) as args.device, work_folder(args) as work:
-        carry_out(args, wanted, micro_batch, demo, work)
+    with launched(args.device) as args.device:
+        if args.dry_run:
+            return dry_run(args, wanted, title)
+        with work_folder(args) as work:
+            carry_out(args, wanted, micro_batch, title, work)
 
 
 def carry_out(
-    args: Any, wanted: list[Run], micro_batch: int | None, demo: bool, work: Work
+    args: Any, wanted: list[Run], micro_batch: int | None, title: str, work: Work
 ) -> None:
     """Do what the flags ask for, in a work folder."""
     seconds: dict[str, float] = {}
     with clock(seconds, "data"):
-        from transformers.utils import logging
-
         from gblm.llm import adapters, models
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        silence()
         device = find_device(args.device)
         config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
         tasks = open_tasks(args)
@@ -90,6 +107,7 @@ def carry_out(
     cli.check_folders(args, cli.model_bytes(model) * len(wanted))
 
     batch = placed(batch, model)
+    args.length = batch["input_ids"].shape[1]
     adapter = adapters.adapter(model)
     blocks = survey(model, batch, adapter)
     choose_linears(blocks, cli.listed(args.include), cli.listed(args.exclude))
@@ -113,12 +131,55 @@ def carry_out(
         examples=examples(args, model, tokenizer, batch, sets),
         calibration=f"{samples} windows of {length} tokens from {args.calibration}",
         loading=models.loading,
+        recipe=cli.recipe(parser(), args, model, offload, SOURCES),
     )
     reports = compare(job, wanted)
-    title = "the packaged demo" if demo else args.model
     metrics = "perplexity, zero-shot accuracy" if tasks else "perplexity"
     cli.show_table(f"{title}: {metrics}, pruned with {samples} windows of {length}", reports)
     cli.show_folders(args)
+
+
+def silence() -> None:
+    """Let transformers say nothing but errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def dry_run(args: Any, wanted: list[Run], title: str) -> None:
+    """Say what the runs would do and take, by the config and the text, without the weights."""
+    import torch
+
+    from gblm.llm import adapters, evaluate, models
+
+    silence()
+    device = find_device(args.device)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+    batch, sets = draw(args, config, tokenizer)
+    samples, length = batch["input_ids"].shape
+    task = Task(
+        samples,
+        evaluated=sum(len(windows) for windows in sets.values()),
+        together=max(1, evaluate.POSITIONS // length),
+    )
+
+    def sight(model: Any) -> Sight:
+        one = {"input_ids": torch.zeros(1, length, dtype=torch.int64)}
+        return model, one, adapters.adapter(model)
+
+    @contextmanager
+    def sketch() -> Iterator[Sight]:
+        with models.sketch(args.model, device=device, dtype=args.dtype, **trust) as model:
+            yield sight(model)
+
+    def load() -> Sight:
+        kind = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, **trust}
+        return sight(models.load_model(args.model, device=torch.device("cpu"), **kind))
+
+    found = seen(sketch, load)
+    plan.show(title, args, wanted, found, task, device, models.stored_dtype(config))
 
 
 def draw(args: Any, config: Any, tokenizer: Any) -> tuple[Batch, dict[str, Any]]:

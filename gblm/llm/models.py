@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -151,6 +152,31 @@ def load_offloaded(
         if name in files:
             buffer.copy_(read_tensors(files[name], [name])[name])
     return empty.eval(), Offload(empty, blocks(empty), Disk(files, folder), device)
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype that a config states for its checkpoint, float32 where it states none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+@contextmanager
+def sketch(
+    model: str, *, device: torch.device, dtype: str, trust_remote_code: bool
+) -> Iterator[PreTrainedModel]:
+    """Give a model of fake tensors, by its config alone.
+
+    What is run with it, as long as it is there, computes shapes and no values.
+    """
+    check_source(model)
+    with _explained(model):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    stored = stored_dtype(config)
+    made = find_dtype(dtype, device, lambda: stored) or stored
+    auto: Any = AutoModelForCausalLM
+    with FakeTensorMode():
+        with _explained(model):
+            empty = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code)
+        yield empty.eval()
 
 
 def _without_memory(model: nn.Module, device: torch.device) -> None:

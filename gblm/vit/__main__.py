@@ -2,12 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from gblm import cli
+import shtab
+
+from gblm import cli, flags, plan
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
 from gblm.distributed import launched, rank
+from gblm.estimate import Sight, Task, seen
 from gblm.job import Bars, Job, Run, Work, compare, work_folder
 from gblm.offload import offloaded
 from gblm.report import Evaluation, Examples, clock
@@ -18,55 +22,74 @@ EXAMPLES = """\
 examples:
   python -m gblm.vit                                    the packaged demo, all methods
   python -m gblm.vit --model vit_base_patch16_224 --calibration imagenet/train --output PRUNED
+  python -m gblm.vit --model vit_base_patch16_224 --calibration imagenet/train --dry-run
   python -m gblm.vit --model vit_tiny_patch16_224 --checkpoint FILE.safetensors \\
       --method gblm,wanda,sparsegpt --sparsity 0.5,2:4 --calibration DIR --evaluate DIR
 """
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """Return the parser of `python -m gblm.vit`."""
-    new = cli.parser(
+    new = flags.parser(
         "python -m gblm.vit", "Prune an image classifier, without retraining.", EXAMPLES
     )
-    add = new.add_argument
-    add("--checkpoint", help="the weights, .safetensors; without it those of the model's name")
-    add("--unlabelled", action="store_true", help="the model's own predictions are the labels")
-    add("--evaluate-images", type=int, help="evaluate on a choice of this many")
-    add("--workers", default="auto", help="processes that decode images")
+    add = new.add
+    add(
+        "what",
+        "--checkpoint",
+        "the weights, .safetensors [those of the model's name]",
+        "FILE",
+        complete=shtab.FILE,
+    )
+    add("calibration", "--unlabelled", "labels are the model's predictions", action="store_true")
+    add("evaluation", "--evaluate-images", "a choice of this many", "N", type=int)
+    add(
+        "memory",
+        "--workers",
+        "processes that decode images [auto]",
+        "N",
+        type=flags.amount,
+        default="auto",
+    )
     return new
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return cli.guarded(lambda: run(argv))
+    return cli.command(parser(), argv, run)
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Read the flags, load the model, choose the images, carry out the runs, show the table."""
-    args = parser().parse_args(argv)
-    if args.list:
-        return cli.listing(args.list)
+def run(args: Any) -> None:
+    """Load the model, choose the images, carry out the runs, show the table."""
     demo = args.model is None
     if demo:
         set_demo(args)
+    title = "the packaged demo" if demo else args.model
     cli.fill(args, method="gblm", sparsity="0.5", alpha="auto", samples=1024)
     if not args.calibration:
         raise GblmError("no calibration images; give a folder or a data set by --calibration")
     wanted = cli.runs(args)
     micro_batch = cli.whole(args.micro_batch, "micro-batch")
     cli.check_folders(args)
-    with launched(args.device) as args.device, work_folder(args) as work:
-        carry_out(args, wanted, micro_batch, demo, work)
+    with launched(args.device) as args.device:
+        if args.dry_run:
+            return dry_run(args, wanted, title)
+        with work_folder(args) as work:
+            carry_out(args, wanted, micro_batch, title, work)
 
 
 def carry_out(
-    args: Any, wanted: list[Run], micro_batch: int | None, demo: bool, work: Work
+    args: Any, wanted: list[Run], micro_batch: int | None, title: str, work: Work
 ) -> None:
     """Do what the flags ask for, in a work folder."""
     seconds: dict[str, float] = {}
     with clock(seconds, "load"):
-        from gblm.vit import adapters, models
+        import torch
 
+        from gblm.vit import adapters, demo, models
+
+        if args.model == str(demo.FOLDER):
+            torch.set_num_threads(1)  # so small a model is slower on more, by far beside others
         device = find_device(args.device)
         model = models.load(args.model, args.checkpoint)
         stored = next(model.parameters()).dtype
@@ -100,13 +123,45 @@ def carry_out(
         examples=examples(args, model, batch, loaders),
         calibration=f"{len(batch['images'])} images from {args.calibration}",
         loading=models.loading,
+        recipe=cli.recipe(parser(), args, model, offload, ["demo"]),
     )
     reports = compare(job, wanted)
-    title = "the packaged demo" if demo else args.model
     cli.show_table(f"{title}, pruned with {len(batch['images'])} images", reports)
     for note in notes if not rank() else []:
         print(note)
     cli.show_folders(args)
+
+
+def dry_run(args: Any, wanted: list[Run], title: str) -> None:
+    """Say what the runs would do and take, without the weights and without decoding an image."""
+    import torch
+
+    from gblm.vit import adapters, data, models
+
+    device = find_device(args.device)
+
+    def sight(model: Any) -> Sight:
+        parameter = next(model.parameters())
+        shape = data.input_size(model)
+        images = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
+        labels = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+        return model, {"images": images, "labels": labels}, adapters.adapter(model)
+
+    def load() -> Any:
+        return models.load(args.model, args.checkpoint)
+
+    try:
+        model = models.sketch(args.model)
+    except Exception:  # whatever the model's code had against having no values
+        model = load()
+    dtype = find_dtype(args.dtype, device, lambda: torch.float32) or torch.float32
+    images = data.open_images(args.calibration, model, "calibration", labelled=not args.unlabelled)
+    images.chosen(args.samples)
+    sources = (data.open_images(name, model, "evaluation") for name in cli.listed(args.evaluate))
+    counts = [min(len(found), args.evaluate_images or len(found)) for found in sources]
+    task = Task(args.samples, evaluated=sum(counts), together=data.TOGETHER)
+    found = seen(lambda: nullcontext(sight(model.to(dtype))), lambda: sight(load().to(dtype)))
+    plan.show(title, args, wanted, found, task, device, torch.float32)
 
 
 def choose(args: Any, model: Any) -> tuple[Batch, dict[str, Any], list[str]]:
@@ -171,15 +226,12 @@ def evaluate(model: Any, loaders: dict[str, Any], notes: list[str], show: Bars) 
 
 def set_demo(args: Any) -> None:
     """Fill in the packaged demo where no model is named."""
-    import torch
-
     from gblm.methods import METHODS
     from gblm.vit import demo
 
     flags = ("calibration", "evaluate", "checkpoint")
     if given := [flag for flag in flags if getattr(args, flag)]:
         raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
-    torch.set_num_threads(1)  # so small a model is slower on more, by far where others run too
     args.model, args.calibration, args.evaluate = str(demo.FOLDER), "demo", "demo"
     cli.fill(args, method=",".join(METHODS), sparsity="0.5,0.7,0.8")
 

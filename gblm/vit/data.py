@@ -23,6 +23,7 @@ from gblm.survey import quiet
 from gblm.vit.sources import Source, read
 
 BROKEN = 0.01  # the share of broken images above which a run stops
+TOGETHER = 64  # images of a batch of the evaluation
 KEPT = 0.25  # the share of the free memory that decoded images may take
 WORKERS = min(8, os.cpu_count() or 1)
 
@@ -199,7 +200,7 @@ def calibration(images: Images, samples: int = 1024, seed: int = 0) -> Batch:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def evaluation(images: Images, size: int = 64, limit: int | None = None) -> Loader:
+def evaluation(images: Images, size: int = TOGETHER, limit: int | None = None) -> Loader:
     """Return the images as batches of `size`, in their order; with `limit`, a choice of them."""
     if limit is None or limit >= len(images):
         return Loader(images, list(range(len(images))), size)
@@ -208,7 +209,7 @@ def evaluation(images: Images, size: int = 64, limit: int | None = None) -> Load
 
 def fitting(model: nn.Module, batch: Batch, source: str) -> None:
     """Raise `GblmError` where the model does not take images of the shape of this batch."""
-    own = tuple(config(model)["input_size"])
+    own = input_size(model)
     shape = tuple(batch["images"].shape[1:])
     if shape == own:
         return
@@ -265,6 +266,11 @@ def _batch(items: Sequence[_Item], source: Source) -> Batch:
     batch = {"images": torch.from_numpy(np.stack(arrays))}
     labels = [item.label for item in items if item.label is not None]
     return {**batch, "labels": torch.tensor(labels)} if labels else batch
+
+
+def input_size(model: nn.Module) -> tuple[int, ...]:
+    """Return the shape `[c, h, w]` of the images that a model was made for."""
+    return tuple(config(model)["input_size"])
 
 
 def scaling(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,14 @@ def loading(folder: Path) -> str:
     return f"import timm\n\nmodel = timm.create_model({name!r}, pretrained=True).eval()"
 
 
+def sketch(name: str) -> nn.Module:
+    """Return the image classifier of a name without values, on the meta device: see `load`."""
+    folder = Path(name.removeprefix(LOCAL)).expanduser()
+    with torch.device("meta"):
+        model = timm.create_model(f"{LOCAL}{folder}" if folder.is_dir() else name, pretrained=False)
+    return model.eval()
+
+
 def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write `model.safetensors` and `config.json`, in a dtype: beside first, then renamed.
 

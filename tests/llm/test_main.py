@@ -28,7 +28,10 @@ FLAGS = [
     "--alpha",
     "--backward",
     "--calibration",
+    "--completion",
+    "--config",
     "--device",
+    "--dry-run",
     "--dtype",
     "--evaluate",
     "--evaluate-windows",
@@ -57,6 +60,8 @@ FLAGS = [
     "--task-limit",
     "--tasks",
     "--trust-remote-code",
+    "--verbose",
+    "--version",
     "--work-dir",
 ]
 
@@ -346,13 +351,6 @@ def test_ctrl_c_leaves_no_partial_output(folder: Path, text: Path, tmp_path: Pat
         AutoModelForCausalLM.from_pretrained(result)
 
 
-def test_help_shows_examples(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    assert "python -m gblm.llm --model" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_demo_prunes_its_own_model(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 0
@@ -376,15 +374,6 @@ def test_linears_can_be_chosen_by_their_names(folder: Path, text: Path, tmp_path
     assert "no linear is called *.up" in capsys.readouterr().err
     assert main(command(folder, text, "--exclude", "*")) == 2
     assert "every linear is excluded" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("what", ["methods", "patterns"])
-def test_what_there_is_can_be_listed(what: str, capsys):
-    assert main(["--list", what]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 4
-    if what == "methods":
-        assert {line.split()[0] for line in lines} >= set(METHODS)
 
 
 def test_a_report_is_a_page_of_the_run(folder: Path, text: Path, tmp_path: Path, capsys):

@@ -1,0 +1,68 @@
+"""What the command line says while it runs, and how it ends."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+import gblm
+from gblm import cli, distributed
+from gblm.llm.__main__ import main
+
+
+@pytest.fixture
+def flags(llm: list[str]) -> list[str]:
+    at = llm.index("--windows")
+    return [*llm[1:at], *llm[at + 2 :]]
+
+
+def test_a_run_is_quiet_but_for_its_table(flags: list[str], capsys):
+    assert main(flags) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_verbose_runs_say_a_line_a_block_and_twice_details(flags: list[str], capsys):
+    assert main([*flags, "--verbose"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    for number, line in enumerate(said):
+        assert f"model.layers.{number}: " in line
+        assert "mean relative error 0." in line
+    assert main([*flags, "-vv", "--method", "best"]) == 0
+    said = capsys.readouterr().err
+    for detail in ("micro-batches of 6", "offload none", "free on cpu", "gradients by", "gets 0."):
+        assert detail in said
+    assert main(flags) == 0
+    assert capsys.readouterr().err == ""  # the handler is gone
+
+
+def test_process_0_alone_says_it(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "rank", lambda: 1)
+    with cli.logged(verbose=2):
+        logging.getLogger("gblm.pruner").info("a block")
+        logging.getLogger("gblm.pruner").warning("a warning")
+    said = capsys.readouterr().err
+    assert "a warning" in said
+    assert "a block" not in said
+
+
+def raises(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_exit_codes_are_those_of_the_help(capsys):
+    assert cli.guarded(lambda: None) == 0
+    assert cli.guarded(raises(gblm.GblmError("what, where, way out"))) == 2
+    assert capsys.readouterr().err == "error: what, where, way out\n"
+    assert cli.guarded(raises(KeyboardInterrupt())) == 130
+    with pytest.raises(ZeroDivisionError):  # ours, not the user's
+        cli.guarded(raises(ZeroDivisionError()))
+
+
+def test_importing_says_nothing_and_sets_no_level():
+    assert logging.getLogger("gblm").handlers == []
+    assert logging.getLogger("gblm").level == logging.NOTSET
+    assert distributed.rank() == 0

@@ -1,0 +1,154 @@
+"""Flags in a TOML file: what is read, what is refused, what is written beside a result."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gblm
+from gblm import config
+from gblm.llm.__main__ import main as llm_main
+from gblm.llm.__main__ import parser as llm_parser
+from gblm.vit.__main__ import main as vit_main
+
+
+def flags_of(tmp_path: Path, text: str, *argv: str):
+    file = tmp_path / "flags.toml"
+    file.write_text(text)
+    return config.parse(llm_parser(), ["--config", str(file), *argv])
+
+
+def test_a_file_holds_what_a_command_line_does(tmp_path: Path):
+    text = """
+        model = "tiny"
+        samples = 8
+        refine = 1
+        alpha = 10
+        sparsity = [0.5, "2:4"]
+        method = "gblm,wanda"
+        micro-batch = 2
+        overwrite = true
+        resume = false
+        work-dir = "work"
+    """
+    line = (
+        "--model tiny --samples 8 --refine 1 --alpha 10 --sparsity 0.5,2:4 --method gblm,wanda "
+        "--micro-batch 2 --overwrite --work-dir work"
+    )
+    alone = config.parse(llm_parser(), line.split())
+    found = flags_of(tmp_path, text)
+    found.config = None
+    assert vars(found) == vars(alone)
+
+
+def test_the_command_line_wins(tmp_path: Path):
+    found = flags_of(tmp_path, 'samples = 8\nmodel = "a"', "--samples", "9")
+    assert (found.samples, found.model) == (9, "a")
+
+
+REFUSED = {
+    "sampels = 8": "no flag is called sampels; did you mean samples?",
+    "micro_batch = 8": "did you mean micro-batch?",
+    'samples = "8"': "samples is '8'; give a whole number",
+    "samples = 8.5": "give a whole number",
+    "samples = true": "give a whole number",
+    'refine = "1"': "give a number",
+    "model = 5": "model is 5; give a string",
+    "overwrite = 1": "give true or false",
+    "method = [true]": "give a string, or a list of them",
+    "[how]\nmethod = 'gblm'": "no flag is called how",
+    "method.gblm = 1": "give a string, or a list of them",
+    'norm = "l3"': "unknown norm 'l3'; did you mean 'l2'?",
+    'config = "more.toml"': "config goes on the command line alone",
+    "samples = ": "give a TOML file of flags",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_no_flag_is_refused_with_the_file(text: str, tmp_path: Path):
+    with pytest.raises(gblm.GblmError) as error:
+        flags_of(tmp_path, text)
+    assert str(error.value).startswith(str(tmp_path / "flags.toml"))
+    assert REFUSED[text] in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(gblm.GblmError, match="cannot be read"):
+            config.parse(llm_parser(), ["--config", str(path)])
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(gblm.GblmError, match="cannot be read"):
+        config.parse(llm_parser(), ["--config", str(tmp_path / "binary.toml")])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    assert found
+    return found
+
+
+def assert_equal(first: Path, second: Path):
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def without(arguments: list[str], flag: str) -> list[str]:
+    at = arguments.index(flag)
+    return arguments[:at] + arguments[at + 2 :]
+
+
+def test_a_run_can_be_repeated_from_beside_its_result(llm: list[str], tmp_path: Path, monkeypatch):
+    flags = without(llm[1:], "--windows")
+    model = Path(flags[1])
+    monkeypatch.chdir(model.parent)
+    flags[1] = model.name  # relative, as a user has it
+    several = ["--method", "gblm,best,sparsegpt", "--sparsity", "0.5,2:4", "--seed", "3"]
+    chosen = ["--alpha", "7", "--exclude", "*.down_proj", "--backward", "auto"]
+    assert llm_main([*flags, *several, *chosen, "--output", str(tmp_path / "all")]) == 0
+    monkeypatch.chdir(tmp_path)
+    results = sorted((tmp_path / "all").iterdir())
+    assert len(results) == 6
+    for result in results:
+        again = tmp_path / f"again-{result.name}"
+        assert llm_main(["--config", str(result / config.NAME), "--output", str(again)]) == 0
+        assert_equal(result, again)
+        same = (again / config.NAME).read_text()
+        assert same == (result / config.NAME).read_text()
+        other = tmp_path / f"other-{result.name}"
+        more = ["--config", str(result / config.NAME), "--sparsity", "0.7"]
+        assert llm_main([*more, "--output", str(other)]) == 0
+        with pytest.raises(AssertionError):
+            assert_equal(result, other)
+
+
+def test_a_run_on_images_can_be_repeated(vit: list[str], tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert vit_main([*vit[1:], "--workers", "1", "--method", "best", "--output", str(first)]) == 0
+    assert vit_main(["--config", str(first / config.NAME), "--output", str(second)]) == 0
+    assert_equal(first, second)
+
+
+def test_gradients_that_were_rounded_are_rounded_again(llm: list[str], tmp_path: Path):
+    flags = [*without(llm[1:], "--windows"), "--method", "gradient"]
+    rounded = ["--work-dir", str(tmp_path / "work"), "--gradient-dtype", "float16"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert llm_main([*flags, *rounded, "--output", str(first)]) == 0
+    assert "work-dir" not in (first / config.NAME).read_text()
+    assert llm_main(["--config", str(first / config.NAME), "--output", str(second)]) == 0
+    assert_equal(first, second)
+
+
+def test_names_of_data_sets_are_no_paths(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c4", "notes.txt", "tiny"):
+        (tmp_path / name).mkdir()
+    arguments = ["--model", "tiny", "--calibration", "c4", "--evaluate", "notes.txt,c4"]
+    parser = llm_parser()
+    found = config.recipe(parser, parser.parse_args(arguments), ["c4"]).flags
+    assert found["model"] == str(tmp_path / "tiny")
+    assert found["calibration"] == "c4"
+    assert found["evaluate"] == [str(tmp_path / "notes.txt"), "c4"]
