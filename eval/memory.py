@@ -128,12 +128,13 @@ def measure(folder: Path, compare: bool, write: Path | None) -> None:
         text = "| | MB | MB above the libraries |\n| --- | --: | --: |\n" + "\n".join(lines) + "\n"
         if compare:
             same = equal(Path(work) / "disk", Path(work) / "none")
-            text += f"\nEvery weight of both results is {'equal' if same else 'NOT equal'}.\n"
+            said = "equal, bit for bit" if same else "NOT equal"
+            text += f"\nEvery weight of both results, and so every mask, is {said}.\n"
     text = f"gblm, 16 windows of 512 tokens, on the CPU:\n\n{text}"
     text += f"\n    {tables.portable(shlex.join(['python', 'eval/memory.py', *sys.argv[1:]]))}\n"
     print(text)
     if write:
-        tables.write(write, "memory", "### Memory, pruned from disk", text)
+        tables.write(write, "memory", "## Memory, pruned from disk", text)
 
 
 def main() -> None:

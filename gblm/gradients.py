@@ -8,7 +8,8 @@ the same hooks does without the recomputation.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from gblm.survey import (
 )
 from gblm.survey import micro_batch as sized
 
+HEAD = 2**27  # bytes that the head keeps for backward, at most but for a single sample
 FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
@@ -155,7 +157,8 @@ def block_backward(
 
         def run(*args: Any, **kwargs: Any) -> Any:
             call = Call.of(block, own, size(batch), args, kwargs, spill)
-            outputs, spec = tree_flatten(micro.run(call.outputs))
+            with torch.no_grad():  # a graph would hold the activations of all samples
+                outputs, spec = tree_flatten(micro.run(call.outputs))
             advance()
             # The graph must reach the first block, whose input needs no gradient.
             anchor = torch.zeros((), requires_grad=True)
@@ -286,19 +289,46 @@ def head_backward(
     leaves = [leaf.detach() for leaf in leaves]
     gradients = [torch.zeros_like(leaf) for leaf in leaves]  # a head need not use them all
 
-    def sweep(step: int) -> None:
-        for start in range(0, size(batch), step):
-            part = slice(start, start + step)
-            parts = [leaf[part].requires_grad_() for leaf in leaves]
+    def differentiate(start: int, step: int) -> int:
+        part = slice(start, start + step)
+        parts = [leaf[part].requires_grad_() for leaf in leaves]
+        with _saved(model) as storages:
             losses = adapter.loss(model, tree_unflatten(parts, spec), take(batch, part))
-            _finite(losses, start).sum().backward()
-            for x, gradient in zip(parts, gradients, strict=True):
-                if x.grad is not None:
-                    gradient[part] = x.grad
+        _finite(losses, start).sum().backward()
+        for x, gradient in zip(parts, gradients, strict=True):
+            if x.grad is not None:
+                gradient[part] = x.grad
+        return sum(storages.values())
+
+    def sweep(step: int) -> None:
+        # The first sample says how many at a time: the logits of many are the largest tensor.
+        step = max(1, min(step, HEAD // max(1, differentiate(0, 1))))
+        for start in range(1, size(batch), step):
+            differentiate(start, step)
 
     # Of its own: a head that is short of memory says nothing about the blocks.
     MicroBatch(micro.samples, micro.auto).run(sweep)
     return gradients
+
+
+@contextmanager
+def _saved(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Give the bytes of every storage that a forward pass saves for backward, but for weights."""
+
+    def places() -> set[int]:
+        return {own.untyped_storage().data_ptr() for own in model.parameters()}
+
+    weights = None if offload_of(model) else places()  # those that come and go are asked anew
+    storages: dict[int, int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in (weights or places()):
+            storages[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        yield storages
 
 
 def _hook(linear: Linear, sums: Statistics, samples: int) -> Any:
@@ -353,25 +383,18 @@ def _fits(
     micro: MicroBatch,
 ) -> bool:
     """Say whether a plain backward takes at most half of the free memory, from one sample's."""
-    storages: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return saved
-
     linears = [linear for block in blocks for linear in block.linears]
     one = take(batch, slice(0, 1))
     hooks = [_hook(linear, Statistics({}), 1) for linear in linears]
     try:
-        with hooked(hooks), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        with hooked(hooks), _saved(model) as storages:
             loss = adapter.loss(model, adapter.trunk(model, one), one)
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             return False
         raise
     del loss
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    activations = sum(count for pointer, count in storages.items() if pointer not in weights)
     sums = sum(4 * linear.weight.numel() * len(needs) for linear in linears)
-    return activations * micro.samples + sums <= free_memory(linears[0].weight.device) / 2
+    return (
+        sum(storages.values()) * micro.samples + sums <= free_memory(linears[0].weight.device) / 2
+    )

@@ -12,6 +12,7 @@ from gblm.base import GblmError, Pattern
 
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
+ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
 
 
 def unstructured(sparsity: float, group: str = "row") -> Pattern:
@@ -85,6 +86,10 @@ def _keep_highest(groups: Tensor, kept: int) -> Tensor:
     dropped = groups.shape[1] - kept
     if not dropped:
         return torch.ones_like(groups, dtype=torch.bool)
+    # Some rows at a time, for a selection takes several times the memory of what it selects from.
+    step = max(1, ROWS // groups.shape[1])
+    if step < len(groups):
+        return torch.cat([_keep_highest(part, kept) for part in groups.split(step)])
     # A selection is several times quicker than a sort, which equals at the threshold alone need.
     mask = groups > _smallest(groups, dropped)
     if (mask.sum(dim=1) == kept).all():

@@ -55,7 +55,7 @@ def gblm(
         middle = gradients.median() if gradients.median() > 0 else gradients.mean()
         top = inputs.median() if inputs.median() > 0 else inputs.mean()
         alpha = (top / middle).item() if middle > 0 else 0.0
-    return weight.abs() * (inputs + float(alpha) * gradients)
+    return (float(alpha) * gradients).add_(inputs).mul_(weight.abs())
 
 
 def ria(weight: Tensor, statistics: Statistics, power: float = 0.5) -> Tensor:
