@@ -209,3 +209,40 @@ def test_fewer_samples_than_processes_are_refused(llm):
     done = torchrun(3, "-m", "gblm.llm", *flags)
     assert done.returncode != 0
     assert "2 samples cannot be shared by 3 processes" in done.stderr
+
+
+SHARED = """
+import sys
+from gblm.distributed import launched, rank
+from gblm.vit import data
+from gblm.vit.__main__ import main
+batches = data.Images.batches
+def counted(self, indices, *more, **named):
+    if len(more) > 1 or "of" in named:
+        print("decodes", rank(), len(indices), flush=True)
+    return batches(self, indices, *more, **named)
+data.Images.batches = counted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("limit", [11, 1])
+def test_processes_share_the_evaluation_images(vit, limit, tmp_path):
+    flags = [*arguments(vit), "--method", "magnitude", "--sparsity", "0.5"]
+    flags += ["--evaluate-images", str(limit)]
+    assert prune_vit([*flags, "--output", str(tmp_path / "one")]) == 0
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    done = torchrun(2, str(script), *flags, "--output", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    shares = {0: (limit + 1) // 2, 1: limit // 2}
+    assert all(f"decodes {rank} {count}" in done.stdout for rank, count in shares.items())
+    assert f"decodes 0 {limit}" not in done.stdout or limit == 1
+    one, two = (
+        json.loads((tmp_path / name / "report.json").read_text())["evaluation"]
+        for name in ("one", "two")
+    )
+    assert set(one) == set(two)
+    for key, value in one.items():
+        for state in ("dense", "pruned"):
+            assert two[key][state] == pytest.approx(value[state], rel=1e-6)

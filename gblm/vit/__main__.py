@@ -7,7 +7,7 @@ from typing import Any
 from gblm import cli
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
-from gblm.distributed import launched, rank
+from gblm.distributed import gathered, launched, rank
 from gblm.job import Bars, Job, Run, Work, compare, work_folder
 from gblm.offload import offloaded
 from gblm.report import Evaluation, Examples, clock
@@ -164,6 +164,9 @@ def evaluate(model: Any, loaders: dict[str, Any], notes: list[str], show: Bars) 
         show("evaluate", done, total)
 
     found = {name: measure(model, loader, progress) for name, loader in loaders.items()}
+    for loader in loaders.values():  # what other processes have met
+        for broken in gathered(loader.images.broken):
+            loader.images.broken.update(broken)
     said = (note for loader in loaders.values() for note in loader.images.notes)
     notes += [note for note in dict.fromkeys(said) if note not in notes]
     return found
