@@ -311,7 +311,7 @@ def offload_part(sizes: Sizes, device: torch.device, pattern: str) -> str:
         blocks = survey(model, batch, adapter)
         kept = GradientFolder(work / "gradients", {"needs": ["grad_abs"]}, torch.bfloat16)
         given: dict[str, Any] = {"adapter": adapter, "blocks": blocks, "spill": work}
-        gradient_sums(model, batch, {"grad_abs"}, keep=kept.keep, **given)
+        gradient_sums(model, batch, {"grad_abs"}, keep=kept, **given)
         sync(device)
         first = time.perf_counter() - start
         method = methods.make("gblm")

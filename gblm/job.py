@@ -103,7 +103,7 @@ class Work:
         own = {**settings, "needs": sorted(needs), "share": share, "dtype": self.dtype}
         folder = self.former or self.folder / "gradients"
         dtype = DTYPES[self.dtype] if self.dtype != "float32" else None
-        return GradientFolder(folder, own, dtype)
+        return GradientFolder(folder, own, dtype, journal=self.kept)
 
 
 @contextmanager
@@ -239,7 +239,7 @@ def dense_gradients(
         micro_batch=job.micro_batch,
         backward=job.backward,
         share=share,
-        keep=folder.keep if folder else None,
+        keep=folder,
         spill=job.spill,
         progress=lambda done, total: show("gradients", done, total),
     )

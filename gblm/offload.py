@@ -270,6 +270,31 @@ def offloaded(
     return Offload(model, blocks, Disk(files, folder), device)
 
 
+def read_when_used(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    files: dict[str, Path],
+    folder: Path,
+    device: torch.device,
+) -> Offload:
+    """Let a model made on the meta device read its parameters from files, unit by unit.
+
+    files: the file of every tensor, buffers too where they are in one. Changed units go into the
+    folder.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, own in module.named_parameters(recurse=False):
+            if own not in made:
+                empty = absent(own.shape, own.dtype, device)
+                made[own] = nn.Parameter(empty, requires_grad=False)
+            module.register_parameter(name, made[own])
+    for name, buffer in model.named_buffers():
+        if name in files:
+            buffer.copy_(read_tensors(files[name], [name])[name])
+    return Offload(model, blocks, Disk(files, folder), device)
+
+
 KNOWN: weakref.WeakKeyDictionary[nn.Module, Unit] = weakref.WeakKeyDictionary()
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gblm
-from gblm import gradients
+from gblm import head
 
 NEEDS = {"grad_abs", "grad_sq"}
 
@@ -105,7 +105,7 @@ def test_the_head_takes_fewer_samples_where_it_keeps_much_of_each(
     seen: list[int] = []
     llama = make_llama()
     llama.lm_head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
-    monkeypatch.setattr(gradients, "HEAD", 1)
+    monkeypatch.setattr(head, "HEAD", 1)
     found = gblm.gradient_sums(llama, batch, NEEDS, micro_batch=micro_batch, backward="blocks")
     assert seen == [1] * 7
     check_sums(found, plain_sums(make_llama(), batch), 1e-5)

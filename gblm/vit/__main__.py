@@ -6,10 +6,9 @@ from typing import Any
 
 from gblm import cli
 from gblm.base import Batch, GblmError
-from gblm.device import find_device, find_dtype
+from gblm.device import find_device
 from gblm.distributed import gathered, launched, rank
 from gblm.job import Bars, Job, Run, Work, compare, work_folder
-from gblm.offload import offloaded
 from gblm.report import Evaluation, Examples, clock
 from gblm.survey import choose as choose_linears
 from gblm.survey import survey
@@ -68,12 +67,15 @@ def carry_out(
         from gblm.vit import adapters, models
 
         device = find_device(args.device)
-        model = models.load(args.model, args.checkpoint)
-        stored = next(model.parameters()).dtype
-        dtype = find_dtype(args.dtype, device, lambda: stored) or stored
-        model.to(dtype)
+        model, offload, stored = models.load_offloaded(
+            args.model,
+            args.checkpoint,
+            args.offload,
+            work.scratch,
+            device=device,
+            dtype=args.dtype,
+        )
         adapter = adapters.adapter(model)
-        offload = offloaded(args.offload, model, adapter.blocks(model), work.scratch, device)
     cli.check_folders(args, cli.model_bytes(model) * len(wanted))
     with clock(seconds, "data"):
         batch, loaders, notes = choose(args, model)

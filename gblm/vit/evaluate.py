@@ -42,8 +42,7 @@ def evaluate(
             nats += cross_entropy(logits, labels, reduction="sum").item()
             progress(done, len(loader))
     totals = distributed.gathered((images, first, five, nats))
-    images, first, five = (sum(total[i] for total in totals) for i in range(3))
-    nats = sum(total[3] for total in totals)
+    images, first, five, nats = (sum(found) for found in zip(*totals, strict=True))
     if not images:
         raise GblmError("there is no image to evaluate on; give a source that holds some")
     return {
