@@ -109,7 +109,7 @@ def equal(one: Path, other: Path) -> bool:
     return True
 
 
-def measure(folder: Path, compare: bool, write: Path | None) -> None:
+def measure(folder: Path, compare: bool, write: Path | None, section: str) -> None:
     """Prune from disk, and in memory where asked, and print what that takes."""
     base, _ = peak(["-c", "import torch, transformers, gblm, gblm.llm.__main__, gblm.llm.models"])
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
@@ -128,12 +128,13 @@ def measure(folder: Path, compare: bool, write: Path | None) -> None:
         text = "| | MB | MB above the libraries |\n| --- | --: | --: |\n" + "\n".join(lines) + "\n"
         if compare:
             same = equal(Path(work) / "disk", Path(work) / "none")
-            text += f"\nEvery weight of both results is {'equal' if same else 'NOT equal'}.\n"
+            said = "equal, bit for bit" if same else "NOT equal"
+            text += f"\nEvery weight of both results, and so every mask, is {said}.\n"
     text = f"gblm, 16 windows of 512 tokens, on the CPU:\n\n{text}"
     text += f"\n    {tables.portable(shlex.join(['python', 'eval/memory.py', *sys.argv[1:]]))}\n"
     print(text)
     if write:
-        tables.write(write, "memory", "### Memory, pruned from disk", text)
+        tables.write(write, section, "## Memory, pruned from disk", text)
 
 
 def main() -> None:
@@ -145,11 +146,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="[%(default)s]")
     parser.add_argument("--compare", action="store_true", help="prune in main memory too")
     parser.add_argument("--write", type=Path, help="Markdown file for the table")
+    parser.add_argument("--section", default="memory", help="of that file [%(default)s]")
     args = parser.parse_args()
     if args.what == "make":
         make(args.folder, args.blocks, args.width, args.inner, args.vocabulary)
     else:
-        measure(args.folder, args.compare, args.write)
+        measure(args.folder, args.compare, args.write, args.section)
 
 
 if __name__ == "__main__":

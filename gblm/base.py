@@ -50,13 +50,15 @@ class Pattern:
     `keep(score [out, in])` returns the keep-mask `[out, in]` of the highest scores the pattern
     allows; `check(shape)` raises `GblmError` where a weight of that shape cannot have the pattern.
     `window` is the number of neighbouring inputs that must be chosen together (m of n:m), None
-    where a solver may choose. `patterns.parse(name)` gives the pattern back.
+    where a solver may choose; `kept` is how many of them stay (n). `patterns.parse(name)` gives the
+    pattern back.
     """
 
     name: str
     keep: Callable[[Tensor], Tensor]
     check: Callable[[Sequence[int]], None]
     window: int | None = None
+    kept: int | None = None
 
 
 @dataclass(frozen=True)

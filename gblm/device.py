@@ -12,6 +12,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from gblm import distributed
 from gblm.base import GblmError, one_of
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def find_dtype(
     """Return the dtype of that name; for "auto" None, that is as stored, where the device is quick.
 
     A CPU without products in 16 bits is many times slower with them than in float32, which "auto"
-    then gives. `stored()` is the dtype of the checkpoint. Raises `GblmError` for an unknown name.
+    then gives: see `quick`. `stored()` is the dtype of the checkpoint.
+    Raises `GblmError` for an unknown name.
     """
     one_of(dtype, ["auto", *DTYPES], "dtype")
     if dtype != "auto" or device.type != "cpu":
@@ -54,19 +56,27 @@ def find_dtype(
 def quick(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether products in a dtype of 16 bits are quicker than in float32, by a short trial.
 
-    The best of several tries counts, so that other work on the machine does not decide.
+    Those of a forward and a backward pass, X·Wᵀ and dY·W, the best of six of both, so that other
+    work on the machine does not decide; on a CPU by one thread, as several wait for each other
+    where others run too. Process 0 decides for all.
     """
+    size = 256 if device.type == "cpu" else 4096  # smaller ones leave a GPU idle
 
     def seconds(kind: torch.dtype) -> float:
-        x = torch.ones(512, 512, dtype=kind, device=device)
+        x = torch.ones(size, size, dtype=kind, device=device)
         found = []
         for _ in range(6):
             start = time.perf_counter()
-            (x @ x).sum().item()  # which waits for the product
+            (x @ x.T + x @ x)[0, 0].item()  # which waits for the products
             found.append(time.perf_counter() - start)
         return min(found)
 
-    return seconds(dtype) < seconds(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return distributed.gathered(seconds(dtype) < seconds(torch.float32))[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def halved(device: torch.device, dtype: torch.dtype) -> torch.autocast:

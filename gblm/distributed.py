@@ -60,10 +60,14 @@ def share(batch: Batch) -> Batch:
         raise GblmError(
             f"{samples} samples cannot be shared by {count} processes; use more --samples"
         )
-    each, more = divmod(samples, count)
+    return {name: value[part(samples)] for name, value in batch.items()} if count > 1 else batch
+
+
+def part(samples: int) -> slice:
+    """Return which of so many samples are this process's, of equal number but for one."""
+    each, more = divmod(samples, world())
     start = rank() * each + min(rank(), more)
-    stop = start + each + (rank() < more)
-    return {name: value[start:stop] for name, value in batch.items()} if count > 1 else batch
+    return slice(start, start + each + (rank() < more))
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

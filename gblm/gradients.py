@@ -10,8 +10,9 @@ the same hooks does without the recomputation.
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.device import MicroBatch, free_memory, out_of_memory
+from gblm.head import finite, head_backward, saved
 from gblm.offload import here, offload_of, read_tensors, write_tensors
 from gblm.stream import Call, Forward, check, made, replaced
 from gblm.survey import (
@@ -40,8 +42,15 @@ log = logging.getLogger(__name__)
 FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
-Keep = Callable[[Block, Gradients], None]
 Progress = Callable[[int, int], None]  # done, of how many
+
+
+class Keep(Protocol):
+    """Keeps the sums of blocks that a sweep has left, for a sweep that goes on from there."""
+
+    def has(self, block: Block) -> bool: ...
+    def inputs(self, block: Block) -> dict[int, Tensor]: ...
+    def keep(self, block: Block, sums: Gradients, inputs: dict[int, Tensor]) -> None: ...
 
 
 def gradient_sums(
@@ -65,9 +74,10 @@ def gradient_sums(
     a time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
     memory. share: the part of the samples, from the first, 16 at least. blocks: what `survey` found
     of this model and batch, where that is known. keep: takes the sums of each block as soon as they
-    are final, instead of the result, which then is empty. chose: is told which backward it is.
-    spill: a folder for the inputs of the blocks between forward and backward, in memory where None.
-    The others are those of `prune`.
+    are final, instead of the result, which then is empty, and has those of a sweep that was cut
+    off, which goes on from there. chose: is told which backward it is. spill: a folder for the
+    inputs of the blocks between forward and backward, in memory where None. The others are those of
+    `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
@@ -100,8 +110,8 @@ def gradient_sums(
     for block in blocks:
         own = {linear.name: found[linear.name] for linear in block.linears}
         _finish(block, own)
-        if keep:
-            keep(block, own)
+        if keep and not keep.has(block):
+            keep.keep(block, own, {})
     return {} if keep else found
 
 
@@ -124,7 +134,7 @@ def whole_backward(
             hooks = [_hook(x, found[x.name], size(part)) for block in blocks for x in block.linears]
             with hooked(hooks):
                 hidden = adapter.trunk(model, part)
-            _finite(adapter.loss(model, hidden, part), start).sum().backward()
+            finite(adapter.loss(model, hidden, part), start).sum().backward()
             progress(min(start + step, samples), samples)
         return found
 
@@ -155,16 +165,24 @@ def block_backward(
         def differentiate(call: Call, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
             if spill:
                 _unspill(call, spill / f"{block.name}.input")
-            with here(block.module):
-                sums, inputs = micro.run(lambda step: recompute(block, call, grads, needs, step))
-            _finish(block, sums)
-            (keep or (lambda block, sums: found.update(sums)))(block, sums)
+            if keep and keep.has(block):
+                inputs = _known(call, keep.inputs(block))
+            else:
+                with here(block.module):
+                    work = partial(recompute, block, call, grads, needs)
+                    sums, inputs = micro.run(work)
+                _finish(block, sums)
+                if keep:
+                    keep.keep(block, sums, {i: x for i, x in enumerate(inputs) if x is not None})
+                else:
+                    found.update(sums)
             advance()
             return inputs
 
         def run(*args: Any, **kwargs: Any) -> Any:
             call = Call.of(block, own, size(batch), args, kwargs, spill)
-            outputs, spec = tree_flatten(micro.run(call.outputs))
+            with torch.no_grad():  # a graph would hold the activations of all samples
+                outputs, spec = tree_flatten(micro.run(call.outputs))
             advance()
             # The graph must reach the first block, whose input needs no gradient.
             anchor = torch.zeros((), requires_grad=True)
@@ -190,6 +208,17 @@ def _finish(block: Block, sums: Gradients) -> None:
     distributed.add_statistics([sums[linear.name] for linear in block.linears])
     for linear in block.linears:
         check(linear, sums[linear.name])
+
+
+def _known(call: Call, inputs: dict[int, Tensor]) -> list[Tensor | None]:
+    """Return the gradients by what a finished block was called with: zeros but where known.
+
+    Those of all finished blocks but the last go to finished blocks, which do not look at them.
+    """
+    return [
+        (inputs[i].to(leaf) if i in inputs else torch.zeros_like(leaf)) if wanted else None
+        for i, (leaf, wanted) in enumerate(zip(call.leaves, call.wanted, strict=True))
+    ]
 
 
 def _spill(call: Call, path: Path) -> None:
@@ -284,32 +313,6 @@ def regional_sums(block: Block, call: Call, needs: Iterable[str], micro: MicroBa
     return found
 
 
-def head_backward(
-    model: nn.Module, hidden: Any, batch: Batch, adapter: Adapter, micro: MicroBatch
-) -> list[Tensor]:
-    """Return the gradients of the samples' losses by the leaves of what the head takes.
-
-    The head runs in micro-batches.
-    """
-    leaves, spec = tree_flatten(hidden)
-    leaves = [leaf.detach() for leaf in leaves]
-    gradients = [torch.zeros_like(leaf) for leaf in leaves]  # a head need not use them all
-
-    def sweep(step: int) -> None:
-        for start in range(0, size(batch), step):
-            part = slice(start, start + step)
-            parts = [leaf[part].requires_grad_() for leaf in leaves]
-            losses = adapter.loss(model, tree_unflatten(parts, spec), take(batch, part))
-            _finite(losses, start).sum().backward()
-            for x, gradient in zip(parts, gradients, strict=True):
-                if x.grad is not None:
-                    gradient[part] = x.grad
-
-    # Of its own: a head that is short of memory says nothing about the blocks.
-    MicroBatch(micro.samples, micro.auto).run(sweep)
-    return gradients
-
-
 def _hook(linear: Linear, sums: Statistics, samples: int) -> Any:
     """Add the gradient of every sample to the sums, once backward reaches the linear's output."""
 
@@ -343,39 +346,17 @@ def _zeros(blocks: list[Block], needs: frozenset[str]) -> Gradients:
     }
 
 
-def _finite(losses: Tensor, start: int) -> Tensor:
-    for i, loss in enumerate(losses.tolist()):
-        if not math.isfinite(loss):
-            raise GblmError(
-                f"the loss of calibration sample {start + i} is {loss}; check the weights and the "
-                "calibration samples, or use a wider dtype"
-            )
-    return losses
-
-
 def activations(
     model: nn.Module, one: Batch, adapter: Adapter, blocks: list[Block]
 ) -> tuple[int, int]:
     """Return the bytes that a plain backward keeps of one sample: of the trunk, and of the head."""
-    storages: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-        return saved
-
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-    def kept() -> int:
-        return sum(count for pointer, count in storages.items() if pointer not in weights)
-
     linears = [linear for block in blocks for linear in block.linears]
     hooks = [_hook(linear, Statistics({}), 1) for linear in linears]
-    with hooked(hooks), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+    with hooked(hooks), saved(model) as storages:
         hidden = adapter.trunk(model, one)
-        trunk = kept()
+        trunk = sum(storages.values())
         loss = adapter.loss(model, hidden, one)
-        head = kept() - trunk
+        head = sum(storages.values()) - trunk
     del loss
     return trunk, head
 

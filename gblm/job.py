@@ -106,7 +106,7 @@ class Work:
         name = "gradients" if share == 1 else f"gradients-{share:g}"
         folder = self.former or self.folder / name
         dtype = DTYPES[self.dtype] if self.dtype != "float32" else None
-        return GradientFolder(folder, own, dtype)
+        return GradientFolder(folder, own, dtype, journal=self.kept)
 
 
 @contextmanager
@@ -267,7 +267,7 @@ def dense_gradients(
         micro_batch=job.micro_batch,
         backward=job.backward,
         share=share,
-        keep=folder.keep if folder else None,
+        keep=folder,
         chose=lambda backward: lot.flags.update(backward=backward),
         spill=job.spill,
         progress=lambda done, total: show("gradients", done, total),

@@ -25,12 +25,13 @@ def gradient(norm: str = "l1") -> Method:
     """Keep the largest |W|·‖G‖ (arXiv 2311.04902); norm: "l1" or "l2"."""
     statistic = _statistic(norm)
     score = partial(scores.gradient, norm=norm)
-    return masked(f"gradient(norm={norm})", {statistic}, score)
+    terms = partial(scores.gradient_terms, norm=norm)
+    return masked(f"gradient(norm={norm})", {statistic}, score, factor=terms)
 
 
 def wanda() -> Method:
     """Keep the largest |W|·‖X‖₂ (arXiv 2306.11695)."""
-    return masked("wanda", {"input_sq"}, scores.wanda)
+    return masked("wanda", {"input_sq"}, scores.wanda, factor=scores.wanda_terms)
 
 
 def gblm(alpha: float | str = 100, norm: str = "l1") -> Method:
@@ -40,7 +41,9 @@ def gblm(alpha: float | str = 100, norm: str = "l1") -> Method:
     """
     statistic, factor = _statistic(norm), alpha if alpha == "auto" else _factor(alpha)
     score = partial(scores.gblm, alpha=factor, norm=norm)
-    return masked(f"gblm(alpha={factor}, norm={norm})", {"input_sq", statistic}, score)
+    terms = partial(scores.gblm_terms, alpha=factor, norm=norm)
+    name = f"gblm(alpha={factor}, norm={norm})"
+    return masked(name, {"input_sq", statistic}, score, factor=terms)
 
 
 def ria(power: float = 0.5) -> Method:

@@ -33,6 +33,7 @@ from gblm.device import free_memory
 log = logging.getLogger(__name__)
 
 OFFLOADS = ("auto", "none", "cpu", "disk")
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Tensors = dict[str, Tensor]
 
 
@@ -157,7 +158,6 @@ class Unit:
         """Let the parameters hold NaN, in the memory of a single number."""
         for own in self.parameters.values():
             own.data = absent(own.shape, own.dtype, self.offload.device)
-        give_back()
 
     def _version(self) -> int:
         return sum(own._version for own in self.parameters.values())
@@ -173,6 +173,7 @@ class Offload:
         store: Memory | Disk,
         device: torch.device | None = None,
     ) -> None:
+        map_large()
         self.store = store
         self.device = device or next(model.parameters()).device
         self.units = _units(self, model, blocks)
@@ -241,11 +242,15 @@ class Offload:
         self.reader.shutdown(cancel_futures=True)
 
 
-def give_back() -> None:
-    """Let the C library give freed memory back to the system, where it is one that can."""
+def map_large() -> None:
+    """Let large tensors lie in mappings of their own, which go back to the system when freed.
+
+    glibc otherwise raises the size from which it does so to that of what was freed last, and its
+    heap comes to consist of holes: a third of the peak of two blocks of 50 million weights.
+    """
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -275,6 +280,31 @@ def offloaded(
     for i, (name, tensor) in enumerate(model.named_parameters()):
         files[name] = folder / f"dense-{i}.safetensors"
         write_tensors(files[name], {name: tensor.detach()})
+    return Offload(model, blocks, Disk(files, folder), device)
+
+
+def read_when_used(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    files: dict[str, Path],
+    folder: Path,
+    device: torch.device,
+) -> Offload:
+    """Let a model made on the meta device read its parameters from files, unit by unit.
+
+    files: the file of every tensor, buffers too where they are in one. Changed units go into the
+    folder.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, own in module.named_parameters(recurse=False):
+            if own not in made:
+                empty = absent(own.shape, own.dtype, device)
+                made[own] = nn.Parameter(empty, requires_grad=False)
+            module.register_parameter(name, made[own])
+    for name, buffer in model.named_buffers():
+        if name in files:
+            buffer.copy_(read_tensors(files[name], [name])[name])
     return Offload(model, blocks, Disk(files, folder), device)
 
 

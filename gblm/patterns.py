@@ -12,6 +12,8 @@ from gblm.base import GblmError, Pattern
 
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
+KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
+ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
 
 
 def unstructured(sparsity: float, group: str = "row") -> Pattern:
@@ -58,7 +60,7 @@ def nm(n: int, m: int) -> Pattern:
                 f"in={shape[1]} is not divisible by {m}; choose an m that divides it, or a sparsity"
             )
 
-    return Pattern(f"{n}:{m}", keep, check, window=m)
+    return Pattern(f"{n}:{m}", keep, check, window=m, kept=n)
 
 
 def parse(text: str, group: str = "row") -> Pattern:
@@ -85,6 +87,14 @@ def _keep_highest(groups: Tensor, kept: int) -> Tensor:
     dropped = groups.shape[1] - kept
     if not dropped:
         return torch.ones_like(groups, dtype=torch.bool)
+    if kernels.usable(groups) and groups.dtype == torch.float32 and len(groups) >= KERNEL_ROWS:
+        from gblm.kernels.row_keep import row_keep
+
+        return row_keep(groups, kept)
+    # Some rows at a time, for a selection takes several times the memory of what it selects from.
+    step = max(1, ROWS // groups.shape[1])
+    if step < len(groups) and not groups.is_cuda:
+        return torch.cat([_keep_highest(part, kept) for part in groups.split(step)])
     # A selection is several times quicker than a sort, which equals at the threshold alone need.
     mask = groups > _smallest(groups, dropped)
     if (mask.sum(dim=1) == kept).all():

@@ -5,25 +5,76 @@ count and every alpha stands here, and nowhere else.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gblm import kernels
 from gblm.base import GblmError, Method, Pattern, Statistics
 
 Score = Callable[[Tensor, Statistics], Tensor]
+Factor = Callable[[Statistics], "Terms"]
 
+FUSED_WINDOW = 32  # the widest m that one kernel scores and selects
 NORMS = {"l1": "grad_abs", "l2": "grad_sq"}
 
 
-def masked(name: str, needs: Iterable[str], score: Score, group: str = "row") -> Method:
-    """Lift a score into a method: keep what the pattern keeps of the score, leave it unchanged."""
+@dataclass(frozen=True)
+class Terms:
+    """What |W| is multiplied by to give a score: a_j + α·G.
+
+    inputs: a `[in]`; gradient: G `[out, in]`; either may be None.
+    """
+
+    inputs: Tensor | None = None
+    gradient: Tensor | None = None
+    alpha: float = 1.0
+
+    def times(self, weight: Tensor) -> Tensor:
+        """Return the score |W|·(a_j + α·G) `[out, in]`."""
+        if self.gradient is None:
+            return weight.abs() if self.inputs is None else weight.abs().mul_(self.inputs)
+        if self.inputs is None:
+            return weight.abs().mul_(self.gradient).mul_(self.alpha)
+        return (self.alpha * self.gradient).add_(self.inputs).mul_(weight.abs())
+
+
+def masked(
+    name: str,
+    needs: Iterable[str],
+    score: Score,
+    group: str = "row",
+    factor: Factor | None = None,
+) -> Method:
+    """Lift a score into a method: keep what the pattern keeps of the score, leave it unchanged.
+
+    factor: where the score is |W|·(a_j + α·G), these terms; then one kernel does it all for n:m.
+    """
 
     def solve(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        if factor and (n_of_m := _fused(weight, pattern)):
+            from gblm.kernels.score_mask import score_mask
+
+            terms = factor(statistics)
+            new, keep, sound = score_mask(
+                weight, terms.inputs, terms.gradient, terms.alpha, *n_of_m
+            )
+            if not sound:
+                finite(score(weight, statistics), "score")
+            return new, keep
         keep = pattern.keep(finite(score(weight, statistics), "score"))
         return weight * keep, keep
 
     return Method(name, frozenset(needs), solve, group)
+
+
+def _fused(weight: Tensor, pattern: Pattern) -> tuple[int, int] | None:
+    """Return n and m where the kernel can take a weight and its pattern."""
+    n, m = pattern.kept, pattern.window
+    if n is None or m is None or m > FUSED_WINDOW or m & (m - 1):  # m must be a power of 2
+        return None
+    return (n, m) if weight.dtype == torch.float32 and kernels.usable(weight) else None
 
 
 def magnitude(weight: Tensor, statistics: Statistics) -> Tensor:
@@ -33,12 +84,22 @@ def magnitude(weight: Tensor, statistics: Statistics) -> Tensor:
 
 def gradient(weight: Tensor, statistics: Statistics, norm: str = "l1") -> Tensor:
     """Score |W|·‖G‖ (arXiv 2311.04902, section 3)."""
-    return weight.abs() * gradient_norm(statistics, norm)
+    return gradient_terms(statistics, norm).times(weight)
+
+
+def gradient_terms(statistics: Statistics, norm: str = "l1") -> Terms:
+    """Return the terms of `gradient`."""
+    return Terms(gradient=gradient_norm(statistics, norm))
 
 
 def wanda(weight: Tensor, statistics: Statistics) -> Tensor:
     """Score |W|·‖X‖₂ (Wanda, arXiv 2306.11695, eq. 1)."""
-    return weight.abs() * input_norm(statistics)
+    return wanda_terms(statistics).times(weight)
+
+
+def wanda_terms(statistics: Statistics) -> Terms:
+    """Return the terms of `wanda`."""
+    return Terms(input_norm(statistics))
 
 
 def gblm(
@@ -49,13 +110,18 @@ def gblm(
     alpha = "auto" gives both terms the same median: α = median ‖X‖₂ / median ‖G‖ₚ of this linear,
     so that the score depends neither on the scale of the loss nor on the number of samples.
     """
+    return gblm_terms(statistics, alpha, norm).times(weight)
+
+
+def gblm_terms(statistics: Statistics, alpha: float | str = 100, norm: str = "l1") -> Terms:
+    """Return the terms of `gblm`."""
     inputs, gradients = input_norm(statistics), gradient_norm(statistics, norm)
     if alpha == "auto":
         # Medians of 0 say that most inputs, or gradients, are: their means are not, or all are 0.
         middle = gradients.median() if gradients.median() > 0 else gradients.mean()
         top = inputs.median() if inputs.median() > 0 else inputs.mean()
         alpha = (top / middle).item() if middle > 0 else 0.0
-    return weight.abs() * (inputs + float(alpha) * gradients)
+    return Terms(inputs, gradients, float(alpha))
 
 
 def ria(weight: Tensor, statistics: Statistics, power: float = 0.5) -> Tensor:

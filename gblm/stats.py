@@ -46,17 +46,17 @@ def cross_gram(total: Tensor, x: Tensor, dense: Tensor) -> None:
     total.addmm_(wide(dense).T, wide(x))
 
 
-def grad_abs(total: Tensor, gradient: Tensor, dy: Tensor) -> None:
-    """Add |g| of one sample's `gradient [out, in]` to `total [out, in]` (arXiv 2311.04902)."""
-    total += gradient.abs()
+def grad_abs(total: Tensor, size: Tensor, dy: Tensor) -> None:
+    """Add one sample's |g|, `size [out, in]`, to `total [out, in]` (arXiv 2311.04902)."""
+    total += size
 
 
-def grad_sq(total: Tensor, gradient: Tensor, dy: Tensor) -> None:
-    """Add g² of one sample's `gradient [out, in]` to `total [out, in]` (arXiv 2311.04902)."""
-    total.addcmul_(gradient, gradient)
+def grad_sq(total: Tensor, size: Tensor, dy: Tensor) -> None:
+    """Add one sample's g², of |g| `size [out, in]`, to `total [out, in]` (arXiv 2311.04902)."""
+    total.addcmul_(size, size)
 
 
-def grad_position(total: Tensor, gradient: Tensor, dy: Tensor) -> None:
+def grad_position(total: Tensor, size: Tensor, dy: Tensor) -> None:
     """Add Σ_out dY² of one sample's output gradient `dy [positions, out]` to `total [positions]`.
 
     A linear that sees another number of positions of every sample has none to tell apart.
@@ -148,11 +148,11 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
 
         return gradient_sums(x, dy, *(statistics.sums.get(n) for n in ("grad_abs", "grad_sq")))
     x, dy = wide(x), wide(dy)
-    gradient = x.new_empty(dy.shape[-1], x.shape[-1])
+    size = x.new_empty(dy.shape[-1], x.shape[-1])
     for sample_x, sample_dy in zip(x, dy, strict=True):
-        torch.mm(sample_dy.T, sample_x, out=gradient)
+        torch.mm(sample_dy.T, sample_x, out=size).abs_()
         for name, total in statistics.sums.items():
-            GRADIENT[name].add(total, gradient, sample_dy)
+            GRADIENT[name].add(total, size, sample_dy)
     return None
 
 

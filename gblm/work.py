@@ -1,6 +1,7 @@
 """The work folder of a run: the gradients, the finished blocks and the stream after the last one.
 
     gradients/gradients.json, LINEAR.safetensors   sums of the dense model, for any run
+    gradients/sweep.json, sweep-N.safetensors      while they are made: after how many blocks
     RUN/journal.json                               settings, finished blocks, their reports
     RUN/BLOCK.safetensors                          a pruned block
     RUN/stream-N.safetensors                       what goes into block N
@@ -56,14 +57,45 @@ class StoredGradients(Mapping[str, Statistics]):
 class GradientFolder:
     """Where sums of gradients are written block by block, and found again by later runs."""
 
-    def __init__(self, folder: Path, settings: Settings, dtype: torch.dtype | None = None) -> None:
-        self.folder, self.settings, self.dtype = folder, settings, dtype
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        dtype: torch.dtype | None = None,
+        journal: bool = False,
+    ) -> None:
+        """Open a folder. journal: keep where the sweep is, and go on from there."""
+        self.folder, self.settings, self.dtype, self.journal = folder, settings, dtype, journal
         self.linears: list[str] = []
+        self.finished: list[str] = []
         self.samples = self.positions = 0
+        self.sweep = folder / "sweep.json"
+        if journal and self.sweep.is_file():
+            found = read_json(self.sweep)
+            if found["settings"] == self._settings():  # else the sweep begins anew
+                self.linears, self.finished = found["linears"], found["finished"]
+                self.samples, self.positions = found["samples"], found["positions"]
 
-    def keep(self, block: Block, sums: Mapping[str, Statistics]) -> None:
-        """Write the sums of a block, in the dtype of the folder where one is set."""
+    def has(self, block: Block) -> bool:
+        """Say whether the sums of a block are here."""
+        return block.name in self.finished
+
+    def inputs(self, block: Block) -> dict[int, Tensor]:
+        """Return the gradients by the inputs of the last finished block, nothing for others."""
+        if block.name != self.finished[-1]:
+            return {}
+        return {int(i): x for i, x in read_tensors(self._inputs(len(self.finished))).items()}
+
+    def keep(
+        self, block: Block, sums: Mapping[str, Statistics], inputs: Mapping[int, Tensor]
+    ) -> None:
+        """Write the sums of a block, in the dtype of the folder where one is set.
+
+        inputs: the gradients by what the block was called with, from which a sweep goes on.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.finished or rank()):
+            self.sweep.unlink(missing_ok=True)  # of other settings, whose sums are written over
         for name, statistics in sums.items():
             self.linears.append(name)
             self.samples, self.positions = statistics.samples, statistics.positions
@@ -73,14 +105,37 @@ class GradientFolder:
             }
             if not rank():  # the sums are the same in all processes
                 write_tensors(_file(self.folder, name), tensors)
+        self.finished.append(block.name)
+        count = len(self.finished)
+        if self.journal:
+            write_tensors(self._inputs(count), {str(i): x for i, x in inputs.items()})
+            wait()  # until all processes have written theirs
+            if not rank():
+                own = {**self._found(), "settings": self._settings(), "finished": self.finished}
+                write_json(self.sweep, own)
+            wait()
+            self._inputs(count - 1).unlink(missing_ok=True)
+
+    def _inputs(self, count: int) -> Path:
+        of = f"-of-process-{rank()}" if world() > 1 else ""
+        return self.folder / f"sweep-{count}{of}.safetensors"
+
+    def _settings(self) -> Settings:
+        found: Settings = json.loads(json.dumps({**self.settings, "processes": world()}))  # as read
+        return found
+
+    def _found(self) -> Settings:
+        found: Settings = {"settings": self.settings, "linears": self.linears}
+        return found | {"samples": self.samples, "positions": self.positions}
 
     def finish(self) -> StoredGradients:
         """Write what the folder holds, which makes it whole, and return its sums."""
-        found: Settings = {"settings": self.settings, "linears": self.linears}
-        found |= {"samples": self.samples, "positions": self.positions}
         if not rank():
-            write_json(self.folder / "gradients.json", found)
+            write_json(self.folder / "gradients.json", self._found())
         wait()
+        self._inputs(len(self.finished)).unlink(missing_ok=True)
+        if not rank():
+            self.sweep.unlink(missing_ok=True)
         return StoredGradients(self.folder, self.linears, self.samples, self.positions)
 
     def stored(self, must: bool = False) -> StoredGradients | None:

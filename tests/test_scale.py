@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gblm import gradients
 from gblm.llm.__main__ import main as prune_llm
 from gblm.vit.__main__ import main as prune_vit
 
@@ -57,6 +58,33 @@ def test_every_offload_writes_the_same_bits(side, request, tmp_path, capsys):
         ]
         assert reports[0] == reports[1] == reports[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu", "disk", "none"]
+
+
+def test_classifiers_are_read_from_their_file_block_by_block(vit, tmp_path, monkeypatch):
+    from gblm.vit import models
+
+    def whole(*args):
+        raise AssertionError("the whole model was loaded")
+
+    named = {"offload": "disk", "device": torch.device("cpu"), "dtype": "float32"}
+    folder = vit[vit.index("--model") + 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_fill", whole)
+        model, offload, _ = models.load_offloaded(folder, None, folder=tmp_path, **named)
+    assert offload is not None
+    assert model.blocks[0].attn.qkv.weight.untyped_storage().nbytes() == 4
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images), models.load(folder)(images))
+    offload.close()
+    # What has other names, or is no safetensors file, is loaded whole first.
+    file = tmp_path / "saved.bin"
+    torch.save(models.load(folder).state_dict(), file)
+    model, offload, _ = models.load_offloaded(folder, str(file), folder=tmp_path, **named)
+    assert offload is not None
+    with torch.no_grad():
+        assert torch.equal(model(images), models.load(folder)(images))
+    offload.close()
 
 
 @pytest.mark.parametrize("side", ["llm", "vit"])
@@ -106,6 +134,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+SPILLED = 2  # the inputs of blocks, which go through files as well where weights do
+
+
 @pytest.mark.parametrize(
     "at", [2, 5, 8, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 3, 4, 6, 7, 9, 10))]
 )
@@ -120,6 +151,48 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(llm, at, tmp_path, cap
     assert prune_llm([*flags, "--resume"]) == 0, capsys.readouterr().err
     for name in FOLDERS:
         assert same(tmp_path / "whole" / name, tmp_path / "resumed" / name)
+
+
+# Two blocks of seven linears: the sums of one, the gradients that go on from it, the journal.
+@pytest.mark.parametrize(
+    ("at", "left"),
+    [
+        (9, 2),
+        (10, 1),
+        (19, 0),
+        *(
+            pytest.param(*at, marks=pytest.mark.slow)
+            for at in [(1, 2), (4, 2), (7, 2), (8, 2), (11, 1), (14, 1), (16, 1), (17, 1), (18, 1)]
+        ),
+    ],
+)
+def test_a_killed_gradient_pass_goes_on_where_it_was(llm, at, left, tmp_path, monkeypatch):
+    flags = [*arguments(llm), *METHODS, "--backward", "blocks", "--offload", "disk"]
+    assert prune_llm([*flags, "--output", str(tmp_path / "whole")]) == 0
+    work = tmp_path / "work"
+    flags += ["--work-dir", str(work), "--output", str(tmp_path / "resumed")]
+    command = [sys.executable, "-c", KILLED, str(at + SPILLED), *flags]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    swept = []
+    recompute = gradients.recompute
+    monkeypatch.setattr(gradients, "recompute", lambda *a: swept.append(a[0].name) or recompute(*a))
+    assert prune_llm([*flags, "--resume"]) == 0
+    assert len(swept) == left
+    for name in FOLDERS:
+        assert same(tmp_path / "whole" / name, tmp_path / "resumed" / name)
+    assert not list((work / "gradients").glob("sweep*"))
+
+
+def test_a_sweep_of_other_settings_begins_anew(llm, tmp_path):
+    flags = [*arguments(llm), "--method", "gblm", "--sparsity", "0.5", "--backward", "blocks"]
+    assert prune_llm([*flags, "--seed", "1", "--output", str(tmp_path / "whole")]) == 0
+    flags += ["--work-dir", str(tmp_path / "work")]
+    command = [sys.executable, "-c", KILLED, "12", *flags]
+    assert subprocess.run(command, env=ENVIRONMENT).returncode == -signal.SIGKILL
+    assert (tmp_path / "work" / "gradients" / "sweep.json").exists()
+    assert prune_llm([*flags, "--seed", "1", "--output", str(tmp_path / "other")]) == 0
+    assert same(tmp_path / "whole", tmp_path / "other")
 
 
 def test_a_run_of_other_flags_is_not_resumed(llm, tmp_path, capsys):
@@ -209,3 +282,40 @@ def test_fewer_samples_than_processes_are_refused(llm):
     done = torchrun(3, "-m", "gblm.llm", *flags)
     assert done.returncode != 0
     assert "2 samples cannot be shared by 3 processes" in done.stderr
+
+
+SHARED = """
+import sys
+from gblm.distributed import launched, rank
+from gblm.vit import data
+from gblm.vit.__main__ import main
+batches = data.Images.batches
+def counted(self, indices, *more, **named):
+    if len(more) > 1 or "of" in named:
+        print("decodes", rank(), len(indices), flush=True)
+    return batches(self, indices, *more, **named)
+data.Images.batches = counted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("limit", [11, 1])
+def test_processes_share_the_evaluation_images(vit, limit, tmp_path):
+    flags = [*arguments(vit), "--method", "magnitude", "--sparsity", "0.5"]
+    flags += ["--evaluate-images", str(limit)]
+    assert prune_vit([*flags, "--output", str(tmp_path / "one")]) == 0
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    done = torchrun(2, str(script), *flags, "--output", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    shares = {0: (limit + 1) // 2, 1: limit // 2}
+    assert all(f"decodes {rank} {count}" in done.stdout for rank, count in shares.items())
+    assert f"decodes 0 {limit}" not in done.stdout or limit == 1
+    one, two = (
+        json.loads((tmp_path / name / "report.json").read_text())["evaluation"]
+        for name in ("one", "two")
+    )
+    assert set(one) == set(two)
+    for key, value in one.items():
+        for state in ("dense", "pruned"):
+            assert two[key][state] == pytest.approx(value[state], rel=1e-6)

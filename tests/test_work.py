@@ -103,7 +103,7 @@ def test_gradients_in_a_folder_are_those_in_memory(make_llama, batch, backward, 
     folder = GradientFolder(tmp_path / "gradients", settings)
     spill = tmp_path / "spill"
     spill.mkdir()
-    rest = gradient_sums(model, batch, needs, backward=backward, keep=folder.keep, spill=spill)
+    rest = gradient_sums(model, batch, needs, backward=backward, keep=folder, spill=spill)
     assert not rest
     assert not list(spill.iterdir())
     folder.finish()
@@ -129,7 +129,7 @@ def test_gradients_in_a_folder_are_those_in_memory(make_llama, batch, backward, 
 def test_gradients_can_be_kept_in_half_precision(llama, batch, tmp_path):
     folder = GradientFolder(tmp_path, {"needs": ["grad_abs"]}, torch.bfloat16)
     expected = gradient_sums(llama, batch, {"grad_abs"})
-    gradient_sums(llama, batch, {"grad_abs"}, keep=folder.keep)
+    gradient_sums(llama, batch, {"grad_abs"}, keep=folder)
     for name, statistics in folder.finish().items():
         assert statistics["grad_abs"].dtype == torch.float32
         torch.testing.assert_close(

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gblm import kernels
 from gblm.kernels import precision
 
 
@@ -32,8 +32,9 @@ def gradient_sums(x: Tensor, dy: Tensor, absolute: Tensor | None, squares: Tenso
     some = absolute if absolute is not None else squares
     assert some is not None
 
-    def grid(options: dict[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(outputs, options["BLOCK_O"]), triton.cdiv(inputs, options["BLOCK_I"])
+    def grid(options: dict[str, Any]) -> tuple[int]:
+        down, across = (triton.cdiv(outputs, options["BLOCK_O"]), options["BLOCK_I"])
+        return (down * triton.cdiv(inputs, across),)
 
     _kernel[grid](
         x,
@@ -48,13 +49,23 @@ def gradient_sums(x: Tensor, dy: Tensor, absolute: Tensor | None, squares: Tenso
         SQUARES=squares is not None,
         PRECISION=precision(x.dtype),
         WIDEN=not x.is_cuda,  # the interpreter has no products in bfloat16
-        BLOCK_O=64,
-        BLOCK_I=64 if x.dtype == torch.float32 else 128,
-        BLOCK_P=32,
-        num_warps=4,
+        LARGE=outputs * inputs >= 2**22,
     )
 
 
+# Three tiles in fp32 are in registers at a time: one sample's gradient, and both sums.
+TILES = [
+    triton.Config({"BLOCK_O": o, "BLOCK_I": i, "BLOCK_P": p}, num_warps=warps, num_stages=stages)
+    for o, i, p, warps, stages in [
+        (64, 64, 32, 4, 3),
+        (64, 128, 64, 4, 3),
+        (128, 128, 64, 8, 3),
+        (128, 128, 32, 8, 4),
+    ]
+]
+
+
+@kernels.tuned(TILES, ["ABSOLUTE", "SQUARES", "LARGE"], ["absolute", "squares"])
 @triton.jit
 def _kernel(
     x,
@@ -69,12 +80,17 @@ def _kernel(
     SQUARES: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    LARGE: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    # Eight rows of tiles at a time, so that what programs read together is in the L2 cache.
+    number, down, across = tl.program_id(0), tl.cdiv(outputs, BLOCK_O), tl.cdiv(inputs, BLOCK_I)
+    row, column = tl.swizzle2d(number // across, number % across, down, across, 8)
+    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = column * BLOCK_I + tl.arange(0, BLOCK_I)
+    o_read, i_read = o % outputs, i % inputs  # beyond the edge something is read, not written
     sum_absolute = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     sum_squares = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     for s in range(samples):
@@ -83,20 +99,12 @@ def _kernel(
         for start in range(0, positions, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             here = p < positions
-            row = first + p
-            d = tl.load(
-                dy + row[None, :] * outputs + o[:, None],
-                mask=here[None, :] & (o[:, None] < outputs),
-                other=0.0,
-            )
-            v = tl.load(
-                x + row[:, None] * inputs + i[None, :],
-                mask=here[:, None] & (i[None, :] < inputs),
-                other=0.0,
-            )
+            at = (first + p)[:, None]
+            d = tl.load(dy + at * outputs + o_read[None, :], mask=here[:, None], other=0.0)
+            v = tl.load(x + at * inputs + i_read[None, :], mask=here[:, None], other=0.0)
             if WIDEN:
                 d, v = d.to(tl.float32), v.to(tl.float32)
-            gradient = tl.dot(d, v, gradient, input_precision=PRECISION)
+            gradient = tl.dot(tl.trans(d), v, gradient, input_precision=PRECISION)
         if ABSOLUTE:
             sum_absolute += tl.abs(gradient)
         if SQUARES:

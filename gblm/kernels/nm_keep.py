@@ -48,6 +48,6 @@ def _kernel(
     own = tl.load(score + at, mask=inside, other=0.0)
     above = tl.zeros((BLOCK_G, WIDTH), dtype=tl.int32)
     for k in tl.static_range(OF):
-        other = tl.load(score + g * OF + k, mask=g < groups, other=0.0)[:, None]
+        other = tl.sum(tl.where(j[None, :] == k, own, 0.0), axis=1)[:, None]  # from registers
         above += ((other > own) | ((other == own) & (k > j[None, :]))).to(tl.int32)
     tl.store(keep + at, above < KEPT, mask=inside)

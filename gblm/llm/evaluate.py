@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 from gblm import distributed
 from gblm.device import MicroBatch
 from gblm.llm.adapters import window_loss
+from gblm.llm.models import vocabulary
 
-POSITIONS = 4096  # of a batch of windows
+POSITIONS = 4096  # of a batch of windows, at most
+LOGITS = 2**25  # about so many of them
 
 
 def perplexity(
@@ -34,7 +36,8 @@ def perplexity(
 
     if len(windows) >= distributed.world():
         windows = distributed.share({"windows": windows})["windows"]
-    step = max(1, min(len(windows), POSITIONS // windows.shape[1]))
+    most = min(POSITIONS, LOGITS // vocabulary(model.config))
+    step = max(1, min(len(windows), most // windows.shape[1]))
     with torch.no_grad():
         losses = torch.cat(MicroBatch(step, auto=True).run(run)).cpu()
     losses = torch.cat(distributed.gathered(losses))

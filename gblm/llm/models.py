@@ -30,11 +30,10 @@ from gblm.llm.adapters import blocks
 from gblm.offload import (
     Disk,
     Offload,
-    absent,
     find_offload,
     offload_of,
     offloaded,
-    read_tensors,
+    read_when_used,
     write_tensors,
 )
 
@@ -141,17 +140,13 @@ def load_offloaded(
         with init_empty_weights(include_buffers=False):
             empty = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code)
         empty.tie_weights()
-    _without_memory(empty, device)
     names = dict(empty.named_parameters())
     if missing := sorted(set(names) - set(files)):
         raise GblmError(
             f"model {model}: {len(missing)} weights have other names in its checkpoint, such as "
             f"{', '.join(missing[:3])}, so that it cannot be read block by block; use --offload cpu"
         )
-    for name, buffer in empty.named_buffers():
-        if name in files:
-            buffer.copy_(read_tensors(files[name], [name])[name])
-    return empty.eval(), Offload(empty, blocks(empty), Disk(files, folder), device)
+    return empty.eval(), read_when_used(empty, blocks(empty), files, folder, device)
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -177,17 +172,6 @@ def sketch(
         with _explained(model):
             empty = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code)
         yield empty.eval()
-
-
-def _without_memory(model: nn.Module, device: torch.device) -> None:
-    """Put parameters that hold no values into the place of those on the meta device."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, own in module.named_parameters(recurse=False):
-            if own not in made:
-                empty = absent(own.shape, own.dtype, device)
-                made[own] = nn.Parameter(empty, requires_grad=False)
-            module.register_parameter(name, made[own])
 
 
 def check_source(model: str) -> None:

@@ -10,10 +10,9 @@ import shtab
 from gblm import cli, flags, plan
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
-from gblm.distributed import launched, rank
+from gblm.distributed import gathered, launched, rank
 from gblm.estimate import Sight, Task, seen
 from gblm.job import Bars, Job, Run, Work, compare, work_folder
-from gblm.offload import offloaded
 from gblm.report import Evaluation, Examples, clock
 from gblm.survey import choose as choose_linears
 from gblm.survey import survey
@@ -91,12 +90,15 @@ def carry_out(
         if args.model == str(demo.FOLDER):
             torch.set_num_threads(1)  # so small a model is slower on more, by far beside others
         device = find_device(args.device)
-        model = models.load(args.model, args.checkpoint)
-        stored = next(model.parameters()).dtype
-        dtype = find_dtype(args.dtype, device, lambda: stored) or stored
-        model.to(dtype)
+        model, offload, stored = models.load_offloaded(
+            args.model,
+            args.checkpoint,
+            args.offload,
+            work.scratch,
+            device=device,
+            dtype=args.dtype,
+        )
         adapter = adapters.adapter(model)
-        offload = offloaded(args.offload, model, adapter.blocks(model), work.scratch, device)
     cli.check_folders(args, cli.model_bytes(model) * len(wanted))
     with clock(seconds, "data"):
         batch, loaders, notes = choose(args, model)
@@ -219,6 +221,9 @@ def evaluate(model: Any, loaders: dict[str, Any], notes: list[str], show: Bars) 
         show("evaluate", done, total)
 
     found = {name: measure(model, loader, progress) for name, loader in loaders.items()}
+    for loader in loaders.values():  # what other processes have met
+        for broken in gathered(loader.images.broken):
+            loader.images.broken.update(broken)
     said = (note for loader in loaders.values() for note in loader.images.notes)
     notes += [note for note in dict.fromkeys(said) if note not in notes]
     return found

@@ -17,6 +17,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from gblm import distributed
 from gblm.base import Batch, GblmError
 from gblm.device import free_memory
 from gblm.survey import quiet
@@ -111,12 +112,14 @@ class Loader:
     """Batches of images, which are decoded once where memory allows it.
 
     Where all batches, each as large as the first, take at most a quarter of the free memory, those
-    of the first whole pass stay for the passes after it; else each pass decodes anew.
+    of the first whole pass stay for the passes after it; else each pass decodes anew. of: how many
+    images the loaders of all processes have.
     """
 
     images: Images
     indices: list[int]
     size: int
+    of: int
     decoded: list[Batch] = field(default_factory=list)  # all of them, or none
 
     def __len__(self) -> int:
@@ -128,7 +131,7 @@ class Loader:
             return
         held: list[Batch] = []
         keep = True
-        for done, batch in enumerate(self.images.batches(self.indices, self.size), 1):
+        for done, batch in enumerate(self.images.batches(self.indices, self.size, self.of), 1):
             if done == 1:
                 whole = len(self) * sum(value.nbytes for value in batch.values())
                 keep = whole <= free_memory(torch.device("cpu")) * KEPT
@@ -201,10 +204,14 @@ def calibration(images: Images, samples: int = 1024, seed: int = 0) -> Batch:
 
 
 def evaluation(images: Images, size: int = TOGETHER, limit: int | None = None) -> Loader:
-    """Return the images as batches of `size`, in their order; with `limit`, a choice of them."""
-    if limit is None or limit >= len(images):
-        return Loader(images, list(range(len(images))), size)
-    return Loader(images, sorted(images.chosen(limit)[:limit]), size)
+    """Return the images as batches of `size`, in their order; with `limit`, a choice of them.
+
+    Of several processes each gets its share of them.
+    """
+    indices = list(range(len(images)))
+    if limit is not None and limit < len(images):
+        indices = sorted(images.chosen(limit)[:limit])
+    return Loader(images, indices[distributed.part(len(indices))], size, of=len(indices))
 
 
 def fitting(model: nn.Module, batch: Batch, source: str) -> None:

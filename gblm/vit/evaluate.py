@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from gblm import distributed
 from gblm.base import Batch, GblmError
 from gblm.survey import quiet
 
@@ -21,7 +22,9 @@ def evaluate(
 
     The batches have `images [n, c, h, w]` and `labels [n]`; they are moved to the model's device
     and dtype. A model with several heads is judged by what it gives in evaluation, their average.
-    With fewer than 5 classes top-5 is 100. Raises `GblmError` where there is no image or no label.
+    With fewer than 5 classes top-5 is 100. Several processes add up what they find.
+
+    Raises `GblmError` where there is no image or no label.
     """
     parameter = next(model.parameters())
     images = first = five = 0
@@ -38,6 +41,8 @@ def evaluate(
             five += int(highest.any(dim=1).sum())
             nats += cross_entropy(logits, labels, reduction="sum").item()
             progress(done, len(loader))
+    totals = distributed.gathered((images, first, five, nats))
+    images, first, five, nats = (sum(found) for found in zip(*totals, strict=True))
     if not images:
         raise GblmError("there is no image to evaluate on; give a source that holds some")
     return {

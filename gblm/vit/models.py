@@ -9,11 +9,22 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gblm.base import Batch, GblmError
-from gblm.offload import offload_of
+from gblm.device import find_dtype
+from gblm.offload import (
+    Offload,
+    find_offload,
+    offload_of,
+    offloaded,
+    read_tensors,
+    read_when_used,
+)
 from gblm.survey import quiet
+from gblm.vit.adapters import adapter
 
 LOCAL = "local-dir:"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -30,6 +41,56 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     Raises `GblmError` where the model is unknown, its weights cannot be had or do not fit, or it
     has no head.
     """
+    name, checkpoint = _source(name, checkpoint)
+    model = _made(name, pretrained=checkpoint is None, **options)
+    if checkpoint is not None:
+        _fill(model, checkpoint, name)
+    return model.eval()
+
+
+def load_offloaded(
+    name: str,
+    checkpoint: str | Path | None,
+    offload: str,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: str,
+) -> tuple[nn.Module, Offload | None, torch.dtype]:
+    """Load an image classifier whose weights live where `offload` says: see `gblm.offload`.
+
+    From disk, the model is made without memory for its weights where they are in a `.safetensors`
+    file by the names they have in the model, and read block by block; else it is loaded whole
+    first. Returns also the dtype of the checkpoint. Raises `GblmError` where `load` does.
+    """
+    named, file = _source(name, checkpoint)
+    shapes = _shapes(file) if file else {}
+    if file and shapes and find_offload(offload, file.stat().st_size, device) == "disk":
+        with init_empty_weights(include_buffers=False):
+            empty = _made(named, pretrained=False)
+        if {key: tuple(value.shape) for key, value in empty.state_dict().items()} == shapes:
+            first = next(key for key, _ in empty.named_parameters())
+            stored = read_tensors(file, [first])[first].dtype
+            empty.to(find_dtype(dtype, device, lambda: stored) or stored)
+            blocks, files = adapter(empty).blocks(empty), dict.fromkeys(shapes, file)
+            return empty.eval(), read_when_used(empty, blocks, files, folder, device), stored
+    model = load(name, checkpoint)
+    stored = next(model.parameters()).dtype
+    model.to(find_dtype(dtype, device, lambda: stored) or stored)
+    return model, offloaded(offload, model, adapter(model).blocks(model), folder, device), stored
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a safetensors file, empty where it is none."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _source(name: str, checkpoint: str | Path | None) -> tuple[str, Path | None]:
+    """Return the name timm makes the model by, and the file of its weights, None for its own."""
     folder = Path(name.removeprefix(LOCAL)).expanduser()
     if name.startswith(LOCAL) or folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -42,19 +103,21 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
         name = f"{LOCAL}{folder}"
     elif ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise GblmError(f"unknown model {name!r}{_near(name)}")
+    return name, None if checkpoint is None else Path(checkpoint).expanduser()
+
+
+def _made(name: str, pretrained: bool, **options: Any) -> nn.Module:
     try:
-        model = timm.create_model(name, pretrained=checkpoint is None, **options)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # of the hub, the network, the cache, or the options
         raise GblmError(
             f"model {name} cannot be made ({type(error).__name__}: "
             f"{(str(error) or 'no reason given').splitlines()[0]}); check its name and the "
             "connection, or give its weights by --checkpoint"
         ) from error
-    if checkpoint is not None:
-        _fill(model, Path(checkpoint).expanduser(), name)
     if not getattr(model, "num_classes", 0):
         raise GblmError(f"model {name} has no head of classes; choose an image classifier")
-    return model.eval()
+    return model
 
 
 def loading(folder: Path) -> str:

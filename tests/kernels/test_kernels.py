@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import gblm
-from gblm import kernels, methods
-from gblm.kernels import gradient_sums, input_gram, nm_keep
+from gblm import kernels, methods, patterns
+from gblm.kernels import gradient_sums, input_gram, nm_keep, row_keep, score_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 17, 40, 24), (1, 64, 64, 128), (2, 5, 130, 70)]  # samples, positions, in, out
@@ -71,7 +71,7 @@ def test_kernels_are_for_gpus_and_at_most_32_bits():
         assert not kernels.usable(torch.ones(1).cuda().double())
 
 
-@pytest.mark.parametrize("name", ["gblm", "sparsegpt"])
+@pytest.mark.parametrize("name", ["gblm", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_models_are_pruned_alike_with_and_without(make_llama, batch, name, pattern, monkeypatch):
     plain, quick = make_llama(), make_llama()
@@ -90,3 +90,80 @@ def test_models_are_pruned_alike_with_and_without(make_llama, batch, name, patte
         other = quick.state_dict()[key]
         assert ((value == 0) == (other == 0)).float().mean() >= 0.999
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (15, 16)])
+@pytest.mark.parametrize("parts", ["inputs", "gradient", "both", "neither"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_score_mask(n, m, parts, ties):
+    weight, inputs = draw(37, 7 * m), draw(7 * m, seed=1).abs()
+    gradient = draw(37, 7 * m, seed=2).abs()
+    if ties:  # and exact in fp32, whatever the order of the operations
+        weight, inputs, gradient = weight.round(), inputs.round(), gradient.round()
+    terms = (
+        inputs if parts in ("inputs", "both") else None,
+        gradient if parts in ("gradient", "both") else None,
+    )
+    found = score_mask.score_mask(weight, *terms, 4.0, n, m)
+    expected = score_mask.reference(weight, *terms, 4.0, n, m)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (found[1].reshape(-1, m).sum(dim=1) == n).all()
+    assert found[2]
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_score_mask_sees_what_is_not_finite(wrong):
+    weight, inputs = draw(600, 8), draw(8, seed=1).abs()
+    weight[599, 7] = wrong
+    assert not score_mask.score_mask(weight, inputs, None, 1.0, 2, 4)[2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "kept"), [(5, 100, 37), (3, 5000, 2500), (2, 4096, 1), (2, 9001, 9000)]
+)
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros of both signs", "infinite"])
+def test_row_keep(rows, size, kept, kind):
+    score = draw(rows, size)
+    if kind == "ties":
+        score = score.round()
+    elif kind == "zeros of both signs":
+        score = torch.zeros_like(score).copysign(score)
+    elif kind == "infinite":
+        score[:, ::3] = torch.inf
+    found = row_keep.row_keep(score, kept)
+    assert torch.equal(found, row_keep.reference(score, kept))
+    assert (found.sum(dim=1) == kept).all()
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.9", "2:4"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_patterns_choose_alike_with_and_without(pattern, ties, monkeypatch):
+    score = draw(6, 48)
+    score = score.round() if ties else score
+    monkeypatch.setattr(patterns, "KERNEL_ROWS", 2)
+    keep = patterns.parse(pattern).keep
+    expected = keep(score)
+    calls = []
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: calls.append(1) or True)
+    assert torch.equal(keep(score), expected)
+    assert calls
+
+
+@pytest.mark.parametrize("name", ["wanda", "gblm", "gradient"])
+def test_methods_fuse_score_and_mask(name, monkeypatch):
+    method, pattern = methods.make(name), patterns.parse("2:4")
+    weight = draw(16, 32)
+    sums = {"input_sq": draw(32, seed=1).square(), "grad_abs": draw(16, 32, seed=2).abs()}
+    statistics = gblm.Statistics(sums, samples=4, positions=9)
+    expected = method.solve(weight, statistics, pattern)
+    calls = []
+    fused = score_mask.score_mask
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    monkeypatch.setattr(score_mask, "score_mask", lambda *a: calls.append(1) or fused(*a))
+    found = method.solve(weight, statistics, pattern)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(calls) == 1
+    sums["input_sq"][3] = torch.inf
+    sums["grad_abs"][3, 3] = torch.inf
+    with pytest.raises(gblm.GblmError, match="the score holds a NaN or an Inf"):
+        method.solve(weight, statistics, pattern)

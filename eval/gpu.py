@@ -1,0 +1,374 @@
+"""Measure on a GPU: the kernels against the device's ceiling, and a model of LLaMA-2-7B's shape.
+
+    python eval/gpu.py --part kernels --write docs/benchmarks.md
+    python eval/gpu.py --part 7b --write docs/benchmarks.md
+    python eval/gpu.py --part offload --write docs/benchmarks.md
+
+Each part runs alone and takes minutes; none reads a model or a data set. `--device cpu --tiny` goes
+through all of it with toy sizes, the kernels by Triton's interpreter, whose times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tables
+import torch
+from torch import Tensor, nn
+
+import gblm
+from gblm import methods
+from gblm.device import peak_memory
+from gblm.gradients import gradient_sums
+from gblm.offload import Memory, Offload
+from gblm.survey import find_adapter, placed, survey
+from gblm.work import GradientFolder
+
+GBLM_FLOPS = 12  # per weight and token: 8 of the gradient pass, 4 of the pruning pass
+
+
+@dataclass
+class Sizes:
+    """The sizes of the model and of the calibration batch."""
+
+    width: int = 4096
+    inner: int = 11008
+    blocks: int = 32
+    vocabulary: int = 32000
+    heads: int = 32
+    samples: int = 128
+    length: int = 2048
+    some: int = 4  # samples for the kernels
+
+
+TINY = Sizes(64, 128, 2, 256, 2, 4, 32, 2)
+
+
+def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 10) -> float:
+    """Return the median seconds of a piece of work, after three rounds to warm up; one on a CPU."""
+    cuda = device.type == "cuda"
+    for _ in range(3 if cuda else 1):
+        work()
+    found = []
+    for _ in range(rounds if cuda else 1):
+        sync(device)
+        start = time.perf_counter()
+        work()
+        sync(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def sync(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Race:
+    """A kernel, its reference, and the same work by plain calls that set the ceiling.
+
+    amount: floating-point operations (unit TFLOP/s) or bytes (TB/s) of the kernel; `ceiling` takes
+    as many as `full`.
+    """
+
+    name: str
+    kernel: Callable[[], Any]
+    reference: Callable[[], Any]
+    ceiling: Callable[[], Any]
+    amount: float
+    full: float
+    unit: str
+
+
+def races(sizes: Sizes, device: torch.device) -> list[Race]:
+    """Return the kernels with what they compete against, on the shapes of a block."""
+    from gblm.kernels import gradient_sums, input_gram, nm_keep, row_keep, score_mask
+
+    draw = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=draw, device=device).to(dtype)
+
+    found = []
+    for inputs, outputs in ((sizes.width, sizes.width), (sizes.width, sizes.inner)):
+        shape = f"[{outputs}, {inputs}]"
+        x = random(sizes.some, sizes.length, inputs, dtype=torch.bfloat16)
+        dy = random(sizes.some, sizes.length, outputs, dtype=torch.bfloat16)
+        flat_x, flat_dy = x.flatten(0, 1), dy.flatten(0, 1)
+        flops = 2.0 * len(flat_x) * inputs * outputs
+        sums = torch.zeros(outputs, inputs, device=device)
+
+        def multiplied(a: Tensor = flat_dy, b: Tensor = flat_x) -> Tensor:
+            return a.T @ b
+
+        def batched(a: Tensor = dy, b: Tensor = x, total: Tensor = sums) -> Tensor:
+            return total.add_(torch.bmm(a.mT, b).float().abs().sum(dim=0))
+
+        work = (x, dy, sums, None)
+        found.append(
+            Race(
+                f"gradient_sums {shape}, {sizes.some}×{sizes.length}",
+                lambda work=work: gradient_sums.gradient_sums(*work),
+                lambda work=work: gradient_sums.reference(*work),
+                multiplied,
+                flops,
+                flops,
+                "TFLOP/s",
+            )
+        )
+        found.append(
+            Race("bmm and accumulate", batched, batched, multiplied, flops, flops, "TFLOP/s")
+        )
+        total = torch.zeros(inputs, inputs, device=device)
+        half = 1.0 * len(flat_x) * inputs * (inputs + 1)
+        if outputs == inputs:
+            gram = (total, flat_x)
+            found.append(
+                Race(
+                    f"input_gram [{inputs}, {inputs}], {len(flat_x)} positions",
+                    lambda gram=gram: input_gram.input_gram(*gram),
+                    lambda gram=gram: input_gram.reference(*gram),
+                    lambda a=flat_x: a.T @ a,
+                    half,
+                    2.0 * len(flat_x) * inputs * inputs,
+                    "TFLOP/s",
+                )
+            )
+        weight, gradient = random(outputs, inputs), random(outputs, inputs).abs()
+        norm, other = random(inputs).abs(), torch.empty_like(weight)
+        moved = 2.0 * weight.nbytes
+
+        def copied(a: Tensor = other, b: Tensor = weight) -> Tensor:
+            return a.copy_(b)
+
+        fused = (weight, norm, gradient, 100.0, 2, 4)
+        pairs: list[tuple[str, Any, Any, float]] = [
+            (  # W and G read, W and the mask written
+                "score_mask 2:4",
+                lambda fused=fused: score_mask.score_mask(*fused),
+                lambda fused=fused: score_mask.reference(*fused),
+                13.0,
+            ),
+            (
+                "nm_keep 2:4",
+                lambda w=gradient: nm_keep.nm_keep(w, 2, 4),
+                lambda w=gradient: nm_keep.reference(w, 2, 4),
+                5.0,
+            ),
+            (
+                "row_keep 50 %",
+                lambda w=gradient: row_keep.row_keep(w, w.shape[1] // 2),
+                lambda w=gradient: row_keep.reference(w, w.shape[1] // 2),
+                5.0,
+            ),
+        ]
+        for name, kernel, reference, bytes_ in pairs:
+            amount = bytes_ * weight.numel()
+            found.append(Race(f"{name} {shape}", kernel, reference, copied, amount, moved, "TB/s"))
+    return found
+
+
+def kernels_part(sizes: Sizes, device: torch.device) -> str:
+    """Return the table of the kernels."""
+    head = "kernel", "ms", "rate", "ceiling", "share", "reference, ms", "compiled reference, ms"
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---', *['--:'] * 6])} |"]
+    for race in races(sizes, device):
+        own, theirs = seconds(race.kernel, device), seconds(race.reference, device)
+        top = race.full / seconds(race.ceiling, device) / 1e12
+        rate = race.amount / own / 1e12
+        try:
+            compiled = f"{1e3 * seconds(torch.compile(race.reference), device):.3f}"
+        except Exception as error:  # of a compiler that is missing, or of the code it made
+            compiled = type(error).__name__
+        cells = [race.name, f"{1e3 * own:.3f}", f"{rate:.3g} {race.unit}", f"{top:.3g}"]
+        cells += [f"{100 * rate / top:.0f} %", f"{1e3 * theirs:.3f}", compiled]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return (
+        "Medians of ten rounds. The ceiling is what cuBLAS reaches in bfloat16 on the same\n"
+        "matrices, or copying the weight; `input_gram` counts the half of the operations that a\n"
+        "symmetric product has.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def made(sizes: Sizes, device: torch.device, place: torch.device) -> nn.Module:
+    """Return a LLaMA with random weights in bfloat16, drawn on the device and put in place."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.inner,
+        num_hidden_layers=sizes.blocks,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=max(sizes.length, 32),
+    )
+    auto: Any = AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = auto.from_config(config, dtype=torch.bfloat16)
+    for module in model.modules():
+        for name, own in list(module.named_parameters(recurse=False)):
+            drawn = torch.empty(own.shape, dtype=torch.bfloat16, device=device)
+            module.register_parameter(name, nn.Parameter(drawn.to(place), requires_grad=False))
+    draw_weights(model, device)
+    return model.to(place).eval()
+
+
+def draw_weights(model: nn.Module, device: torch.device) -> None:
+    """Give a model new random weights, norms of 1."""
+    draw = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for own in model.parameters():
+            if own.ndim == 1:
+                own.fill_(1)
+            else:
+                drawn = torch.empty(own.shape, dtype=own.dtype, device=device)
+                own.copy_(drawn.normal_(std=own.shape[-1] ** -0.5, generator=draw))
+
+
+def samples(sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+    """Return random windows."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(sizes.vocabulary, (sizes.samples, sizes.length), generator=draw)
+    return {"input_ids": ids.to(device)}
+
+
+def floor(model: nn.Module, sizes: Sizes, device: torch.device) -> tuple[float, float]:
+    """Return the seconds of gblm's operations at the measured matrix rate, and that rate."""
+    x = torch.randn(sizes.some * sizes.length, sizes.width, device=device, dtype=torch.bfloat16)
+    w = torch.randn(sizes.width, sizes.width, device=device, dtype=torch.bfloat16)
+    rate = 2 * x.numel() * len(w) / seconds(lambda: x @ w, device)
+    weights = sizes.blocks * (4 * sizes.width**2 + 3 * sizes.width * sizes.inner)
+    return GBLM_FLOPS * weights * sizes.samples * sizes.length / rate, rate
+
+
+def model_part(sizes: Sizes, device: torch.device, pattern: str, names: list[str]) -> str:
+    """Return the seconds and the peak memory of pruning by some methods."""
+    model = made(sizes, device, device)
+    batch = samples(sizes, device)
+    least, rate = floor(model, sizes, device)
+    lines = [
+        "| method | s | gradients, s | prune, s | peak GB |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for name in names:
+        draw_weights(model, device)  # of a pruned one the equal zeros would cost more
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        sync(device)
+        start = time.perf_counter()
+        report = gblm.prune(model, batch, methods.make(name), pattern)
+        sync(device)
+        whole = time.perf_counter() - start
+        parts = [f"{report.seconds.get(key, 0.0):.1f}" for key in ("gradients", "prune")]
+        cells = [name, f"{whole:.1f}", *parts, f"{peak_memory(device) / 1e9:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    text = f"{shape(model, sizes)}, to {pattern}:\n\n" + "\n".join(lines)
+    return (
+        f"{text}\n\nAt the measured rate of {rate / 1e12:.3g} TFLOP/s the operations of gblm, "
+        f"{GBLM_FLOPS} for each weight and token,\ntake {least:.1f} s.\n"
+    )
+
+
+def shape(model: nn.Module, sizes: Sizes) -> str:
+    """Return the size of the model and of the batch, in words."""
+    count = sum(own.numel() for own in model.parameters())
+    return (
+        f"A LLaMA of {count / 1e9:.3g} billion random weights in bfloat16 ({sizes.blocks} blocks, "
+        f"{sizes.width} wide,\n{sizes.inner} inside), {sizes.samples} windows of {sizes.length}"
+    )
+
+
+def offload_part(sizes: Sizes, device: torch.device, pattern: str) -> str:
+    """Return the peak memory of the device with weights in main memory, gradients in a folder."""
+    model = made(sizes, device, torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    adapter = find_adapter(model)
+    held = Memory(dict(model.named_parameters()), pinned=device.type == "cuda")
+    offload = Offload(model, adapter.blocks(model), held, device)
+    batch = placed(samples(sizes, device), model)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        blocks = survey(model, batch, adapter)
+        kept = GradientFolder(work / "gradients", {"needs": ["grad_abs"]}, torch.bfloat16)
+        given: dict[str, Any] = {"adapter": adapter, "blocks": blocks, "spill": work}
+        gradient_sums(model, batch, {"grad_abs"}, keep=kept, **given)
+        sync(device)
+        first = time.perf_counter() - start
+        method = methods.make("gblm")
+        gblm.prune(model, batch, method, pattern, gradients=kept.finish(), **given)
+        sync(device)
+    whole = time.perf_counter() - start
+    offload.close()
+    return (
+        f"{shape(model, sizes)}, by gblm to {pattern}, with the\nweights in main memory and the "
+        "inputs of blocks and the sums of gradients (in bfloat16) on disk:\n"
+        f"a peak of {peak_memory(device) / 1e9:.1f} GB on the device, in {whole:.1f} s, "
+        f"{first:.1f} of them gradients.\n"
+    )
+
+
+def machine(device: torch.device) -> str:
+    """Return the device and the versions of what runs on it."""
+    import transformers
+    import triton
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, toy sizes"
+    return (
+        f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}, triton "
+        f"{triton.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def main() -> None:
+    """Read the flags, measure a part or all, print the text and write it where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--part", choices=["kernels", "7b", "offload", "all"], default="all", help="[%(default)s]")
+    add("--device", default="cuda", help="[%(default)s]")
+    add("--tiny", action="store_true", help="toy sizes, to try the script")
+    add("--pattern", default="0.5", help="of the model's parts [%(default)s]")
+    add("--methods", default="gblm,wanda,sparsegpt", help="of 7b [%(default)s]")
+    add("--write", type=Path, help="Markdown file for the tables")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    elif not torch.cuda.is_available():
+        raise SystemExit("no GPU here; --device cpu --tiny tries the script")
+    sizes = TINY if args.tiny else Sizes()
+    parts = {
+        "kernels": lambda: kernels_part(sizes, device),
+        "7b": lambda: model_part(sizes, device, args.pattern, args.methods.split(",")),
+        "offload": lambda: offload_part(sizes, device, args.pattern),
+    }
+    titles = {"kernels": "the kernels", "7b": "LLaMA-2-7B's shape", "offload": "offloaded weights"}
+    for name in parts if args.part == "all" else [args.part]:
+        text = f"{parts[name]()}\n{machine(device)}\n"
+        text += f"\n    {tables.portable(shlex.join(['python', 'eval/gpu.py', *sys.argv[1:]]))}\n"
+        print(text)
+        if args.write:
+            tables.write(args.write, f"gpu-{name}", f"## GPU: {titles[name]}", text)
+
+
+if __name__ == "__main__":
+    main()
