@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
+from gblm.call import Call, Forward, made
 from gblm.device import MicroBatch, free_memory, out_of_memory
 from gblm.head import finite, head_backward, saved
 from gblm.offload import here, offload_of, read_tensors, write_tensors
-from gblm.stream import Call, Forward, check, made, replaced
+from gblm.stream import check, replaced
 from gblm.survey import (
     Block,
     Linear,

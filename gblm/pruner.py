@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from gblm import allocation, distributed, patterns, stats
 from gblm.allocation import Allocation, Weighed
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
+from gblm.call import Call
 from gblm.device import MicroBatch
 from gblm.gradients import gradient_sums, regional_sums
 from gblm.offload import here
 from gblm.refine import refine
 from gblm.report import LinearReport, Report, clock
-from gblm.stream import Call, Inputs, Weights, forward
+from gblm.stream import Inputs, Weights, forward
 from gblm.survey import Block, Linear, find_adapter, placed, size, survey
 from gblm.survey import micro_batch as sized
 from gblm.work import Journal

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gblm import distributed
+from gblm.call import Call, made
 from gblm.device import halved
 from gblm.stats import wide
-from gblm.stream import Call, made
 from gblm.survey import Block
 
 RATE = 0.01  # of Adam, times the mean size of the weights of a tensor

@@ -21,7 +21,7 @@ LAYERS = [
     ("methods",),
     ("device", "distributed"),
     ("offload",),
-    ("survey", "stream", "head", "gradients", "refine"),
+    ("survey", "call", "stream", "head", "gradients", "refine"),
     ("report", "output"),
     ("work",),
     ("pruner",),
