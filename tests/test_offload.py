@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gblm
-from gblm import methods, offload, stream
+from gblm import call, methods, offload
 from gblm.llm.adapters import adapter
 from gblm.offload import Disk, Memory, Offload, here
 from gblm.survey import find_adapter
@@ -108,7 +108,7 @@ def test_a_stream_that_fits_nowhere_goes_through_files(
     gblm.prune(plain, batch, methods.make(name), "0.5", micro_batch=2, backward="blocks")
     made = []
     from_file = torch.from_file
-    monkeypatch.setattr(stream, "free_memory", lambda device: 0)
+    monkeypatch.setattr(call, "free_memory", lambda device: 0)
     monkeypatch.setattr(torch, "from_file", lambda *a, **k: made.append(a) or from_file(*a, **k))
     made_of = {"micro_batch": 2, "backward": "blocks", "spill": tmp_path}
     gblm.prune(other, batch, methods.make(name), "0.5", **made_of)
