@@ -252,7 +252,9 @@ def window_length(config: PreTrainedConfig, length: int | None) -> int:
     if length < 2:
         raise GblmError(f"windows of {length} have no target; use a --length of 2 or more")
     if most is not None and length > most:
-        raise GblmError(f"--length {length} is beyond the {most} positions of the model")
+        raise GblmError(
+            f"--length {length} is beyond the {most} positions of the model; use {most} or less"
+        )
     return length
 
 
