@@ -1,5 +1,6 @@
 """Small models and batches that the tests share."""
 
+import json
 import os
 import pickle
 import stat
@@ -175,6 +176,17 @@ class Sealed:
             assert found
             assert "; " in said, "what is wrong; the way out"
         return code, error
+
+    def result(self, output: Path) -> dict[str, object]:
+        """Return every bit of the weights in a folder of results, and what was measured."""
+        found: dict[str, object] = {}
+        for file in sorted(output.rglob("*.safetensors")):
+            found[str(file.relative_to(output))] = file.read_bytes()
+        for file in sorted(output.rglob("report.json")):
+            report = json.loads(file.read_text())
+            errors = [linear["relative_error"] for linear in report["linears"]]
+            found[str(file.relative_to(output))] = (report["evaluation"], errors)
+        return found
 
 
 @pytest.fixture

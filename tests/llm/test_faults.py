@@ -420,18 +420,6 @@ def test_a_model_and_texts_of_read_only_folders_are_enough(model, run):
         model.chmod(0o700)
 
 
-def result(output: Path) -> dict[str, object]:
-    """Return every bit of the weights in a folder of results, and what was measured of them."""
-    found: dict[str, object] = {}
-    for file in sorted(output.rglob("*.safetensors")):
-        found[str(file.relative_to(output))] = file.read_bytes()
-    for file in sorted(output.rglob("report.json")):
-        report = json.loads(file.read_text())
-        errors = [linear["relative_error"] for linear in report["linears"]]
-        found[str(file.relative_to(output))] = (report["evaluation"], errors)
-    return found
-
-
 def test_results_are_the_same_bits_every_time(run, llm, model, sealed):
     """The second run is a process of its own, whose hashes, addresses and home are others."""
     threads = torch.get_num_threads()
@@ -453,9 +441,9 @@ def test_results_are_the_same_bits_every_time(run, llm, model, sealed):
         capture_output=True,
     )
     assert sealed.tree(output) == before, "nothing is written elsewhere"
-    first = result(sealed.root / "out")
+    first = sealed.result(sealed.root / "out")
     assert len(first) == 4
-    assert result(output) == first
+    assert sealed.result(output) == first
     shutil.rmtree(output)
 
 
@@ -464,5 +452,5 @@ def test_results_from_disk_are_the_same_bits_every_time(method, run, sealed):
     found = []
     for _ in range(2):
         assert run("--method", method, "--offload", "disk", "--overwrite")[0] == 0
-        found.append(result(sealed.root / "out"))
+        found.append(sealed.result(sealed.root / "out"))
     assert found[0] == found[1]
