@@ -81,7 +81,7 @@ def check_end(side: str, argv: list[str], capsys: pytest.CaptureFixture[str]) ->
         ["--work-dir", "x" * 5000],
         ["--gradients", "x" * 5000],
         ["--config", "x" * 5000],
-        ["--output", "\ud800"],
+        ["--output", "\udcff"],
         ["--method", "gblm," * 3000],
         ["--sparsity", "9" * 5000 + ":4"],
         ["--sparsity", "1:" + "9" * 5000],

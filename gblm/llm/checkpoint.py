@@ -87,7 +87,7 @@ def local_file(like: str, name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def stored_dtype(like: str) -> torch.dtype | None:
+def checkpoint_dtype(like: str) -> torch.dtype | None:
     """Return the dtype of the first floating tensor of a checkpoint, None where it has no file."""
     file = local_file(like, next(iter(read_index(like).values()), SAFE_WEIGHTS_NAME))
     if file is None:

@@ -30,9 +30,9 @@ from gblm.llm.checkpoint import (
     check_layers,
     check_shapes,
     check_source,
+    checkpoint_dtype,
     read_index,
     reshard,
-    stored_dtype,
     tensor_files,
 )
 from gblm.offload import (
@@ -93,7 +93,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model without its tokenizer: see `load`."""
     check_source(model)
-    wanted = find_dtype(dtype, device, lambda: stored_dtype(model))
+    wanted = find_dtype(dtype, device, lambda: checkpoint_dtype(model))
     auto: Any = AutoModelForCausalLM
     with _explained(model):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -147,13 +147,13 @@ def load_offloaded(
         raise GblmError(
             f"model {model} has no safetensors to be read block by block; --offload cpu"
         )
-    wanted = find_dtype(dtype, device, lambda: stored_dtype(model))
+    wanted = find_dtype(dtype, device, lambda: checkpoint_dtype(model))
     auto: Any = AutoModelForCausalLM
     with _explained(model):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     check_layers(model, config, files)
     with _explained(model):
-        made = wanted or stored_dtype(model) or torch.float32
+        made = wanted or checkpoint_dtype(model) or torch.float32
         with init_empty_weights(include_buffers=False):
             empty = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code)
         empty.tie_weights()
@@ -314,7 +314,7 @@ def _save(
     like: str,
     shards: dict[str, str],
 ) -> None:
-    dtype = stored_dtype(like)
+    dtype = checkpoint_dtype(like)
     if dtype not in (None, model.dtype):
         model = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
     model.save_pretrained(folder, max_shard_size="100TB")

@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "an Inf in a norm": (poisoned("norm.weight", float("inf")), "norm.weight"),
     "a NaN in the head": (poisoned("head.weight", float("nan")), "head.weight"),
     "a NaN in the position embedding": (poisoned("pos_embed", float("nan")), "pos_embed"),
-    "a weight that overflows": (poisoned(FC1, 3e38), "NaN or an Inf"),
+    "a weight that overflows": (poisoned(FC1, 3e38), "the dense model is nan"),
     "wider": (sizes(embed_dim=64), "not [1, 1, 64]"),
     "no width": (sizes(embed_dim=0), "cannot be made"),
     "a negative width": (sizes(embed_dim=-1), "cannot be made"),
