@@ -133,7 +133,7 @@ def whole(text: str, what: str) -> int | None:
     """Return a positive whole number, None for "auto"; raises `GblmError` for anything else."""
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
         raise GblmError(f"{what} {text!r} is neither auto nor a whole number of 1 or more")
     return int(text)
 

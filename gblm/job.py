@@ -1,6 +1,7 @@
 """A job: the runs of one command on one model, their gradients, their folders."""
 
 import argparse
+import math
 import shutil
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from gblm.base import Adapter, Batch, Method, Pattern, Statistics
+from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.config import Flags, Recipe
 from gblm.device import DTYPES, peak_memory
 from gblm.distributed import rank
@@ -191,6 +192,7 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
             before = job.evaluate(job.model, show)
+            check_sound(before)
             if job.examples:
                 job.examples.before(job.model)
         lots = gradient_lots(job, wanted, found, show)
@@ -205,6 +207,17 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
             if not rank():
                 keep(job, wanted, reports, lot)
     return reports
+
+
+def check_sound(before: Evaluation) -> None:
+    """Raise `GblmError` where a metric of the dense model is NaN: there is nothing to keep."""
+    for name, metrics in before.items():
+        for metric, value in metrics.items():
+            if math.isnan(value) and not metric.endswith("_stderr"):  # that of one item is
+                raise GblmError(
+                    f"{name}: the {metric} of the dense model is nan; check the model, and what it "
+                    "is evaluated on"
+                )
 
 
 def keep(job: Job, wanted: list[Run], reports: list[Report], lot: "Lot") -> None:

@@ -47,7 +47,11 @@ def check_report(folder: Path, overwrite: bool) -> None:
 
 def _parent(folder: Path, what: str) -> Path:
     """Return the nearest folder above that is there; raises `GblmError` where a file is instead."""
-    if folder.exists() and not folder.is_dir():
+    try:
+        there = folder.exists()
+    except OSError as error:  # no folder can have that name
+        raise GblmError(f"{what} {str(folder)[:60]}…: {error.strerror}; give another") from error
+    if there and not folder.is_dir():
         raise GblmError(f"{what} {folder} is a file; give a folder")
     parent = folder.absolute().parent
     while not parent.exists():

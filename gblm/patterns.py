@@ -70,7 +70,7 @@ def parse(text: str, group: str = "row") -> Pattern:
 
     Raises `GblmError` where the text is neither a sparsity nor n:m.
     """
-    if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+    if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip()):
         return nm(int(match[1]), int(match[2]))
     sparsity, _, named = text.strip().partition("/")
     try:

@@ -70,7 +70,7 @@ def prune(
     report = Report(method.name, pattern.name, blocks=[block.name for block in blocks])
     report.parameters = sum(parameter.numel() for parameter in model.parameters())
     if journal:
-        journal.begin(report)
+        journal.begin(report, blocks)
     for block in blocks:
         report.dense.update(block.dense)
     needs = needed(method, pattern)

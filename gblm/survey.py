@@ -3,7 +3,7 @@
 import fnmatch
 import importlib.metadata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +141,7 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
     """Return the blocks of the model in the order of use, as runs of one and two samples find them.
 
     Raises `GblmError` where the model has no blocks or no linears in them that can be pruned, uses
-    a block more than once, or has a NaN or an Inf in a weight.
+    a block more than once, or has a NaN or an Inf in a parameter.
     """
     names = {module: name for name, module in adapter.blocks(model).items()}
     if not names:
@@ -149,6 +149,7 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
             f"no blocks found in {type(model).__name__}; pass an Adapter that names them"
         )
     linears = {module: _linears(name, module, adapter) for module, name in names.items()}
+    _check_finite(model, names)
     first = take(batch, slice(0, 1))
     twice = {name: torch.cat([value, value]) for name, value in first.items()}
     once = _visits(model, first, adapter, names, linears)
@@ -297,15 +298,22 @@ def valueless(tensor: Tensor) -> bool:
 
 
 def _linears(name: str, block: nn.Module, adapter: Adapter) -> list[Linear]:
-    found = [
+    return [
         Linear(f"{name}.{inner}" if inner else name, module, kind)
         for inner, module in block.named_modules()
         if (kind := adapter.kind(module))
     ]
-    with here(block):
-        for linear in found:
-            if not valueless(linear.weight) and not torch.isfinite(linear.weight).all():
-                raise GblmError(
-                    f"{linear} holds a NaN or an Inf in its weight; load a sound checkpoint"
-                )
-    return found
+
+
+def _check_finite(model: nn.Module, blocks: Collection[nn.Module]) -> None:
+    """Raise `GblmError` where a parameter holds a NaN or an Inf, within the blocks or outside."""
+    within = {module for block in blocks for module in block.modules()} - set(blocks)
+    for name, module in model.named_modules():
+        if module in within:
+            continue
+        with here(module):  # all of a block at once, of another module what is its own
+            for own, value in module.named_parameters(name, recurse=module in blocks):
+                if not valueless(value) and not torch.isfinite(value).all():
+                    raise GblmError(
+                        f"{own} {list(value.shape)} holds a NaN or an Inf; load a sound checkpoint"
+                    )

@@ -149,8 +149,10 @@ class GradientFolder:
             if must:
                 raise GblmError(f"{self.folder} holds no gradients.json; give a former --work-dir")
             return None
-        found = read_json(path)
-        theirs = dict(found["settings"])
+        found = read_json(path, settings=dict, linears=list, samples=int, positions=int)
+        theirs = found["settings"]
+        if not isinstance(theirs.get("needs"), list):
+            raise GblmError(f"{path} names no statistics; remove its folder")
         if set(self.settings["needs"]) <= set(theirs["needs"]):
             theirs["needs"] = self.settings["needs"]
         if must and theirs["share"] > self.settings["share"]:
@@ -169,6 +171,7 @@ class Journal:
         self.finished: list[str] = []
         self.entries: list[dict[str, Any]] = []
         self.report: Report | None = None
+        self.last = ""  # block, after which there is no stream
         if not self.path.is_file():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -177,15 +180,23 @@ class Journal:
             return
         if not resume:
             raise GblmError(f"{folder} holds a run; --resume goes on with it, or remove the folder")
-        found = read_json(self.path)
+        found = read_json(self.path, settings=dict, finished=list, linears=list)
         refuse_others(folder, found["settings"], self.settings)
         self.finished = found["finished"]
         self.entries = found["linears"]
 
-    def begin(self, report: Report) -> None:
-        """Take the report of a run, and give it what became of the finished blocks."""
-        self.report = report
-        report.linears = [LinearReport(**entry) for entry in self.entries]
+    def begin(self, report: Report, blocks: list[Block]) -> None:
+        """Take the report of a run, and give it what became of the finished blocks.
+
+        Raises `GblmError` where these are not the first blocks of the model.
+        """
+        self.report, self.last = report, blocks[-1].name
+        try:
+            report.linears = [LinearReport(**entry) for entry in self.entries]
+        except TypeError as error:
+            raise GblmError(f"{self.path} is damaged ({error}); remove its folder") from error
+        if self.finished != [block.name for block in blocks[: len(self.finished)]]:
+            raise GblmError(f"{self.path} names other blocks than the model; remove its folder")
 
     def has(self, block: Block) -> bool:
         """Say whether a block is finished."""
@@ -196,14 +207,15 @@ class Journal:
 
         Those of the blocks before are empty of values, for nobody looks at them.
         """
-        stored = read_tensors(_file(self.folder, block.name))
+        own = dict(block.module.named_parameters())
+        stored = read_tensors(_file(self.folder, block.name), list(own))
         with torch.no_grad(), here(block.module):
-            for name, parameter in block.module.named_parameters():
+            for name, parameter in own.items():
                 parameter.copy_(stored[name])
             leaves, spec = tree_flatten(call.run(call.arguments(slice(0, 1))))
         values: dict[str, Tensor] = {}
-        if block.name == self.finished[-1] and (path := self._stream(len(self.finished))).exists():
-            values = read_tensors(path)
+        if block.name == self.finished[-1] and block.name != self.last:
+            values = read_tensors(self._stream(len(self.finished)))
         for i, leaf in enumerate(leaves):
             if str(i) in values:
                 leaves[i] = values[str(i)].to(leaf.device)
@@ -278,12 +290,16 @@ def write_json(path: Path, value: Any) -> None:
     write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; raises `GblmError` where it is damaged."""
+def read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """Return the object in a JSON file; raises `GblmError` where it lacks a value of each kind."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise GblmError(f"{path} cannot be read ({error}); remove its folder") from error
+    own = found if isinstance(found, dict) else {}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(own.get(name), kind)]:
+        raise GblmError(f"{path} is damaged: it lacks {', '.join(wrong)}; remove its folder")
+    return own
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -1,7 +1,12 @@
 """Small models and batches that the tests share."""
 
+import json
 import os
-from collections.abc import Callable
+import pickle
+import stat
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -133,3 +138,85 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     timm.models.save_for_hf(model, folder / "tiny", model_args=sizes, safe_serialization=True)
     sources = ["--calibration", str(folder / "images"), "--evaluate", str(folder / "images")]
     return ["vit", "--model", str(folder / "tiny"), *sources, "--samples", "8", "--device", "cpu"]
+
+
+@dataclass
+class Sealed:
+    """A place to run a command in, whose files, home and temporary folder are watched.
+
+    `run` returns the exit code and what was said on stderr. It fails where the command raises,
+    says something other than one error with a way out, or changes anything but `allowed`.
+    """
+
+    root: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def tree(self, *allowed: Path) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for path in sorted(self.root.rglob("*")):
+            if any(path == one or one in path.parents for one in allowed):
+                continue
+            state = path.lstat()
+            what = state.st_mtime_ns if stat.S_ISREG(state.st_mode) else None
+            found[str(path.relative_to(self.root))] = (state.st_mode, what)
+        return found
+
+    def run(
+        self, main: Callable[[Sequence[str]], int], argv: Sequence[str], *allowed: Path
+    ) -> tuple[int, str]:
+        before = self.tree(*allowed)
+        self.capsys.readouterr()
+        code = main(argv)
+        error = self.capsys.readouterr().err
+        assert self.tree(*allowed) == before, "something was written elsewhere"
+        assert "Traceback" not in error
+        assert code in (0, 2)
+        if code == 2:
+            _, found, said = error.rpartition("error: ")
+            assert found
+            assert "; " in said, "what is wrong; the way out"
+        return code, error
+
+    def result(self, output: Path) -> dict[str, object]:
+        """Return every bit of the weights in a folder of results, and what was measured."""
+        found: dict[str, object] = {}
+        for file in sorted(output.rglob("*.safetensors")):
+            found[str(file.relative_to(output))] = file.read_bytes()
+        for file in sorted(output.rglob("report.json")):
+            report = json.loads(file.read_text())
+            errors = [linear["relative_error"] for linear in report["linears"]]
+            found[str(file.relative_to(output))] = (report["evaluation"], errors)
+        return found
+
+
+@pytest.fixture
+def sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Sealed:
+    """An empty place with a home, a temporary folder and a working directory of its own."""
+    for name in ("home", "tmp", "here/deep"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.chdir(tmp_path / "here" / "deep")
+    return Sealed(tmp_path, capsys)
+
+
+class Hostile:
+    """What writes a file when its pickle is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.write_text, (self.mark, "loaded")
+
+
+@pytest.fixture
+def hostile(sealed: Sealed) -> Hostile:
+    """An object whose pickle writes `mark`, shown to do so."""
+    mark = sealed.root / "mark"
+    pickle.loads(pickle.dumps(Hostile(mark)))
+    mark.unlink()
+    return Hostile(mark)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gblm import methods, patterns, stats
@@ -10,6 +12,9 @@ from gblm.solvers import admm, sparsegpt
 
 OUT, IN = 24, 32
 PATTERNS = ["0.5", "0.5/layer", "0.7/layer", "2:4", "4:8"]
+SOLVERS = ["admm", "sparsegpt", "wanda+repair", "wanda+sparsegpt"]
+few = settings(deadline=None, max_examples=6)
+seeds = st.integers(0, 2**31)
 
 
 def draw(
@@ -125,3 +130,47 @@ def test_sparsegpt_takes_a_mask_that_is_given():
     again, same = sparsegpt.solve(weight, found, allowed, keep)
     assert torch.equal(same, keep)
     torch.testing.assert_close(again, new)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@few
+@given(seed=seeds, pattern=st.sampled_from(PATTERNS), power=st.integers(-12, 12))
+def test_solvers_know_no_scale_of_inputs_and_follow_that_of_the_weight(name, seed, pattern, power):
+    weight, x, _ = draw(60, seed)
+    allowed, solve = patterns.parse(pattern), methods.make(name).solve
+    new, keep = solve(weight, seen(weight, x), allowed)
+    louder, kept = solve(weight, seen(weight, x * 2.0**power), allowed)
+    assert torch.equal(kept, keep)
+    torch.testing.assert_close(louder, new)
+    larger, kept = solve(weight * 2.0**power, seen(weight, x), allowed)
+    assert torch.equal(kept, keep)
+    torch.testing.assert_close(larger, new * 2.0**power)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@few
+@given(seed=seeds, data=st.data(), pattern=st.sampled_from(["0.5", "2:4", "0.7"]))
+def test_solvers_know_no_order_of_rows_and_leave_rows_of_zeros(name, seed, data, pattern):
+    weight, x, _ = draw(60, seed)
+    weight[5] = 0
+    allowed, solve = patterns.parse(pattern), methods.make(name).solve
+    new, keep = solve(weight, seen(weight, x), allowed)
+    assert not new[5].any()
+    assert not new[~keep].any()
+    order = data.draw(st.permutations(range(OUT)))
+    other, kept = solve(weight[order], seen(weight, x), allowed)
+    same = [row for row in range(OUT) if order[row] != 5]  # of a row of zeros any mask will do
+    assert torch.equal(kept[same], keep[order][same])
+    torch.testing.assert_close(other, new[order])
+
+
+@pytest.mark.parametrize("solver", ["repair", "admm", "sparsegpt"])
+@few
+@given(seed=seeds, pattern=st.sampled_from(PATTERNS), positions=st.sampled_from([3, 20, 200]))
+def test_mending_never_makes_a_mask_worse(solver, seed, pattern, positions):
+    weight, x, _ = draw(positions, seed)
+    found, allowed = seen(weight, x), patterns.parse(pattern)
+    keep = methods.make("wanda").solve(weight, found, allowed)[1]
+    new, kept = methods.make(f"wanda+{solver}").solve(weight, found, allowed)
+    assert torch.equal(kept, keep)
+    assert error(weight, new, x) <= error(weight, weight * keep, x) * 1.0001

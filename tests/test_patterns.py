@@ -1,6 +1,7 @@
 """The laws of every pattern."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -88,6 +89,63 @@ LAWS: list[Callable[[str, Tensor, Tensor], None]] = [check_count, check_order, c
 @given(score=scores)
 def test_law(law, name, score):
     law(name, patterns.parse(name).keep(score), score)
+
+
+odd = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31)).map(
+    lambda drawn: torch.randint(
+        7, drawn[:2], generator=torch.Generator().manual_seed(drawn[2])
+    ).float()
+)
+sparsities = st.floats(0, 1, exclude_min=True, exclude_max=True)
+
+
+@pytest.mark.parametrize("group", patterns.GROUPS)
+@few
+@given(score=odd, sparsity=sparsities)
+def test_any_shape_loses_its_count_and_keeps_a_weight(group, score, sparsity):
+    keep = patterns.unstructured(sparsity, group).keep(score)
+    rows = keep if group == "row" else keep.reshape(1, -1)
+    size = rows.shape[1]
+    lost = (~rows).sum(dim=1)
+    assert (lost == lost[0]).all()
+    assert lost[0] < size
+    assert lost[0] == min(int(size * sparsity + 1e-6), size - 1)
+    check_order("0.5" if group == "row" else "0.5/layer", keep, score)
+
+
+@pytest.mark.parametrize("group", patterns.GROUPS)
+@few
+@given(score=odd, two=st.tuples(sparsities, sparsities).map(sorted))
+def test_what_a_lower_sparsity_drops_a_higher_one_drops_too(group, score, two):
+    less, more = (patterns.unstructured(sparsity, group).keep(score) for sparsity in two)
+    assert not (more & ~less).any()
+
+
+@few
+@given(score=scores, m=st.sampled_from([2, 4, 5, 8]))
+def test_what_more_of_m_drops_fewer_drop_too(score, m):
+    masks = [patterns.nm(n, m).keep(score) for n in range(1, m)]
+    for fewer, more in pairwise(masks):
+        assert not (fewer & ~more).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@few
+@given(score=scores, power=st.integers(-30, 30))
+def test_only_the_order_of_scores_counts(name, score, power):
+    keep = patterns.parse(name).keep
+    assert torch.equal(keep(score * 2.0**power), keep(score))
+    assert torch.equal(keep((score + 1).log()), keep(score))
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text("0123456789.:/-+einfarowly ½٣", max_size=9) | st.text(max_size=9))
+def test_any_text_is_a_pattern_or_refused(text):
+    try:
+        pattern = patterns.parse(text)
+    except GblmError:
+        return
+    assert patterns.parse(pattern.name).name == pattern.name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -193,3 +193,77 @@ def test_a_score_that_is_not_finite_is_an_error(value):
     ):
         with pytest.raises(GblmError, match="the score holds a NaN or an Inf"):
             keep(method, weight, found, "0.5")
+
+
+FORMULAS = {
+    "magnitude": scores.magnitude,
+    "gradient": scores.gradient,
+    "wanda": scores.wanda,
+    "gblm": scores.gblm,
+    "gblm auto": lambda weight, found: scores.gblm(weight, found, alpha="auto"),
+    "ria": scores.ria,
+    "pruner-zero": scores.pruner_zero,
+    "wanda++": scores.wanda_plus,
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@few
+@given(seed=seeds, data=st.data())
+def test_a_score_is_0_or_more_and_knows_no_order_of_rows_and_columns(name, seed, data):
+    weight, found = draw(seed)
+    weight[1, 2] = 0
+    score = FORMULAS[name](weight, found)
+    assert score.shape == weight.shape
+    assert (score >= 0).all()
+    assert score[1, 2] == 0
+    rows = data.draw(st.permutations(range(OUT)))
+    columns = data.draw(st.permutations(range(IN)))
+    sums = {
+        key: value[rows][:, columns]
+        if value.shape == weight.shape
+        else value[columns][:, columns]
+        if value.ndim == 2
+        else value[columns]
+        if len(value) == IN
+        else value
+        for key, value in found.sums.items()
+    }
+    permuted = FORMULAS[name](
+        weight[rows][:, columns], Statistics(sums, found.samples, found.positions)
+    )
+    torch.testing.assert_close(permuted, score[rows][:, columns])
+
+
+@pytest.mark.parametrize("norm", scores.NORMS)
+@few
+@given(seed=seeds, scale=st.integers(-20, 20))
+def test_an_alpha_of_auto_gives_both_terms_one_median_whatever_the_loss(norm, seed, scale):
+    weight, found = draw(seed)
+    sums = dict(found.sums)
+    sums["grad_abs"] = sums["grad_abs"] * 2.0**scale
+    sums["grad_sq"] = sums["grad_sq"] * 4.0**scale
+    other = Statistics(sums, found.samples)
+    ones = torch.ones_like(weight)
+    score = scores.gblm(ones, found, alpha="auto", norm=norm)
+    torch.testing.assert_close(scores.gblm(ones, other, alpha="auto", norm=norm), score)
+    inputs = scores.input_norm(found)
+    term = score - inputs
+    torch.testing.assert_close(term.median(), inputs.median())
+
+
+def test_an_alpha_of_auto_takes_means_where_medians_are_0():
+    """Most inputs, or most gradients, are 0; or all of them are."""
+    weight, found = draw(0)
+    dead = {**found.sums, "input_sq": found["input_sq"].clone()}
+    dead["input_sq"][: IN // 2 + 1] = 0
+    dead["grad_abs"] = found["grad_abs"].clone()
+    dead["grad_abs"][: OUT // 2 + 1] = 0
+    few = Statistics(dead, found.samples)
+    inputs, gradients = scores.input_norm(few), few["grad_abs"]
+    assert inputs.median() == gradients.median() == 0
+    alpha = inputs.mean() / gradients.mean()
+    expected = weight.abs() * (inputs + alpha * gradients)
+    torch.testing.assert_close(scores.gblm(weight, few, alpha="auto"), expected)
+    none = Statistics({**dead, "grad_abs": 0 * gradients}, found.samples)
+    torch.testing.assert_close(scores.gblm(weight, none, alpha="auto"), weight.abs() * inputs)

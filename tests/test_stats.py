@@ -132,3 +132,49 @@ def test_position_weights_have_mean_one_and_follow_the_gradients():
     stats.add_inputs(found, x.flatten(0, 1), 3, weights=weights)
     expected = torch.einsum("spi,spj,p->ij", x, x, weights)
     torch.testing.assert_close(found["input_gram"], expected)
+
+
+@few
+@given(seed=st.integers(0, 2**31), samples=st.integers(1, 6), data=st.data())
+def test_sums_know_no_order_of_the_samples(seed, samples, data):
+    x, dy = draw(seed, samples)
+    order = data.draw(st.permutations(range(samples)))
+    for name in ALL:
+        torch.testing.assert_close(of(name, x[order], dy[order])[name], of(name, x, dy)[name])
+
+
+@few
+@given(seed=st.integers(0, 2**31), samples=st.integers(1, 6))
+def test_what_sums_of_squares_and_of_sizes_are_to_each_other(seed, samples):
+    x, dy = draw(seed, samples)
+    found = {name: of(name, x, dy)[name] for name in ALL}
+    gram = found["input_gram"]
+    torch.testing.assert_close(gram, gram.T)
+    assert torch.linalg.eigvalsh(gram)[0] > -1e-9
+    torch.testing.assert_close(gram.diagonal(), found["input_sq"])
+    torch.testing.assert_close(found["cross_gram"], gram)  # where the dense inputs are the same
+    # (Σ|g|)² / samples ≤ Σ g² ≤ (Σ|g|)²
+    size, square = found["grad_abs"].square(), found["grad_sq"]
+    assert (square <= size * (1 + 1e-9)).all()
+    assert (size <= samples * square * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("inputs", [6, 128, 200, 1100])
+def test_a_gram_matrix_is_the_same_in_strips(inputs):
+    x = torch.randn(50, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = stats.zeros(["input_gram"], torch.empty(1, inputs, dtype=torch.float64))
+    for part in x.split(20):
+        stats.add_inputs(found, part, 1)
+    torch.testing.assert_close(found["input_gram"], x.T @ x)
+    torch.testing.assert_close(found["input_gram"], found["input_gram"].T)
+
+
+@few
+@given(seed=st.integers(0, 2**31), focus=st.floats(0, 1))
+def test_weights_of_positions_have_mean_one_whatever_the_focus(seed, focus):
+    gradients = [of("grad_position", *draw(seed + i, 2)) for i in range(2)]
+    weights = stats.position_weights(gradients, focus)
+    assert weights.mean().item() == pytest.approx(1)
+    assert (weights >= 1 - focus - 1e-9).all()
+    total = gradients[0]["grad_position"] + gradients[1]["grad_position"]
+    assert torch.equal(weights.argsort(stable=True), total.argsort(stable=True)) or focus < 1e-6

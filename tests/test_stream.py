@@ -348,8 +348,21 @@ def poison_weight(model, batch):
     return "model.layers.1.mlp.up_proj"
 
 
+def poison_head(model, batch):
+    model.lm_head.weight.data[3, 4] = float("nan")
+    return "lm_head.weight"
+
+
+def poison_norm_weight(model, batch):
+    model.model.layers[2].input_layernorm.weight.data[0] = float("inf")
+    return "model.layers.2.input_layernorm.weight"
+
+
 def poison_embedding(model, batch):
-    model.model.embed_tokens.weight.data[5] = float("inf")
+    def infinite(module, args, output):
+        return output.masked_fill((args[0] == 5)[..., None], float("inf"))
+
+    model.model.embed_tokens.register_forward_hook(infinite)
     batch["input_ids"][4, 2] = 5
     batch["input_ids"][:4].clamp_(min=6)
     batch["input_ids"][5:].clamp_(min=6)
@@ -357,13 +370,16 @@ def poison_embedding(model, batch):
 
 
 def poison_norm(model, batch):
-    model.model.layers[1].post_attention_layernorm.weight.data[0] = float("inf")
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.register_forward_hook(lambda module, args, output: output * float("inf"))
     return "model.layers.1.mlp.gate_proj"
 
 
-@pytest.mark.parametrize("poison", [poison_weight, poison_embedding])
+@pytest.mark.parametrize(
+    "poison", [poison_weight, poison_head, poison_norm_weight, poison_embedding]
+)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_a_statistic_that_is_not_finite_names_its_linear(llama, batch, method, poison):
+def test_what_is_not_finite_is_named(llama, batch, method, poison):
     name = poison(llama, batch)
     dense, before = weights(llama), state(llama)
     with pytest.raises(gblm.GblmError, match=name.replace(".", r"\.")):

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -21,12 +19,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from gblm.base import Batch, GblmError
 from gblm.device import find_device, find_dtype
 from gblm.llm import data
 from gblm.llm.adapters import blocks
+from gblm.llm.checkpoint import (
+    check_blocks,
+    check_layers,
+    check_shapes,
+    check_source,
+    checkpoint_dtype,
+    read_index,
+    reshard,
+    tensor_files,
+)
 from gblm.offload import (
     Disk,
     Offload,
@@ -74,7 +82,9 @@ def load_tokenizer(
     check_source(model)
     with _explained(model):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        return config, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer("a", verbose=False)  # some values of its config are only looked at now
+        return config, tokenizer
 
 
 def load_model(
@@ -82,8 +92,11 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model without its tokenizer: see `load`."""
     check_source(model)
-    wanted = find_dtype(dtype, device, lambda: _dtype(model, _shards(model)))
+    wanted = find_dtype(dtype, device, lambda: checkpoint_dtype(model))
     auto: Any = AutoModelForCausalLM
+    with _explained(model):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    check_layers(model, config, tensor_files(model))
     with _explained(model):
         loaded, info = auto.from_pretrained(
             model,
@@ -98,6 +111,7 @@ def load_model(
             f"model {model}: {len(wrong)} weights are missing or of another shape, such as "
             f"{', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
         )
+    check_blocks(loaded, model, blocks(loaded), set(info["unexpected_keys"]))
     return loaded.to(device).eval()
 
 
@@ -121,7 +135,7 @@ def load_offloaded(
     """
     sources = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     check_source(model)
-    files = _files(model)
+    files = tensor_files(model)
     kind = find_offload(offload, sum(f.stat().st_size for f in set(files.values())), device)
     if kind == "none":
         return load_model(model, device=device, dtype=dtype, **sources), None
@@ -132,11 +146,13 @@ def load_offloaded(
         raise GblmError(
             f"model {model} has no safetensors to be read block by block; --offload cpu"
         )
-    wanted = find_dtype(dtype, device, lambda: _dtype(model, _shards(model)))
+    wanted = find_dtype(dtype, device, lambda: checkpoint_dtype(model))
     auto: Any = AutoModelForCausalLM
     with _explained(model):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        made = wanted or _dtype(model, _shards(model)) or torch.float32
+    check_layers(model, config, files)
+    with _explained(model):
+        made = wanted or checkpoint_dtype(model) or torch.float32
         with init_empty_weights(include_buffers=False):
             empty = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code)
         empty.tie_weights()
@@ -146,6 +162,8 @@ def load_offloaded(
             f"model {model}: {len(missing)} weights have other names in its checkpoint, such as "
             f"{', '.join(missing[:3])}, so that it cannot be read block by block; use --offload cpu"
         )
+    check_blocks(empty, model, blocks(empty), set(files) - set(names))
+    check_shapes(model, names, files)
     return empty.eval(), read_when_used(empty, blocks(empty), files, folder, device)
 
 
@@ -174,29 +192,6 @@ def sketch(
         yield empty.eval()
 
 
-def check_source(model: str) -> None:
-    """Raise `GblmError` where a local model folder is missing, empty or damaged."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if folder.exists():
-            raise GblmError(f"model {model} is a file; give the folder that holds config.json")
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            if "/" not in model and not model.startswith("."):
-                return  # the hub has models without an owner, such as gpt2
-            raise GblmError(f"model {model}: no such folder; give a folder or a hub name")
-        return
-    if not any(folder.iterdir()):
-        raise GblmError(f"model folder {model} is empty; give one that save_pretrained wrote")
-    if not (folder / "config.json").is_file():
-        raise GblmError(f"model folder {model} has no config.json; give one of save_pretrained")
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise GblmError(f"{file} is damaged ({error}); fetch or write it again") from error
-
-
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
     """Turn what transformers raises on loading into a `GblmError` that says the way out."""
@@ -205,7 +200,14 @@ def _explained(model: str) -> Iterator[None]:
     except Exception as error:  # whatever the files, the hub or the config had against it
         text = " ".join(str(error).split())
         way = "check the folder or the name, and the connection to the hub"
-        if "safetensors" in text:
+        if not isinstance(error, OSError | ValueError | RuntimeError):
+            text = f"{type(error).__name__}: {text}"
+        if "ignore_mismatched_sizes" in text:
+            text = "its weights are of other shapes than config.json says"
+            way = "give the config and the weights of one model"
+        elif "Weights only load failed" in text:
+            text, way = "its pickle holds more than weights", "convert the weights to safetensors"
+        elif "safetensors" in text:
             way = "convert the weights to safetensors, or trust them with --allow-pickle"
         elif "trust_remote_code" in text:
             way = "read that code, then trust it with --trust-remote-code"
@@ -234,7 +236,9 @@ def window_length(config: PreTrainedConfig, length: int | None) -> int:
     if length < 2:
         raise GblmError(f"windows of {length} have no target; use a --length of 2 or more")
     if most is not None and length > most:
-        raise GblmError(f"--length {length} is beyond the {most} positions of the model")
+        raise GblmError(
+            f"--length {length} is beyond the {most} positions of the model; use {most} or less"
+        )
     return length
 
 
@@ -274,7 +278,7 @@ def save(
     `like` is the folder or the hub name the model was loaded from.
     """
     folder = Path(folder)
-    shards = _shards(like)
+    shards = read_index(like)
     if (offload := offload_of(model)) and isinstance(offload.store, Disk):
         tokenizer.save_pretrained(folder)
         model.config.save_pretrained(folder)
@@ -294,13 +298,13 @@ def _save(
     like: str,
     shards: dict[str, str],
 ) -> None:
-    dtype = _dtype(like, shards)
+    dtype = checkpoint_dtype(like)
     if dtype not in (None, model.dtype):
         model = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
     model.save_pretrained(folder, max_shard_size="100TB")
     tokenizer.save_pretrained(folder)
     if shards:
-        _reshard(folder, shards)
+        reshard(folder, shards)
 
 
 def _save_units(
@@ -323,67 +327,3 @@ def _save_units(
         found |= dict.fromkeys(tensors, shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(found.items()))}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _files(like: str) -> dict[str, Path]:
-    """Return the local file of every tensor of a checkpoint, empty where it has no safetensors."""
-    if shards := _shards(like):
-        local = {shard: _file(like, shard) for shard in set(shards.values())}
-        if missing := sorted(shard for shard, path in local.items() if path is None):
-            raise GblmError(f"model {like} lacks {', '.join(missing[:3])}; fetch it again")
-        return {name: path for name, shard in shards.items() if (path := local[shard])}
-    if (file := _file(like, SAFE_WEIGHTS_NAME)) is None:
-        return {}
-    with safe_open(file, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), file)
-
-
-def _shards(like: str) -> dict[str, str]:
-    """Return the shard of every tensor of a checkpoint, empty where it has but one."""
-    index = _file(like, SAFE_WEIGHTS_INDEX_NAME)
-    return json.loads(index.read_text())["weight_map"] if index else {}
-
-
-def _file(like: str, name: str) -> Path | None:
-    found = cached_file(
-        like,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return Path(found) if found else None
-
-
-def _dtype(like: str, shards: dict[str, str]) -> torch.dtype | None:
-    """Return the dtype of the first floating tensor of a checkpoint, None where it has no file."""
-    file = _file(like, next(iter(shards.values()), SAFE_WEIGHTS_NAME))
-    if file is None:
-        return None
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            if (tensor := tensors.get_tensor(name)).is_floating_point():
-                return tensor.dtype
-    return None
-
-
-def _reshard(folder: Path, shards: dict[str, str]) -> None:
-    """Write the tensors of the single file in a folder anew into the given shards."""
-    whole = folder / SAFE_WEIGHTS_NAME
-    with safe_open(whole, framework="pt") as tensors:
-        names = set(tensors.keys())
-        if not names <= set(shards):
-            return  # transformers writes this family in another form than it came in
-        total = 0
-        for shard in sorted(set(shards.values())):
-            part = {
-                name: tensors.get_tensor(name) for name in sorted(names) if shards[name] == shard
-            }
-            total += sum(tensor.nbytes for tensor in part.values())
-            save_file(part, folder / shard, metadata={"format": "pt"})
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: shards[name] for name in sorted(names)},
-    }
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    whole.unlink()

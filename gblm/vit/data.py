@@ -154,10 +154,19 @@ def config(model: nn.Module, test_size: bool = False) -> dict[str, Any]:
 
 
 def preprocessing(model: nn.Module, test_size: bool = False) -> Transform:
-    """Return the model's own evaluation transform: resize, crop, mean and std, as timm has it."""
+    """Return the model's own evaluation transform: resize, crop, mean and std, as timm has it.
+
+    Raises `GblmError` where the model's config is of no use for that.
+    """
     found = config(model, test_size)
-    mode = "L" if found["input_size"][0] == 1 else "RGB"
-    return partial(_transformed, create_transform(**found, is_training=False), mode)
+    try:
+        mode = "L" if found["input_size"][0] == 1 else "RGB"
+        return partial(_transformed, create_transform(**found, is_training=False), mode)
+    except Exception as error:  # whatever the model's config holds in their place
+        raise GblmError(
+            f"the images of the model cannot be pre-processed ({type(error).__name__}: {error}); "
+            "mend size, mean, std, crop and interpolation in its pretrained_cfg"
+        ) from error
 
 
 def open_images(
@@ -288,6 +297,8 @@ def scaling(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _transformed(transform: Transform, mode: str, picture: Image.Image) -> Tensor:
+    if picture.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     return transform(picture.convert(mode))
 
 

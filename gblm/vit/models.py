@@ -2,11 +2,13 @@
 
 import copy
 import difflib
+import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from accelerate import init_empty_weights
@@ -100,6 +102,7 @@ def _source(name: str, checkpoint: str | Path | None) -> tuple[str, Path | None]
         )
         if checkpoint is None:
             raise GblmError(f"model {folder}: no {WEIGHTS[0]} in it; give --checkpoint")
+        _check_depth(folder / "config.json", Path(checkpoint).expanduser())
         name = f"{LOCAL}{folder}"
     elif ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise GblmError(f"unknown model {name!r}{_near(name)}")
@@ -171,16 +174,40 @@ def _near(name: str) -> str:
     return f"{hint}; give a name of timm (timm.list_models()) or a folder with config.json"
 
 
+def _check_depth(config: Path, file: Path) -> None:
+    """Raise `GblmError` where a config names more blocks than its checkpoint has tensors.
+
+    It is checked before timm makes millions of them. What else is wrong with either is said later.
+    """
+    try:
+        args = json.loads(config.read_text())["model_args"]
+        depths = np.ravel([args[key] for key in ("depth", "depths") if key in args])
+        with safe_open(file, framework="pt") as tensors:
+            held = len(tensors.keys())
+        deep = bool(depths.sum() > held)
+    except Exception:
+        return
+    if deep:
+        raise GblmError(
+            f"model {config.parent}: config.json names {depths.sum()} blocks and {file.name} holds "
+            f"{held} tensors; give the config and the weights of one model"
+        )
+
+
 def _fill(model: nn.Module, file: Path, name: str) -> None:
     """Load a checkpoint strictly; raises `GblmError` that names the first three misfits."""
     if not file.is_file():
         raise GblmError(f"checkpoint {file}: no such file; give a .safetensors file")
     try:
-        state: dict[str, Tensor] = timm.models.load_state_dict(str(file), use_ema=False)
+        # Of a pickle only tensors are read: what else it would run is refused.
+        state: dict[str, Tensor] = timm.models.load_state_dict(
+            str(file), use_ema=False, weights_only=True
+        )
     except Exception as error:  # every format has exceptions of its own
         raise GblmError(
             f"checkpoint {file} cannot be read ({type(error).__name__}: "
-            f"{(str(error) or 'no reason given').splitlines()[0]}); check that it is whole"
+            f"{(str(error) or 'no reason given').splitlines()[0].partition('. ')[0]}); "
+            "check that it is whole, and prefer .safetensors"
         ) from error
     own = model.state_dict()
     wrong = [f"{key} is missing" for key in own if key not in state]

@@ -19,10 +19,13 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 
 from gblm.base import GblmError
+from gblm.vit.tables import Rows
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SYNSET = re.compile(r"n\d{8}")
 LABELS = ("label", "labels", "fine_label", "target", "class")
+PIXELS = (1 << 28) // 3  # of a picture at most, 256 MiB of RGB: more are a decompression bomb
+LONGEST = 256  # times the shorter side: the longer one is resized by the same factor
 SPLITS = {"calibration": ("train",), "evaluation": ("validation", "valid", "val", "test", "train")}
 
 
@@ -160,6 +163,9 @@ def _folder(path: Path, where: str, classes: int, labelled: bool) -> Source:
 
 def _picture(file: Path | io.BytesIO) -> Image.Image:
     with Image.open(file) as picture:
+        width, height = picture.size  # as the file claims; nothing is decoded yet
+        if width * height > PIXELS or max(width, height) > LONGEST * min(width, height):
+            raise ValueError(f"{width}×{height} pixels are no picture to classify")
         picture.load()
         return picture
 
@@ -230,9 +236,7 @@ def _hub(source: str, split: str) -> Any:
 
 
 def _parquet(path: Path, where: str) -> Any:
-    """Load a parquet file, or all of a folder."""
-    import datasets
-
+    """Open a parquet file, or all of a folder."""
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
@@ -246,8 +250,7 @@ def _parquet(path: Path, where: str) -> Any:
             f"{where} is no source of images; give a folder, or a .parquet, .npz or .safetensors "
             "file"
         )
-    files = [str(file) for file in (_tables(path) if path.is_dir() else [path])]
-    return datasets.load_dataset("parquet", data_files=files, split="train")
+    return Rows(_tables(path) if path.is_dir() else [path])
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -256,7 +259,7 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def _table(rows: Any, where: str, classes: int, labelled: bool) -> Source:
-    """See a `datasets` table with a column of images and one of labels."""
+    """See a table of `datasets` or of parquet, with a column of images and one of labels."""
     import datasets
 
     features = rows.features
@@ -266,7 +269,8 @@ def _table(rows: Any, where: str, classes: int, labelled: bool) -> Source:
     )
     if image is None:
         raise GblmError(f"{where} has no column of images, only {', '.join(features)}; rename one")
-    rows = rows.cast_column(image, datasets.Image(decode=False))
+    if not isinstance(rows, Rows):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
     labels, notes = None, list[str]()
     if labelled:
         name = next((n for n, k in features.items() if isinstance(k, datasets.ClassLabel)), None)
