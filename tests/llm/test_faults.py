@@ -145,7 +145,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "an Inf in a norm": (poisoned("model.norm.weight", float("inf")), "model.norm.weight"),
     "a NaN in the head": (poisoned("lm_head.weight", float("nan")), "lm_head.weight"),
     "a NaN nobody reads": (poisoned("model.embed_tokens.weight", float("nan")), "embed_tokens"),
-    "a weight that overflows": (poisoned(Q, 3e38), "sample 0 is nan"),
+    "a weight that overflows": (poisoned(Q, 3e38), "is nan"),
     # config.json
     "fewer words": (config(vocab_size=255), "config.json"),
     "more words": (config(vocab_size=257), "config.json"),
