@@ -99,9 +99,10 @@ def _said(
         for name, reason in block.dense.items()
     )
     lines += [f"    {number} × {name}: {reason}" for (name, reason), number in why.items()]
-    where = f"to {args.output}" if args.output else "nowhere, without --output"
     times = f"{len(wanted)} × " if len(wanted) > 1 else ""
-    return [*lines, f"written: {times}{size(found.numbers * stored.itemsize)}, {where}"]
+    result = f"{times}{size(found.numbers * stored.itemsize)}"
+    where = f"{result}, to {args.output}" if args.output else f"nothing; {result} with --output"
+    return [*lines, f"written: {where}"]
 
 
 def _costs(found: Look, wanted: list[Run], task: Task, machine: Machine) -> Table:
