@@ -2,8 +2,8 @@
 
     GBLM_ASSETS=… python eval/overview.py
 
-The runs are those of `eval/quality.py` and stand in the same store: a call does only what is missing
-there.
+The runs are those of `eval/quality.py` and stand in the same store: a call does only what is
+missing there.
 """
 
 from __future__ import annotations

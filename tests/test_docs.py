@@ -109,6 +109,7 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
         (tmp_path / "tasks" / f"{task}_validation.jsonl").write_text(json.dumps(item) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "eval"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     return tmp_path
@@ -150,7 +151,10 @@ def exits(work: Callable[[], int | None]) -> None:
     """Run a command and check that it ends well."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        code = work()
+        try:
+            code = work()
+        except SystemExit as end:
+            code = end.code
     assert not code, f"exit code {code}: {said.getvalue()}"
 
 
@@ -171,8 +175,6 @@ def python(words: list[str]) -> None:
     before, sys.argv = sys.argv, [words[0], *shortened(script.name, words[1:])]
     try:
         exits(lambda: runpy.run_path(str(script), run_name="__main__") and None)
-    except SystemExit as end:
-        assert not end.code, f"{words[0]} ends with {end.code}"
     finally:
         sys.argv = before
 
@@ -182,7 +184,8 @@ def torchrun(words: list[str]) -> None:
     from torch.distributed.run import get_args_parser
 
     launch = get_args_parser().parse_args(words)
-    program, argv = launch.training_script, shortened(launch.training_script, launch.training_script_args)
+    program = launch.training_script
+    argv = shortened(program, launch.training_script_args)
     assert launch.module
     if launch.nnodes != "1:1":
         config.parse(SIDES[program][1](), argv)
@@ -208,7 +211,29 @@ def pip(words: list[str]) -> None:
         assert asked.extras <= set(project["optional-dependencies"])
 
 
-HEADS = {"python": python, "torchrun": torchrun, "make": make, "pip": pip}
+HEADS = {
+    "python": python,
+    "gblm-llm": lambda words: python(["-m", "gblm.llm", *words]),
+    "gblm-vit": lambda words: python(["-m", "gblm.vit", *words]),
+    "torchrun": torchrun,
+    "make": make,
+    "pip": pip,
+}
+
+
+def call(words: list[str]) -> None:
+    """Run a command; what it prints goes where `> FILE` says."""
+    head, *words = words
+    assert head in HEADS, f"no way is known to run {head}"
+    if ">" not in words:
+        return HEADS[head](words)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        HEADS[head](words[: words.index(">")])
+    assert said.getvalue(), f"{head} prints nothing"
+    file = Path(words[words.index(">") + 1]).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(said.getvalue())
 
 
 def run(page: str) -> None:
@@ -216,9 +241,8 @@ def run(page: str) -> None:
     scope: dict[str, object] = {"__name__": "page"}
     for language, text in blocks(page):
         if language == "sh":
-            for head, *words in commands(text):
-                assert head in HEADS, f"no way is known to run {head}"
-                HEADS[head](words)
+            for words in commands(text):
+                call(words)
         elif language == "python":
             exec(compile(quoted(text), "page", "exec"), scope)
         elif language == "toml":
@@ -237,7 +261,7 @@ def test_a_page_runs(page: Path, reader: Path):
 WRONG = {
     "```sh\npython -m gblm.llm --model c4 --sparsty 0.5\n```": "--sparsty",
     "```sh\npython -m gblm.llm --model nowhere --calibration c4\n```": "nowhere",
-    "```sh\npython eval/quality.py llm --modle c4\n```": "ends with 2",
+    "```sh\npython eval/quality.py llm --modle c4\n```": "exit code 2",
     "```sh\npython -m http.server\n```": "no way is known",
     "```sh\ntorchrun --nnodes 2 -m gblm.vit --sparsty 0.5\n```": "--sparsty",
     "```sh\nmake everything\n```": "everything",
@@ -287,7 +311,9 @@ def test_links_of_a_page_lead_somewhere(page: Path):
 
 def test_broken_links_are_found():
     page = ROOT / "README.md"
-    text = "[a](docs/none.md) ![b](docs/none.svg) [c](docs/design.md#none) [d](docs/design.md#words)"
+    text = (
+        "[a](docs/none.md) ![b](docs/none.svg) [c](docs/design.md#none) [d](docs/design.md#words)"
+    )
     assert broken(page, text) == ["docs/none.md", "docs/none.svg", "docs/design.md#none"]
 
 
