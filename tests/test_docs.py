@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,12 @@ else:
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
+
+def named(page: Path) -> str:
+    """Return what a test of a page is called."""
+    return str(page.relative_to(ROOT))
+
+
 # What the pages name, and what is in the reader's folder in its place (see `reader`).
 STAND_INS = {
     "meta-llama/Llama-2-7b-hf": "tiny-llama",
@@ -45,13 +52,17 @@ STAND_INS = {
     "imagenet/train": "images",
     "imagenet/val": "images",
 }
+NUMBERS = {"samples=1024": "samples=8"}  # of a snippet
 # What makes a run short; of two flags the last one counts.
 SHORT = {
     "gblm.llm": ["--samples", "6", "--length", "16", "--device", "cpu"],
     "gblm.vit": ["--samples", "8", "--device", "cpu", "--workers", "1"],
     "quality.py": ["--samples", "6", "--length", "16", "--windows", "8", "--draws", "1"],
     "figures.py": ["--samples", "6", "--length", "16", "--windows", "8"],
-    "paper_tables.py": ["--samples", "6", "--length", "16", "--windows", "8"],
+    "paper_tables.py": [
+        *("--calibration", "notes.txt", "--evaluate", "notes.txt"),  # they have defaults there
+        *("--samples", "6", "--length", "16", "--windows", "8"),
+    ],
     "zero_shot.py": ["--limit", "1"],
     "imagenet.py": [],
 }
@@ -95,7 +106,6 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     llama = Path(llm[llm.index("--model") + 1])
     images = Path(vit[vit.index("--calibration") + 1])
     links = {
-        "tiny-llama": llama,
         "notes.txt": llama.parent / "notes.txt",
         "tiny-vit": images.parent / "tiny",
         "images": images,
@@ -103,12 +113,16 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     }
     for name, place in links.items():
         (tmp_path / name).symlink_to(place)
-    AutoTokenizer.from_pretrained(llama, eos_token="Ā").save_pretrained(llama)  # tasks begin so
+    shutil.copytree(llama, tmp_path / "tiny-llama")
+    tokenizer = AutoTokenizer.from_pretrained(llama, eos_token="Ā")  # zero-shot prompts begin so
+    tokenizer.save_pretrained(tmp_path / "tiny-llama")
     (tmp_path / "tasks").mkdir()
     for task, item in TASKS.items():
         (tmp_path / "tasks" / f"{task}_validation.jsonl").write_text(json.dumps(item) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "eval"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing from elsewhere
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
@@ -138,9 +152,11 @@ def stood_in(words: Sequence[str]) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """Return Python or TOML with the stand-ins in its strings."""
+    """Return Python or TOML with the stand-ins in its strings, and fewer samples."""
     for name, place in STAND_INS.items():
         text = text.replace(f'"{name}"', f'"{place}"')
+    for many, few in NUMBERS.items():
+        text = text.replace(many, few)
     return text
 
 
@@ -253,14 +269,14 @@ def run(page: str) -> None:
             assert language == "text", f"no way is known to run a block of {language!r}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```" in page.read_text()], ids=str)
+@pytest.mark.parametrize("page", [page for page in PAGES if "```" in page.read_text()], ids=named)
 def test_a_page_runs(page: Path, reader: Path):
     run(page.read_text())
 
 
 WRONG = {
     "```sh\npython -m gblm.llm --model c4 --sparsty 0.5\n```": "--sparsty",
-    "```sh\npython -m gblm.llm --model nowhere --calibration c4\n```": "nowhere",
+    "```sh\npython -m gblm.llm --model tasks --calibration c4\n```": "tasks",
     "```sh\npython eval/quality.py llm --modle c4\n```": "exit code 2",
     "```sh\npython -m http.server\n```": "no way is known",
     "```sh\ntorchrun --nnodes 2 -m gblm.vit --sparsty 0.5\n```": "--sparsty",
@@ -304,7 +320,7 @@ def broken(page: Path, text: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_of_a_page_lead_somewhere(page: Path):
     assert broken(page, page.read_text()) == []
 
