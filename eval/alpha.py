@@ -41,12 +41,12 @@ ALPHAS = "0,1,10,30,100,300,1000,10000,auto"
 EQUAL = "equal medians"  # the entry of a store that holds the alpha of every linear
 
 
-def case(name: str) -> list[str]:
+def case(name: str, cases: dict[str, str] = CASES) -> list[str]:
     """Return the arguments of a case; raises `GblmError` where its files cannot be named."""
-    one_of(name, CASES, "case")
+    one_of(name, cases, "case")
     if not os.environ.get("GBLM_ASSETS"):
         raise GblmError("GBLM_ASSETS is not set; let it name the folder of models and data")
-    return os.path.expandvars(CASES[name]).split()
+    return os.path.expandvars(cases[name]).split()
 
 
 def sweep(args: argparse.Namespace, alphas: str, sparsities: str, figure: Path) -> str:

@@ -1,0 +1,73 @@
+"""Draw the picture of the README: what methods leave of a language model and of a ViT.
+
+    GBLM_ASSETS=… python eval/overview.py
+
+The runs are those of `eval/quality.py` and stand in the same store: a call does only what is
+missing there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import alpha
+import figures
+import quality
+import tables
+
+from gblm import cli
+
+CASES = {  # what `eval/quality.py` takes; the methods of one picture see the same samples
+    "stories260K": "llm --model $GBLM_ASSETS/llama/stories260K --length 256 --draws 3 "
+    "--calibration $GBLM_ASSETS/text/tinystories-calib.txt "
+    f"--evaluate {alpha.STORIES}/evaluation.npz "
+    "--methods magnitude,wanda,gblm,sparsegpt,best --patterns 0.5,0.6,0.7,2:4",
+    "ViT-tiny/16": "vit --model vit_tiny_patch16_224 --samples 1000 "
+    "--checkpoint $GBLM_ASSETS/vit_tiny_patch16_224.safetensors "
+    f"--calibration {alpha.PICTURES}/train --evaluate {alpha.PICTURES}/val "
+    "--methods sparsegpt,best --patterns 0.5,0.6,2:4",
+}
+
+
+def panel(axes: Any, name: str, args: argparse.Namespace) -> None:
+    """Draw a metric of one model against the patterns, a line for every method, `best` bold."""
+    values, level = figures.measured(args)
+    metric = next(iter(quality.METRICS[args.side]))
+    values = {(row.partition(":")[0], column): found for (row, column), found in values.items()}
+    quality.draw_patterns(args, metric, values, level)(axes)
+    for line in axes.get_lines():
+        line.set_color(figures.COLORS.get(line.get_label(), "black"))
+        line.set_linewidth(3 if line.get_label() == "best" else 1.2)
+    axes.set_title(f"{name}: {figures.title(args)}", fontsize="medium")
+    axes.set_ylabel("")
+    axes.tick_params(axis="x", rotation=0)
+    axes.grid(alpha=0.3)
+
+
+def main() -> None:
+    """Carry out what is missing of both models, then draw them side by side."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", type=Path, default=Path("docs/benchmarks.md"))
+    args = parser.parse_args()
+    cases = {n: quality.parser().parse_args(alpha.case(n, CASES)) for n in CASES}
+
+    def draw(canvas: Any) -> None:
+        both = canvas.subplots(1, len(cases))
+        for axes, (name, flags) in zip(both, cases.items(), strict=True):
+            panel(axes, name, flags)
+        canvas.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+
+    shown = tables.picture(args.write.with_name("overview.svg"), draw, (9, 3.6))
+    said = "; ".join(quality.described(flags) for flags in cases.values())
+    command = tables.portable(shlex.join(["python", *sys.argv]))
+    text = f"{said}.\n\n{shown}    {command}\n"
+    print(text)
+    tables.write(args.write, "overview", "## At a glance", text)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))
