@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import psutil
 import torch
+from torch import nn
 
 from gblm import distributed
 from gblm.base import GblmError, one_of
@@ -79,12 +80,12 @@ def quick(device: torch.device, dtype: torch.dtype) -> bool:
         torch.set_num_threads(threads)
 
 
-def halved(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return a context whose products are in bfloat16, where they are quicker than in float32."""
-    half = torch.bfloat16
-    enabled = dtype == torch.float32 and quick(device, half)
+def halved(module: nn.Module) -> torch.autocast:
+    """Return a context where products of an fp32 module are in bfloat16, if they are quicker so."""
+    some, half = next(module.parameters()), torch.bfloat16
+    enabled = some.dtype == torch.float32 and quick(some.device, half)
     # Without the cache, for weights change in between.
-    return torch.autocast(device.type, half, enabled, cache_enabled=False)
+    return torch.autocast(some.device.type, half, enabled, cache_enabled=False)
 
 
 def exact(device: torch.device) -> torch.autocast:

@@ -47,7 +47,7 @@ def refine(
     which = _tuned_output(call, tuned)
     if which is None:
         return
-    fit = _Fit(call, tree_flatten(target)[0][which], which, step, weights)
+    fit = _Fit(block.module, call, tree_flatten(target)[0][which], which, step, weights)
     positions = POSITIONS // distributed.world()  # of this process
     pieces = list(
         call.pieces(max(1, positions // max(linear.positions for linear in block.linears)))
@@ -78,6 +78,7 @@ def refine(
 class _Fit:
     """How far a block is from its goal, the output number `which` of the dense block."""
 
+    module: nn.Module
     call: Call
     goal: Tensor
     which: int
@@ -94,7 +95,7 @@ class _Fit:
         for start in range(piece.start, piece.stop, self.step):
             part = slice(start, min(start + self.step, piece.stop))
             wanted = self.goal[part.start * carried : part.stop * carried]
-            with halved(self.call.device or wanted.device, wanted.dtype):
+            with halved(self.module):
                 output = tree_flatten(self.call.run(self.call.arguments(part)))[0][self.which]
             share = (part.stop - part.start) / (piece.stop - piece.start)
             yield share * _error(output - wanted.to(output.device), self.weights) / self.scale

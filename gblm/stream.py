@@ -135,6 +135,10 @@ def forward(
         return None if block is blocks[-1] else micro.run(call.outputs)
 
     def both(block: Block, call: Call) -> Any:
+        with halved(block.module):  # the block alone, so that what is added up between stays exact
+            return twofold(block, call)
+
+    def twofold(block: Block, call: Call) -> Any:
         dense, pruned = call.halves()
         again = refine is not None and bool(block.groups)
         target, ours = micro.run(
@@ -147,12 +151,9 @@ def forward(
         ours = micro.run(pruned.outputs) if again else ours
         return twice(target, ours, spill)
 
-    if not beside:
-        return _run(model, batch, adapter, blocks, alone, keeper, spill, done)
-    batch = {name: torch.cat([value, value]) for name, value in batch.items()}
-    some = next(blocks[0].module.parameters())
-    with halved(some.device, some.dtype):
-        return _run(model, batch, adapter, blocks, both, keeper, spill, done)
+    if beside:
+        batch = {name: torch.cat([value, value]) for name, value in batch.items()}
+    _run(model, batch, adapter, blocks, both if beside else alone, keeper, spill, done)
 
 
 def _run(
