@@ -32,8 +32,8 @@ import quality
 import tables
 
 from gblm import GblmError, cli, pruner
-
-PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "openbookqa")
+from gblm.llm import zero_shot
+from gblm.llm.models import load_tokenizer
 
 # 1. What is asked for.
 
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--patterns", default="0.5,2:4", help="[%(default)s]")
     add("--draws", type=int, default=1, help="calibration draws, of seeds from 0 [%(default)s]")
     add("--tasks", default="paper", help="of lm-eval, with commas; paper (its six), none")
-    add("--task-data", help="folder of the tasks' jsonl files; without it the hub's")
+    add("--task-data", type=Path, help="folder of the tasks' jsonl files; without it the hub's")
     add("--limit", type=int, help="the first items of a task alone")
     add("--device", default="auto", help="cpu, cuda, auto [%(default)s]")
     add("--store", type=Path, default=Path("docs/paper.json"), help="[%(default)s]")
@@ -94,8 +94,8 @@ def setting(args: argparse.Namespace, model: str, length: int) -> argparse.Names
 
 def tests(args: argparse.Namespace) -> list[Test]:
     """Return the tests: the text and every task."""
-    tasks = PAPER if args.tasks == "paper" else cli.listed(args.tasks.replace("none", ""))
-    folder = f"{tables.portable(args.task_data.rstrip('/'))}/" if args.task_data else ""
+    tasks = zero_shot.PAPER if args.tasks == "paper" else cli.listed(args.tasks.replace("none", ""))
+    folder = f"{tables.portable(str(args.task_data))}/" if args.task_data else ""
     return [
         Test(tables.portable(args.evaluate), args.windows),
         *(Test(f"{folder}{task}", args.limit, task) for task in tasks),
@@ -163,20 +163,13 @@ def judge(
 
 def opened(args: argparse.Namespace, asked: list[Test]) -> dict[str, Any]:
     """Return the tasks among the tests by name; raises `GblmError` where one cannot be had."""
-    names = list(dict.fromkeys(test.task for test in asked if test.task))
-    if not names:
-        return {}
-    from gblm.llm import zero_shot
-
-    folder = Path(args.task_data) if args.task_data else None
-    return {name: zero_shot.open_tasks([name], folder, args.limit) for name in names}
+    names = dict.fromkeys(test.task for test in asked if test.task)
+    return {name: zero_shot.open_tasks([name], args.task_data, args.limit) for name in names}
 
 
 def tried(args: argparse.Namespace, bench: quality.Bench, task: Any) -> dict[str, float]:
     """Return acc, acc_norm and their standard errors, those that the task has."""
-    from gblm.llm import models, zero_shot
-
-    (found,) = zero_shot.accuracy(bench.model, models.load_tokenizer(args.model)[1], task).values()
+    (found,) = zero_shot.accuracy(bench.model, load_tokenizer(args.model)[1], task).values()
     return found
 
 
@@ -229,7 +222,7 @@ def comparable(args: argparse.Namespace, name: str, asked: list[Test]) -> bool:
     if name == "perplexity":
         named = re.search(r"wikitext-?2", Path(args.evaluate).name)
         return bool(named) and args.windows is None
-    return args.limit is None and {test.task for test in asked if test.task} == set(PAPER)
+    return args.limit is None and {test.task for test in asked if test.task} == set(zero_shot.PAPER)
 
 
 def compared(models: dict[str, Model], pattern: str, name: str, ours: tuple[str, ...]) -> str:

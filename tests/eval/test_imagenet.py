@@ -52,15 +52,15 @@ def measure(*arguments: str) -> dict:
 def test_a_folder_of_synsets_is_judged_as_timm_judges_it(assets, tmp_path):
     root = tmp_path / "val"
     root.mkdir()
-    for folder in sorted((assets / "imagenet-mini" / "val").iterdir())[:60]:
+    for folder in sorted((assets / "imagenet-mini" / "val").iterdir())[:16]:
         (root / folder.name).symlink_to(folder)
     weights = assets / "vit_tiny_patch16_224.safetensors"
     model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(weights)).eval()
     found = measure("vit_tiny_patch16_224", "--checkpoint", str(weights), "--data", str(root))
     top1, top5 = validated(model, root, ImageNetInfo().label_names(), tmp_path)
-    assert found["images"] > 60
+    assert found["images"] > 16
     assert (found["top1"], found["top5"]) == (round(top1, 4), round(top5, 4))
-    assert 80 < found["top1"] < 100
+    assert 50 < found["top1"] < 100
     assert (found["img_size"], found["crop_pct"]) == (224, 0.9)
     assert found["param_count"] == 5.72
 
