@@ -33,6 +33,7 @@ TESTS = {
     "gblm.solvers.sparsegpt": ["tests/test_sparsegpt.py"],
     "gblm.solvers.admm": ["tests/test_admm.py"],
 }
+DECLARED = ("annotation", "returns", "decorator_list")  # nothing that a formula computes
 SECONDS = 60  # of the processor for the tests of one fault: many times what they take
 
 OTHER: dict[type[ast.AST], type[Any]] = {
@@ -74,11 +75,11 @@ def mutants(module: str) -> Iterator[Mutant]:
 
 
 def _code(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that compute: not docstrings, annotations, imports or messages of errors."""
+    """Yield the nodes that compute: not docstrings, imports, messages, or what is `DECLARED`."""
     for field, value in ast.iter_fields(tree):
         for child in value if isinstance(value, list) else [value]:
             words = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
-            if not isinstance(child, ast.AST) or words or field in ("annotation", "returns"):
+            if not isinstance(child, ast.AST) or words or field in DECLARED:
                 continue
             yield child
             if not isinstance(child, ast.Import | ast.ImportFrom | ast.JoinedStr | ast.Raise):
@@ -113,7 +114,7 @@ def _faults(node: Any) -> Iterator[tuple[str, ast.AST | None]]:
                 yield f"if {ast.unparse(node.test)}", changed
     if isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Break | ast.Continue):
         yield text, None
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and text != "return None":
         yield text, ast.Return(ast.Constant(None))
 
 

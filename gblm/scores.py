@@ -164,7 +164,8 @@ def input_norm(statistics: Statistics) -> Tensor:
 
 def gradient_norm(statistics: Statistics, norm: str) -> Tensor:
     """Return ‖G‖ₚ `[out, in]`: l1 = Σ |g|, l2 = √(Σ g²) over samples; not divided, as published."""
-    return statistics["grad_abs"] if norm == "l1" else statistics["grad_sq"].sqrt()
+    total = statistics[NORMS[norm]]
+    return total if norm == "l1" else total.sqrt()
 
 
 def finite(value: Tensor, what: str) -> Tensor:

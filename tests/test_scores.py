@@ -52,6 +52,10 @@ def test_scores_are_their_formulas():
     close(scores.gradient(weight, found, "l1"), w * l1)
     close(scores.gradient(weight, found, "l2"), w * l2)
     close(scores.gblm(weight, found), w * (norm + 100 * l1))
+    close(scores.gradient(weight, found), w * l1)
+    close(scores.pruner_zero(weight, found), scores.pruner_zero(weight, found, "l2"))
+    close(scores.ria(weight, found), scores.ria(weight, found, 0.5))
+    close(scores.wanda_plus(weight, found), scores.wanda_plus(weight, found, 100))
     close(scores.gblm(weight, found, alpha=2, norm="l2"), w * (norm + 2 * l2))
 
 
@@ -240,7 +244,9 @@ def test_a_score_is_0_or_more_and_knows_no_order_of_rows_and_columns(name, seed,
 @given(seed=seeds, scale=st.integers(-20, 20))
 def test_an_alpha_of_auto_gives_both_terms_one_median_whatever_the_loss(norm, seed, scale):
     weight, found = draw(seed)
-    sums = dict(found.sums)
+    sums = {**found.sums, "input_sq": found["input_sq"] / 4**10}  # medians below 1, too
+    found = Statistics(sums, found.samples)
+    sums = dict(sums)
     sums["grad_abs"] = sums["grad_abs"] * 2.0**scale
     sums["grad_sq"] = sums["grad_sq"] * 4.0**scale
     other = Statistics(sums, found.samples)
@@ -267,3 +273,29 @@ def test_an_alpha_of_auto_takes_means_where_medians_are_0():
     torch.testing.assert_close(scores.gblm(weight, few, alpha="auto"), expected)
     none = Statistics({**dead, "grad_abs": 0 * gradients}, found.samples)
     torch.testing.assert_close(scores.gblm(weight, none, alpha="auto"), weight.abs() * inputs)
+
+
+def test_a_lifted_score_drops_to_exactly_0_and_compares_rows_unless_said():
+    weight, found = draw(1)
+    method = scores.masked("own", {"input_sq"}, scores.wanda)
+    assert (method.name, method.needs, method.group) == ("own", {"input_sq"}, "row")
+    new, keep = method.solve(weight, found, patterns.parse("0.5"))
+    assert torch.equal(new, torch.where(keep, weight, 0))
+
+
+def test_the_norms_are_of_statistics_and_no_other_is_known():
+    assert set(scores.NORMS.values()) <= set(stats.GRADIENT)
+    with pytest.raises(KeyError):
+        scores.gradient_norm(draw(0)[1], "l3")
+
+
+@few
+@given(seed=seeds)
+def test_the_terms_of_a_score_give_it(seed):
+    weight, found = draw(seed)
+    close = torch.testing.assert_close
+    close(scores.Terms().times(weight), scores.magnitude(weight, found))
+    close(scores.gradient_terms(found).times(weight), scores.gradient(weight, found))
+    close(scores.gblm_terms(found).times(weight), scores.gblm(weight, found, 100, "l1"))
+    doubled = scores.Terms(gradient=found["grad_abs"], alpha=2.0).times(weight)
+    close(doubled, 2 * scores.gradient(weight, found))

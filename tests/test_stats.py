@@ -178,3 +178,35 @@ def test_weights_of_positions_have_mean_one_whatever_the_focus(seed, focus):
     assert (weights >= 1 - focus - 1e-9).all()
     total = gradients[0]["grad_position"] + gradients[1]["grad_position"]
     assert torch.equal(weights.argsort(stable=True), total.argsort(stable=True)) or focus < 1e-6
+
+
+def test_another_number_of_positions_has_none_to_tell_apart():
+    x, dy = draw(0, 3)
+    found = stats.zeros(["grad_position"], torch.empty(OUT, IN, dtype=x.dtype), POSITIONS + 1)
+    stats.add_gradients(found, x, dy)
+    assert not found["grad_position"].any()
+    one = stats.zeros(["grad_position"], torch.empty(OUT, IN, dtype=x.dtype))
+    assert one["grad_position"].shape == (0,)
+
+
+def test_weights_of_positions_count_for_the_dense_inputs_too_and_for_no_gradient():
+    x, _ = draw(0, 3)
+    dense, _ = draw(1, 3)
+    weights = torch.tensor([0.5, 1.5, 0.25, 1.75], dtype=x.dtype)
+    names = ["cross_gram", "input_sq", "grad_abs"]
+    found = stats.zeros(names, torch.empty(OUT, IN, dtype=x.dtype))
+    stats.add_inputs(found, x.flatten(0, 1), 3, dense.flatten(0, 1), weights)
+    expected = torch.einsum("spi,spj,p->ij", dense, x, weights)
+    torch.testing.assert_close(found["cross_gram"], expected)
+    torch.testing.assert_close(found["input_sq"], torch.einsum("spi,spi,p->i", x, x, weights))
+    assert not found["grad_abs"].any()
+    alone = stats.zeros(names, torch.empty(OUT, IN, dtype=x.dtype))
+    stats.add_inputs(alone, x.flatten(0, 1), 3, weights=weights)
+    torch.testing.assert_close(alone["cross_gram"], torch.einsum("spi,spj,p->ij", x, x, weights))
+
+
+def test_weights_of_another_number_of_positions_are_left_aside():
+    x, _ = draw(0, 3)
+    found = stats.zeros(["input_sq"], torch.empty(OUT, IN, dtype=x.dtype))
+    stats.add_inputs(found, x.flatten(0, 1), 3, weights=torch.ones(POSITIONS + 1) * 7)
+    torch.testing.assert_close(found["input_sq"], x.square().sum(dim=(0, 1)))
