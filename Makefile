@@ -12,7 +12,7 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m slipcover -m pytest
+	$(BIN)/python -m pytest
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -114,7 +114,7 @@ def _faults(node: Any) -> Iterator[tuple[str, ast.AST | None]]:
                 yield f"if {ast.unparse(node.test)}", changed
     if isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Break | ast.Continue):
         yield text, None
-    if isinstance(node, ast.Return) and text != "return None":
+    if isinstance(node, ast.Return) and text not in ("return", "return None"):
         yield text, ast.Return(ast.Constant(None))
 
 

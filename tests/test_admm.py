@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gblm import methods, patterns, stats
-from gblm.base import Statistics
+from gblm.base import GblmError, Pattern, Statistics
 from gblm.solvers import admm, sparsegpt
 
 OUT, IN = 24, 32
@@ -56,7 +56,7 @@ def test_repair_is_the_exact_least_squares_of_a_mask(name, pattern):
     for row, w in enumerate(weight):
         of = keep[row]
         exact = torch.linalg.lstsq(inputs[:, of], inputs @ w).solution
-        torch.testing.assert_close(new[row, of], exact, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(new[row, of], exact, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -114,13 +114,112 @@ def test_bad_conditions_are_solved(case, pattern, dtype):
 
 
 def test_a_gram_matrix_that_rounding_made_indefinite_is_lifted():
+    """In float32 it cannot be factored, and what float64 gives is taken."""
     weight, x, _ = draw(dtype=torch.float32)
     found = seen(weight, x)
     found["input_gram"].sub_(0.9 * torch.diag(found["input_gram"].diagonal()))
     assert torch.linalg.eigvalsh(found["input_gram"])[0] < 0
-    new, keep = admm.solve(weight, found, patterns.parse("0.5"))
-    assert torch.isfinite(new).all()
+    allowed = patterns.parse("0.5")
+    problem = admm.Problem.of(weight, found, 0.01, 1.0, torch.float64)
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(problem.hessian)[0], torch.tensor(0.01).double()
+    )
+    new, keep = admm.solve(weight, found, allowed)
     assert (keep.sum(dim=1) == IN // 2).all()
+    wider, chosen = admm.solve(weight.double(), found, allowed)
+    assert torch.equal(chosen, keep)
+    torch.testing.assert_close(new, wider.float())
+
+
+def plain(
+    weight: Tensor, x: Tensor, dense: Tensor, pattern: Pattern, mix: float
+) -> tuple[Tensor, Tensor]:
+    """Return (weight, keep) by ADMM as the papers have it: y is the multiplier, no dual is scaled.
+
+    ALPS, arXiv 2406.07831, section 3.1, with the penalties of docs/design.md; then ten steps of
+    conjugate gradients on every row by itself.
+    """
+    size = (x.T @ x / len(x)).diagonal().sqrt()
+    unit = x / size
+    hessian = unit.T @ unit / len(x) + 0.01 * torch.eye(IN).double()
+    towards = mix * dense + (1 - mix) * x
+    right = weight @ (towards.T @ unit) / len(x) + 0.01 * weight * size
+    start = weight * size
+    kept = start * pattern.keep(start.abs())
+    y = torch.zeros_like(start)
+    for k in range(10):
+        penalty = 0.2 * 1.2**k
+        for _ in range(4):
+            shifted = hessian + penalty * torch.eye(IN).double()
+            z = torch.linalg.solve(shifted, (right + penalty * kept - y).T).T
+            moved = z + y / penalty
+            keep = pattern.keep(moved.abs())
+            kept = moved * keep
+            y = y + penalty * (z - kept)
+    rows = [descent(hessian, b, s, k) for b, s, k in zip(right, start, keep, strict=True)]
+    return torch.stack(rows) / size, keep
+
+
+def descent(hessian: Tensor, right: Tensor, start: Tensor, keep: Tensor) -> Tensor:
+    """Return a row after ten steps of conjugate gradients on the weights that stay."""
+    inner, z = hessian[keep][:, keep], start[keep]
+    r = right[keep] - inner @ z
+    p = r
+    for _ in range(10):
+        a = (r @ r) / (p @ inner @ p)
+        z, before, r = z + a * p, r @ r, r - a * inner @ p
+        p = r + (r @ r) / before * p
+    return torch.zeros_like(start).masked_scatter(keep, z)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_admm_equals_the_algorithm_written_plainly(pattern, mix):
+    weight, x, dense = draw(60)
+    allowed = patterns.parse(pattern)
+    new, keep = admm.solve(weight, seen(weight, x, dense), allowed, mix=mix)
+    expected, chosen = plain(weight, x, dense, allowed, mix)
+    assert torch.equal(keep, chosen)
+    torch.testing.assert_close(new, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("positions", [1, 2])
+def test_as_many_of_each_position_change_nothing(positions):
+    weight, x, dense = draw(positions)
+    allowed = patterns.parse("0.5")
+    new, keep = admm.solve(weight, seen(weight, x, dense), allowed)
+    twice = [torch.cat([value, value, value]) for value in (x, dense)]
+    other, kept = admm.solve(weight, seen(weight, *twice), allowed)
+    assert torch.equal(kept, keep)
+    torch.testing.assert_close(other, new)
+
+
+@pytest.mark.parametrize("dead", [[3], [0, 1, 2, 3], list(range(0, IN, 2)), list(range(IN))])
+@pytest.mark.parametrize("name", ["admm", "wanda+repair"])
+def test_weights_of_dead_inputs_that_stay_are_not_changed(name, dead):
+    weight, x, _ = draw()
+    x[:, dead] = 0
+    new, keep = methods.make(name).solve(weight, seen(weight, x), patterns.parse("2:4"))
+    torch.testing.assert_close(new[:, dead], (weight * keep)[:, dead])
+
+
+def test_what_float32_cannot_hold_is_solved_in_float64():
+    weight, x, _ = draw(dtype=torch.float32)
+    large, loud = weight * 1e3, x * 1e17
+    found, allowed = seen(large, loud), patterns.parse("0.5")
+    assert torch.isfinite(found["input_gram"]).all()
+    assert not torch.isfinite(large @ found["input_gram"] / len(x)).all()
+    new, keep = admm.solve(large, found, allowed)
+    expected, chosen = admm.solve(large.double(), seen(large.double(), loud.double()), allowed)
+    assert torch.equal(keep, chosen)
+    torch.testing.assert_close(new.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_solved_is_an_error():
+    weight, x, _ = draw()
+    weight[1, 2] = torch.inf
+    with pytest.raises(GblmError, match="too badly conditioned"):
+        admm.solve(weight, seen(weight, x), patterns.parse("0.5"))
 
 
 def test_sparsegpt_takes_a_mask_that_is_given():

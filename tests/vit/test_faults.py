@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "a million pixels": (sizes(img_size=10**6), "cannot be made"),
     "more classes": (sizes(num_classes=4), "head.weight is [3, 32], not [4, 32]"),
     "a trillion classes": (sizes(num_classes=10**12), "cannot be made"),
-    "no class": (sizes(num_classes=0), "head.bias is not of the model"),
+    "no class": (sizes(num_classes=0), "no head of classes"),
     "an unknown argument": (sizes(nonsense=1), "nonsense"),
     "an unknown family": (edited(lambda found: found.update(architecture="evil")), "evil"),
     "means of text": (
