@@ -14,7 +14,6 @@ the tables are those of the runs a call asks for, measured now or before.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import shlex
 import sys
@@ -31,11 +30,11 @@ import tables
 from torch import nn
 
 import gblm
-from gblm import GblmError, Method, Pattern, cli, patterns, pruner
+from gblm import GblmError, Method, Pattern, cli, methods, patterns, pruner
 from gblm.base import Batch
 from gblm.device import find_device
 from gblm.gradients import Gradients
-from gblm.methods import METHODS, factory, make
+from gblm.methods import METHODS, make
 from gblm.survey import Block, find_adapter, placed, survey
 
 VERSION = 2  # raise it when a run means something else than its key says
@@ -114,12 +113,12 @@ def wanted(args: argparse.Namespace) -> list[Run]:
     ready = args.side == "llm" and Path(args.calibration).suffix in (".npz", ".safetensors")
     if ready and args.draws > 1:
         raise GblmError(f"{args.calibration}: ready windows are the same in every draw; --draws 1")
-    methods = dict(named(text, args.side) for text in cli.listed(args.methods))
+    rows = dict(named(text, args.side) for text in cli.listed(args.methods))
     runs = [
         Run(row, column, method, patterns.parse(column, method.group), seed)
         for seed in range(args.draws)
         for column in cli.listed(args.patterns)
-        for row, method in methods.items()
+        for row, method in rows.items()
     ]
     if not runs:
         raise GblmError("no method or no pattern given; try --methods gblm --patterns 0.5/row")
@@ -131,27 +130,9 @@ def named(text: str, side: str) -> tuple[str, Method]:
 
     Raises `GblmError` where no method has that name or those options.
     """
-    name, *parts = text.split(":")
-    options = {option: value for option, _, value in (part.partition("=") for part in parts)}
-    taken = inspect.signature(factory(name)[0]).parameters
-    if unknown := [option for option in options if option not in taken]:
-        known = ", ".join(taken) or "none"
-        raise GblmError(f"method {text}: no option {unknown[0]!r}; those of {name}: {known}")
-    if "alpha" in taken:
-        options = {"alpha": DEFAULTS[side]["alpha"], **options}
-    values = {option: _value(value) for option, value in sorted(options.items())}
-    full = ":".join([name, *(f"{option}={value}" for option, value in values.items())])
-    return full, make(name, **values)
-
-
-def _value(text: Any) -> Any:
-    if text == "none":
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return int(number) if number.is_integer() else number
+    name, options = methods.parse(text, alpha=DEFAULTS[side]["alpha"])
+    said = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
+    return ":".join([name, *sorted(said)]), make(name, **options)
 
 
 # 2. What is stored.

@@ -75,6 +75,7 @@ class Method:
     refine: passes over the samples that refine what a block keeps, once its linears are solved.
     share: the part of the samples whose gradients are taken.
     regional: gradients are of each block's output norm instead of the model's loss.
+    rounds, rate: of the regional optimisation before a block is pruned (see `gblm.regional`).
     """
 
     name: str
@@ -86,6 +87,8 @@ class Method:
     refine: float = 0.0
     share: float = 1.0
     regional: bool = False
+    rounds: int = 0
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,16 @@ class Call:
             calls.append(replace(self, leaves=leaves, samples=half))
         return calls[0], calls[1]
 
+    def some(self, chosen: Tensor) -> "Call":
+        """Return the call for the chosen samples alone, by their numbers."""
+        leaves = [
+            leaf.unflatten(0, (self.samples, carried))[chosen.to(leaf.device)].flatten(0, 1)
+            if carried
+            else leaf
+            for leaf, carried in zip(self.leaves, self.carries, strict=True)
+        ]
+        return replace(self, leaves=leaves, samples=len(chosen))
+
     def run(self, leaves: list[Any]) -> Any:
         """Return what the block's own forward gives for these leaves."""
         args, kwargs = tree_unflatten(leaves, self.spec)

@@ -19,7 +19,7 @@ from gblm.base import GblmError
 from gblm.device import DTYPES, find_device
 from gblm.distributed import rank, world
 from gblm.job import Run
-from gblm.methods import make
+from gblm.methods import make, parse
 from gblm.offload import Offload, offload_of
 from gblm.output import check_output, check_report
 from gblm.report import Report, versions
@@ -102,14 +102,16 @@ def runs(args: argparse.Namespace) -> list[Run]:
     for text in listed(args.sparsity):
         for name in listed(args.method):
             given = {"alpha": args.alpha, "norm": args.norm}
-            method = make(name, **{k: value for k, value in given.items() if value is not None})
+            usual = {k: value for k, value in given.items() if value is not None}
+            own, options = parse(name, **usual)
+            method = make(own, **options)
             if args.allocation is not None:
                 method = replace(method, allocation=args.allocation)
             if args.refine is not None:
                 method = replace(method, refine=args.refine)
             group = method.group if args.group == "auto" else args.group
             pattern = patterns.parse(text, group)
-            label = f"{name}-{text.replace(':', 'of').replace('/', '-')}"
+            label = f"{name.replace(':', '-')}-{text.replace(':', 'of').replace('/', '-')}"
             found.append(Run(label, method, pattern, {"method": name, "sparsity": text}))
     if not found:
         raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")

@@ -40,6 +40,7 @@ from gblm.base import Adapter, Batch, GblmError, Method, Pattern
 from gblm.device import peak_memory, resident
 from gblm.gradients import FEWEST, activations
 from gblm.pruner import allocated, needed
+from gblm.regional import SAMPLES
 from gblm.survey import Block, Linear, hooked, quiet, survey
 
 log = logging.getLogger(__name__)
@@ -302,7 +303,10 @@ def _prune(found: Look, task: Task, method: Method, pattern: Pattern, machine: M
         weights = sum(linear.weight.numel() for linear in found.linears)
         total += Cost(n * found.trunk if spent.needs & set(stats.INPUT) else 0, 400 * weights)
     if method.regional:
-        total += Cost(3 * n * found.trunk)
+        total += Cost((6 if method.rounds else 3) * n * found.trunk)
+    if method.rounds:  # the target, statistics, a step, and one more of all statistics
+        rounds = 5 * method.rounds * min(n, SAMPLES)
+        total += Cost((rounds + n) * found.trunk)
     return total + _refine(found, task, method)
 
 

@@ -127,7 +127,7 @@ def parser(program: str, description: str, examples: str) -> Parser:
     add(
         "how",
         "--method",
-        "what decides; METHOD+SOLVER mends its mask; see --list methods",
+        "what decides; METHOD+SOLVER mends its mask, METHOD:OPTION=VALUE; see --list methods",
         "METHODS",
         type=several,
         complete=words("methods", [*METHODS, *(f"{m}+{s}" for m in METHODS for s in SOLVERS)]),
@@ -290,9 +290,14 @@ def words(name: str, choices: Sequence[str]) -> dict[str, Any]:
 
 
 def methods() -> list[tuple[str, str]]:
-    """Return the name of every method, and what it does."""
+    """Return the name of every method, what it does, and its options."""
+    found = []
+    for name, text in _first_sentences(METHODS):
+        taken = inspect.signature(METHODS[name]).parameters.values()
+        options = ":".join(f"{own.name}={own.default}" for own in taken)
+        found.append((name, f"{text} [:{options}]" if options else text))
     mended = [(f"METHOD+{name}", f"the mask of any of these, mended by {name}") for name in SOLVERS]
-    return _first_sentences(METHODS) + mended
+    return found + mended
 
 
 def allocations() -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
-from gblm.call import Call, Forward, made
+from gblm.call import Call, Forward
 from gblm.device import MicroBatch, free_memory, out_of_memory
 from gblm.head import finite, head_backward, saved
 from gblm.offload import here, offload_of, read_tensors, write_tensors
@@ -129,10 +129,12 @@ def whole_backward(
     samples = size(batch)
 
     def sweep(step: int) -> Gradients:
-        found = _zeros(blocks, needs)
+        found = zero_sums(blocks, needs)
         for start in range(0, samples, step):
             part = take(batch, slice(start, start + step))
-            hooks = [_hook(x, found[x.name], size(part)) for block in blocks for x in block.linears]
+            hooks = [
+                per_sample(x, found[x.name], size(part)) for block in blocks for x in block.linears
+            ]
             with hooked(hooks):
                 hidden = adapter.trunk(model, part)
             finite(adapter.loss(model, hidden, part), start).sum().backward()
@@ -263,7 +265,7 @@ def recompute(
     `grads` are the gradients by its outputs. Returns the gradient sums of its linears, and the
     gradients by the leaves it was called with, None where none is wanted.
     """
-    sums = _zeros([block], needs)
+    sums = zero_sums([block], needs)
     totals = [
         torch.zeros_like(leaf) if wanted else None
         for leaf, wanted in zip(call.leaves, call.wanted, strict=True)
@@ -274,7 +276,7 @@ def recompute(
             leaf.detach().requires_grad_() if wanted else leaf
             for leaf, wanted in zip(call.arguments(piece), call.wanted, strict=True)
         ]
-        hooks = [_hook(linear, sums[linear.name], samples) for linear in block.linears]
+        hooks = [per_sample(linear, sums[linear.name], samples) for linear in block.linears]
         with torch.enable_grad(), hooked(hooks):
             outputs, _ = tree_flatten(call.run(leaves))
         tensors, parts = [], []
@@ -290,32 +292,8 @@ def recompute(
     return sums, totals
 
 
-def regional_sums(block: Block, call: Call, needs: Iterable[str], micro: MicroBatch) -> Gradients:
-    """Return the sums of the gradients of ‖f(X)‖₂ of every sample, f being the block alone.
-
-    The regional gradients of Wanda++ (arXiv 2503.04992, eq. 3), which need no backward pass of the
-    model. f(X) is the first tensor that the block makes of its linears.
-    """
-
-    def sweep(step: int) -> Gradients:
-        sums = _zeros([block], frozenset(needs) & set(stats.GRADIENT))
-        for piece in call.pieces(step):
-            samples = piece.stop - piece.start
-            hooks = [_hook(linear, sums[linear.name], samples) for linear in block.linears]
-            with torch.enable_grad(), hooked(hooks):
-                outputs = tree_flatten(call.run(call.arguments(piece)))[0]
-                which = made(outputs)
-                assert which is not None  # a linear that is used has been seen to reach an output
-                stats.wide(outputs[which]).reshape(samples, -1).norm(dim=1).sum().backward()
-        return sums
-
-    found = micro.run(sweep)
-    distributed.add_statistics([found[linear.name] for linear in block.linears])
-    return found
-
-
-def _hook(linear: Linear, sums: Statistics, samples: int) -> Any:
-    """Add the gradient of every sample to the sums, once backward reaches the linear's output."""
+def per_sample(linear: Linear, sums: Statistics, samples: int) -> Any:
+    """Hook a linear: the gradient of every sample is added once backward reaches its output."""
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = _by_sample(linear, args[0].detach(), samples)
@@ -339,7 +317,8 @@ def _by_sample(linear: Linear, value: Tensor, samples: int) -> Tensor:
     return rows.reshape(samples, -1, rows.shape[-1])
 
 
-def _zeros(blocks: list[Block], needs: frozenset[str]) -> Gradients:
+def zero_sums(blocks: list[Block], needs: frozenset[str]) -> Gradients:
+    """Return the sums of no samples, of every linear of the blocks."""
     return {
         linear.name: stats.zeros(needs, linear.weight, linear.positions)
         for block in blocks
@@ -352,7 +331,7 @@ def activations(
 ) -> tuple[int, int]:
     """Return the bytes that a plain backward keeps of one sample: of the trunk, and of the head."""
     linears = [linear for block in blocks for linear in block.linears]
-    hooks = [_hook(linear, Statistics({}), 1) for linear in linears]
+    hooks = [per_sample(linear, Statistics({}), 1) for linear in linears]
     with hooked(hooks), saved(model) as storages:
         hidden = adapter.trunk(model, one)
         trunk = sum(storages.values())

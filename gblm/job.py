@@ -28,6 +28,7 @@ from gblm.report.masks import masks
 from gblm.survey import Block
 from gblm.work import GradientFolder, Journal, Settings, fingerprint
 
+OWN = ("allocation", "focus", "refine", "share", "rounds", "rate")  # of a method, beside its solve
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
 
@@ -97,7 +98,7 @@ class Work:
             "method": method.name,
             "options": {k: str(v) for k, v in getattr(method.solve, "keywords", {}).items()},
             "pattern": run.pattern.name,
-            **{k: getattr(method, k) for k in ("allocation", "focus", "refine", "share")},
+            **{k: getattr(method, k) for k in OWN},
         }
         return Journal(self.folder / run.label, {**settings, **own}, self.resume)
 

@@ -3,9 +3,10 @@
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def gblm(alpha: float | str = 100, norm: str = "l1") -> Method:
 
 
 def ria(power: float = 0.5) -> Method:
-    """Keep the largest (|W| / Σ_i |W| + |W| / Σ_j |W|)·‖X‖₂^power (RIA, see `scores.ria`).
+    """Keep the largest (|W| / Σ_i |W| + |W| / Σ_j |W|)·‖X‖₂^power (RIA, ICLR 2024).
 
     As published, the whole weight is compared where no group is named.
     """
@@ -64,20 +65,27 @@ def pruner_zero(norm: str = "l2") -> Method:
     return masked(f"pruner-zero(norm={norm})", {statistic}, score)
 
 
-def wanda_plus(factor: float = 100, refine: float = 0.0) -> Method:
+def wanda_plus(factor: float = 100, rounds: int = 0, rate: float = 3e-7) -> Method:
     """Keep the largest |W|·(factor·G + ‖X‖₂) by regional gradients (Wanda++, arXiv 2503.04992).
 
-    refine: passes of the regional optimisation, of what a block keeps towards its dense outputs by
-    Adam; the paper lets RMSprop change all weights between rounds of pruning.
+    rounds, rate: of the regional optimisation by RMSprop before (see `regional.optimise`); 5 rounds
+    are the published ones.
     """
     score = partial(scores.wanda_plus, alpha=_factor(factor))
-    _check_passes(refine)
-    method = masked(f"wanda++(factor={_factor(factor)})", {"input_sq", "grad_sq"}, score)
-    return replace(method, regional=True, refine=float(refine))
+    if rounds < 0 or not 0 < rate < math.inf:
+        raise GblmError(f"rounds {rounds} at rate {rate:g}; wanda++ was published with 5 at 3e-7")
+    named = f"factor={_factor(factor)}" + (f", rounds={rounds}, rate={rate:g}" if rounds else "")
+    method = masked(f"wanda++({named})", {"input_sq", "grad_sq"}, score)
+    return replace(method, regional=True, rounds=rounds, rate=float(rate) if rounds else 0.0)
 
 
 def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:
-    """Prune column by column and let the weights that stay make up for it (arXiv 2301.00774)."""
+    """Prune column by column and let the weights that stay make up for it (arXiv 2301.00774).
+
+    damping: of H, times its mean diagonal. columns: chosen at a time, where the pattern lets them.
+    """
+    if not (0 <= damping < math.inf and columns > 0):
+        raise GblmError(f"sparsegpt needs damping ≥ 0, columns ≥ 1; not {damping:g}, {columns}")
     solve = partial(_sparsegpt.solve, damping=damping, columns=columns)
     return Method("sparsegpt", frozenset({"input_gram"}), solve, group="layer")
 
@@ -166,6 +174,38 @@ def make(name: str, **options: Any) -> Method:
     taken = inspect.signature(maker).parameters
     method = maker(**{option: value for option, value in options.items() if option in taken})
     return seeded(method, solver) if solver else method
+
+
+def parse(text: str, **usual: Any) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of what `text` names: "gblm", "gblm+repair:alpha=50:norm=l2".
+
+    usual: options that are taken where the text does not name them and the method has them.
+    Raises `GblmError` where no method has that name, or those options, or an option that value.
+    """
+    name, *parts = text.split(":")
+    taken = inspect.signature(factory(name)[0]).parameters
+    found = {option: value for option, value in usual.items() if option in taken}
+    for part in parts:
+        option, _, value = part.partition("=")
+        if option not in taken:
+            known = ", ".join(taken) or "none"
+            raise GblmError(f"method {text}: no option {option!r}; those of {name}: {known}")
+        found[option] = _value(text, taken[option], value)
+    return name, found
+
+
+def _value(text: str, option: inspect.Parameter, value: str) -> Any:
+    """Return the value of an option of a method, of the type that its factory takes."""
+    kinds = get_args(option.annotation) or (option.annotation,)
+    for kind in (int, float):
+        with suppress(ValueError):
+            if kind in kinds:
+                return kind(value)
+    if str in kinds:
+        return None if value == "none" else value
+    words = {int: "a whole number", float: "a number"}
+    wanted = words[next(kind for kind in kinds if kind in words)]
+    raise GblmError(f"method {text}: {option.name} takes {wanted}, not {value!r}")
 
 
 def _factor(alpha: float | str) -> float:

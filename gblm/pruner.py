@@ -15,11 +15,12 @@ from gblm.allocation import Allocation, Weighed
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.call import Call
 from gblm.device import MicroBatch
-from gblm.gradients import gradient_sums, regional_sums
+from gblm.gradients import gradient_sums
 from gblm.offload import here
 from gblm.refine import refine
+from gblm.regional import optimise, regional_sums
 from gblm.report import LinearReport, Report, clock
-from gblm.stream import Inputs, Weights, forward
+from gblm.stream import Inputs, Snapshot, Weights, collect, forward
 from gblm.survey import Block, Linear, find_adapter, placed, size, survey
 from gblm.survey import micro_batch as sized
 from gblm.work import Journal
@@ -99,10 +100,23 @@ def prune(
         for name, own in chosen.items():
             log.debug("allocation %s: %s gets %s", spent.name, name, own.name)
     weights = position_weights(blocks, gradients, method.focus)
+    inputs = method.needs & set(stats.INPUT)
 
     def visit(block: Block, found: list[Inputs], call: Call) -> None:
         own = regional_sums(block, call, method.needs, micro) if method.regional else gradients
-        report.linears += solve_groups(found, method, chosen, own)
+        solve = partial(solve_groups, method=method, chosen=chosen, gradients=own)
+        if not method.rounds:
+            report.linears += solve(found)
+            return
+        before = Snapshot(block)
+        try:
+            optimise(block, call, solve, inputs, micro, method.rounds, method.rate)
+            found = micro.run(partial(collect, block, call, inputs, {}))
+            own = regional_sums(block, call, method.needs, micro)
+            report.linears += solve(found, gradients=own)
+        except BaseException:
+            before.write()
+            raise
 
     def again(block: Block, call: Call, target: Any, step: int) -> None:
         last = weights.get(block.groups[-1][0].name)  # its outputs are the block's, or added to it
@@ -122,7 +136,7 @@ def prune(
             batch,
             adapter,
             blocks,
-            method.needs & set(stats.INPUT),
+            inputs,
             visit,
             micro,
             beside="cross_gram" in method.needs,

@@ -128,7 +128,7 @@ def forward(
     def alone(block: Block, call: Call) -> Any:
         target = micro.run(call.outputs) if refine and block.groups else None
         if block.groups:
-            found = micro.run(lambda step: collect(block, call, needs, step, weights))
+            found = micro.run(lambda step: collect(block, call, needs, weights, step))
             visit(block, found, call)
         if refine and block.groups:
             micro.run(lambda step: refine(block, call, target, step))
@@ -207,7 +207,7 @@ def _beside(
     that fails, the block is left as it was. With `again`, the block will change once more and run
     again: then the pruned stream goes no further than its last group and has no outputs.
     """
-    before = _Weights(block)
+    before = Snapshot(block)
     hooks = [
         group[0].module.register_forward_pre_hook(_wait(index, group[0]))
         for index, group in enumerate(block.groups)
@@ -228,7 +228,7 @@ def _beside(
                 check(group[0], inputs.statistics)
                 with exact(group[0].weight.device):
                     visit(block, [inputs], pruned)
-                now = _Weights(block)
+                now = Snapshot(block)
                 before.write()
                 theirs = _go_on(streams[0], theirs, index)
                 now.write()
@@ -275,7 +275,7 @@ def _go_on(pieces: list[greenlet], found: list[Any], index: int) -> list[Any]:
     return [piece.switch() if _waits(at, index) else at for piece, at in pairs]
 
 
-class _Weights:
+class Snapshot:
     """The weights of a block's linears at some time, to be written again."""
 
     def __init__(self, block: Block) -> None:
@@ -287,7 +287,7 @@ class _Weights:
 
 
 def collect(
-    block: Block, call: Call, needs: frozenset[str], step: int, weights: Weights
+    block: Block, call: Call, needs: frozenset[str], weights: Weights, step: int
 ) -> list[Inputs]:
     """Run the block in micro-batches; return what each group of its linears saw.
 

@@ -21,7 +21,7 @@ LAYERS = [
     ("methods",),
     ("device", "distributed"),
     ("offload",),
-    ("survey", "call", "stream", "head", "gradients", "refine"),
+    ("survey", "call", "stream", "head", "gradients", "refine", "regional"),
     ("report", "output"),
     ("work",),
     ("pruner",),

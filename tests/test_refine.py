@@ -11,7 +11,6 @@ import gblm
 from gblm import methods, stats, stream
 from gblm.base import GblmError
 from gblm.device import MicroBatch
-from gblm.gradients import regional_sums
 from gblm.refine import refine
 from gblm.survey import find_adapter, survey
 
@@ -178,27 +177,3 @@ def test_an_allocation_spends_the_budget_of_the_model(llama, batch, name, patter
 def test_best_leaves_a_pattern_of_n_of_m_alike_everywhere(llama, batch):
     report = gblm.prune(llama, batch, methods.best(), "2:4")
     assert {linear.sparsity for linear in report.linears} == {0.5}
-
-
-def test_regional_gradients_are_those_of_the_blocks_own_norm(llama64, batch):
-    blocks = survey(llama64, batch, find_adapter(llama64))
-    found = {}
-
-    def visit(block, inputs, call):
-        found.update(regional_sums(block, call, {"grad_sq"}, MicroBatch(3)))
-
-    needs = frozenset({"input_sq"})
-    stream.forward(llama64, batch, find_adapter(llama64), blocks, needs, visit, MicroBatch(3))
-    first, linear = blocks[0], blocks[0].linears[0]
-    weight = linear.module.weight
-    total = torch.zeros_like(weight)
-    for sample in batch["input_ids"]:
-        outputs: list[torch.Tensor] = []
-        keep = partial(lambda kept, module, args, out: kept.append(out), outputs)
-        hook = first.module.register_forward_hook(keep)
-        llama64(input_ids=sample[None])
-        hook.remove()
-        output = outputs[0]
-        (gradient,) = torch.autograd.grad(output.norm(), weight)
-        total += gradient.square()
-    torch.testing.assert_close(found[linear.name]["grad_sq"], total)

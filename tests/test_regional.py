@@ -1,0 +1,140 @@
+"""Wanda++: the gradients of a block alone, and the optimisation of a block alone."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import gblm
+from gblm import methods, stream
+from gblm.base import GblmError
+from gblm.device import MicroBatch
+from gblm.regional import regional_sums
+from gblm.survey import find_adapter, survey
+
+
+def test_regional_gradients_are_those_of_the_blocks_own_norm(llama64, batch):
+    blocks = survey(llama64, batch, find_adapter(llama64))
+    found = {}
+
+    def visit(block, inputs, call):
+        found.update(regional_sums(block, call, {"grad_sq"}, MicroBatch(3)))
+
+    needs = frozenset({"input_sq"})
+    stream.forward(llama64, batch, find_adapter(llama64), blocks, needs, visit, MicroBatch(3))
+    first, linear = blocks[0], blocks[0].linears[0]
+    weight = linear.module.weight
+    total = torch.zeros_like(weight)
+    for sample in batch["input_ids"]:
+        outputs: list[torch.Tensor] = []
+        keep = partial(lambda kept, module, args, out: kept.append(out), outputs)
+        hook = first.module.register_forward_hook(keep)
+        llama64(input_ids=sample[None])
+        hook.remove()
+        output = outputs[0]
+        (gradient,) = torch.autograd.grad(output.norm(), weight)
+        total += gradient.square()
+    torch.testing.assert_close(found[linear.name]["grad_sq"], total)
+
+
+def block_calls(model: nn.Module, batch: dict) -> list:
+    """Return what the first block does, as a function of the weights it then has, by sample."""
+    block, found = model.model.layers[0], []
+
+    def keep(module, args, kwargs):
+        found.append((args, kwargs))
+
+    for sample in batch["input_ids"]:
+        with block.register_forward_pre_hook(keep, with_kwargs=True), torch.no_grad():
+            model(input_ids=sample[None], use_cache=False)
+    return [partial(block, *args, **kwargs) for args, kwargs in found]
+
+
+def plainly_optimised(model: nn.Module, batch: dict, rounds: int, rate: float) -> None:
+    """Prune the first block by half, by algorithm 1 of Wanda++ written plainly."""
+    calls = block_calls(model, batch)
+    block = model.model.layers[0]
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    weights = [linear.weight for linear in linears]
+
+    def gradients() -> list:
+        norms = [torch.autograd.grad(call().norm(), weights) for call in calls]
+        return [
+            (sum(g.square() for g in own) / len(calls)).sqrt() for own in zip(*norms, strict=True)
+        ]
+
+    def pruned(size: list) -> None:
+        seen: dict = {linear: [] for linear in linears}
+        hooks = [
+            linear.register_forward_pre_hook(lambda module, args: seen[module].append(args[0]))
+            for linear in linears
+        ]
+        with torch.no_grad():
+            for call in calls:
+                call()
+        for hook in hooks:
+            hook.remove()
+        for linear, g in zip(linears, size, strict=True):
+            x = torch.cat(seen[linear]).flatten(0, -2)
+            norm = (x.square().sum(dim=0) / len(calls)).sqrt()
+            score = linear.weight.detach().abs() * (100 * g + norm)
+            lowest = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
+            linear.weight.data.scatter_(1, lowest, 0)
+
+    draw = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(calls), generator=draw) for _ in range(rounds)]
+    goals = [call().detach() for call in calls]
+    dense, optimiser = gradients(), torch.optim.RMSprop(weights, lr=rate)
+    for order in orders:
+        pruned(dense)
+        for i in order:
+            optimiser.zero_grad()
+            (calls[i]() - goals[i]).square().sum().backward()
+            optimiser.step()
+    pruned(gradients())
+
+
+def test_regional_optimisation_is_the_published_algorithm(make_llama, batch):
+    model, plain = make_llama(torch.float64), make_llama(torch.float64)
+    blocks = survey(model, batch, find_adapter(model))[:1]
+    method = methods.wanda_plus(rounds=3, rate=1e-3)
+    gblm.prune(model, batch, method, "0.5", blocks=blocks)
+    plainly_optimised(plain, batch, rounds=3, rate=1e-3)
+    changed = 0
+    for name, value in plain.model.layers[0].state_dict().items():
+        torch.testing.assert_close(model.model.layers[0].state_dict()[name], value)
+        changed += name.endswith("proj.weight") and bool((value == 0).any())
+    assert changed == 7
+
+
+def test_rounds_that_change_nothing_leave_plain_wanda_plus(make_llama, batch):
+    models = [make_llama(), make_llama()]
+    for model, rounds in zip(models, (0, 3), strict=True):
+        gblm.prune(model, batch, methods.wanda_plus(rounds=rounds, rate=1e-30), "2:4")
+    one, other = (model.state_dict() for model in models)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("fails_at", [0, 15])
+def test_a_block_that_fails_in_its_rounds_is_as_it_was(llama, batch, fails_at):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    made, calls = methods.wanda_plus(rounds=3, rate=1e-3), []
+
+    def solve(weight, statistics, pattern):
+        calls.append(1)
+        if len(calls) > fails_at:
+            raise GblmError("planted")
+        return made.solve(weight, statistics, pattern)
+
+    with pytest.raises(GblmError, match="planted"):
+        gblm.prune(llama, batch, replace(made, solve=solve), "0.5")
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+    assert all(own.requires_grad and own.grad is None for own in llama.parameters())
+
+
+@pytest.mark.parametrize("options", [{"rounds": -1}, {"rate": 0}, {"rate": float("nan")}])
+def test_rounds_and_rates_that_are_none(options):
+    with pytest.raises(GblmError, match="published with 5 at 3e-7"):
+        methods.wanda_plus(**options)
