@@ -100,23 +100,13 @@ def prune(
         for name, own in chosen.items():
             log.debug("allocation %s: %s gets %s", spent.name, name, own.name)
     weights = position_weights(blocks, gradients, method.focus)
-    inputs = method.needs & set(stats.INPUT)
+    solve = partial(solve_groups, method=method, chosen=chosen)
 
     def visit(block: Block, found: list[Inputs], call: Call) -> None:
-        own = regional_sums(block, call, method.needs, micro) if method.regional else gradients
-        solve = partial(solve_groups, method=method, chosen=chosen, gradients=own)
-        if not method.rounds:
-            report.linears += solve(found)
-            return
-        before = Snapshot(block)
-        try:
-            optimise(block, call, solve, inputs, micro, method.rounds, method.rate)
-            found = micro.run(partial(collect, block, call, inputs, {}))
-            own = regional_sums(block, call, method.needs, micro)
-            report.linears += solve(found, gradients=own)
-        except BaseException:
-            before.write()
-            raise
+        if method.regional:
+            report.linears += solve_regionally(block, found, call, method, solve, micro)
+        else:
+            report.linears += solve(found, gradients=gradients)
 
     def again(block: Block, call: Call, target: Any, step: int) -> None:
         last = weights.get(block.groups[-1][0].name)  # its outputs are the block's, or added to it
@@ -136,7 +126,7 @@ def prune(
             batch,
             adapter,
             blocks,
-            inputs,
+            method.needs & set(stats.INPUT),
             visit,
             micro,
             beside="cross_gram" in method.needs,
@@ -249,6 +239,32 @@ def solve_groups(
         weight = solved[i][0] if i in solved else torch.empty_like(linear.weight)
         linear.weight.copy_(distributed.sent(weight, i % distributed.world()))
     return [entries[i] for i in range(len(linears))]
+
+
+def solve_regionally(
+    block: Block,
+    found: list[Inputs],
+    call: Call,
+    method: Method,
+    solve: Callable[..., list[LinearReport]],
+    micro: MicroBatch,
+) -> list[LinearReport]:
+    """Solve a block by the gradients of its own output norm, optimised before where asked.
+
+    Where that fails, the block is left as it was.
+    """
+    own = regional_sums(block, call, method.needs, micro)
+    if not method.rounds:
+        return solve(found, gradients=own)
+    before, needs = Snapshot(block), method.needs & set(stats.INPUT)
+    try:
+        prune_now = partial(solve, gradients=own)
+        optimise(block, call, prune_now, needs, micro, method.rounds, method.rate)
+        found = micro.run(partial(collect, block, call, needs, {}))
+        return solve(found, gradients=regional_sums(block, call, method.needs, micro))
+    except BaseException:
+        before.write()
+        raise
 
 
 def solve(
