@@ -261,10 +261,16 @@ def solve_regionally(
         prune_now = partial(solve, gradients=own)
         optimise(block, call, prune_now, needs, micro, method.rounds, method.rate)
         found = micro.run(partial(collect, block, call, needs, {}))
-        return solve(found, gradients=regional_sums(block, call, method.needs, micro))
+        entries = solve(found, gradients=regional_sums(block, call, method.needs, micro))
     except BaseException:
         before.write()
         raise
+    dense = dict(zip((x.name for x in block.linears), before.values, strict=True))
+    linears = [(linear, inputs) for inputs in found for linear in inputs.group]
+    for entry, (linear, inputs) in zip(entries, linears, strict=True):
+        # Of what it was before the rounds, not after them.
+        entry.relative_error = _off(dense[linear.name], linear.weight, inputs)
+    return entries
 
 
 def solve(
@@ -298,12 +304,17 @@ def solve(
             f"{linear}, {method.name}, {pattern.name}: the new weight holds a NaN or an Inf; "
             "use a wider dtype"
         )
-    off = 0.0
-    if inputs.examples:
-        off = relative_error(dense, stats.wide(weight), stats.wide(torch.cat(inputs.examples)))
+    off = _off(dense, weight, inputs)
     sparsity = (weight == 0).float().mean().item()
     seconds = time.perf_counter() - start
     return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
+
+
+def _off(dense: Tensor, weight: Tensor, inputs: Inputs) -> float:
+    """Return the relative error of a weight on the inputs that were kept for it, 0 for none."""
+    if not inputs.examples:
+        return 0.0
+    return relative_error(*map(stats.wide, (dense, weight, torch.cat(inputs.examples))))
 
 
 def relative_error(dense: Tensor, weight: Tensor, x: Tensor) -> float:

@@ -279,11 +279,12 @@ class Snapshot:
     """The weights of a block's linears at some time, to be written again."""
 
     def __init__(self, block: Block) -> None:
-        self.kept = [(linear.weight, linear.weight.clone()) for linear in block.linears]
+        self.weights = [linear.weight for linear in block.linears]
+        self.values = [weight.clone() for weight in self.weights]
 
     def write(self) -> None:
-        for tensor, value in self.kept:
-            tensor.copy_(value)
+        for weight, value in zip(self.weights, self.values, strict=True):
+            weight.copy_(value)
 
 
 def collect(

@@ -109,6 +109,22 @@ def test_regional_optimisation_is_the_published_algorithm(make_llama, batch):
     assert changed == 7
 
 
+def test_errors_are_against_the_weights_before_the_rounds(make_llama, batch):
+    model, dense = make_llama(), make_llama()
+    seen: dict[str, list[torch.Tensor]] = {}
+    report = gblm.prune(model, batch, methods.wanda_plus(rounds=3, rate=1e-2), "0.5")
+    entry, *_ = report.linears
+    own, was = (each.get_submodule(entry.name) for each in (model, dense))
+    hook = own.register_forward_pre_hook(
+        lambda module, args: seen.setdefault("x", []).append(args[0])
+    )
+    model(**batch)
+    hook.remove()
+    (x,) = seen["x"]
+    wanted = (x @ (own.weight - was.weight).T).norm() / (x @ was.weight.T).norm()
+    assert entry.relative_error == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_rounds_that_change_nothing_leave_plain_wanda_plus(make_llama, batch):
     models = [make_llama(), make_llama()]
     for model, rounds in zip(models, (0, 3), strict=True):
