@@ -42,7 +42,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("side", ["llm", "vit"])
-def test_every_offload_writes_the_same_bits(side, request, tmp_path, capsys):
+def test_every_offload_writes_the_same_bits(side, request, two_threads, tmp_path, capsys):
     run = {"llm": prune_llm, "vit": prune_vit}[side]
     flags = [*arguments(request.getfixturevalue(side)), *METHODS, "--backward", "blocks"]
     for kind in ("none", "cpu", "disk"):
