@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The tests run beside each other, and threads of one would wait for those of the others.
-os.environ["OMP_NUM_THREADS"] = "1"
+# The tests run beside each other, and threads of one would wait for those of the others. Where a
+# test wants two, they wait asleep.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import torch
 

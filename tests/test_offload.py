@@ -26,7 +26,7 @@ def offloaded(model, kind, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
-def test_offloaded_models_get_the_same_bits(make_llama, batch, name, kind, two_threads, tmp_path):
+def test_offloaded_models_get_the_same_bits(make_llama, batch, name, kind, tmp_path):
     plain, other = make_llama(), make_llama()
     parts = offloaded(other, kind, tmp_path)
     made = methods.make(name)
