@@ -5,9 +5,13 @@ import os
 import pickle
 import stat
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+# The tests run beside each other, and threads of one would wait for those of the others. Where a
+# test wants two, they wait asleep.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import torch
 
@@ -78,6 +82,15 @@ def llama64() -> nn.Module:
 @pytest.fixture
 def batch() -> dict[str, Tensor]:
     return random_batch()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads instead of one, for what could depend on them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

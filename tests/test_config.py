@@ -102,7 +102,8 @@ def without(arguments: list[str], flag: str) -> list[str]:
 
 
 def test_a_run_can_be_repeated_from_beside_its_result(llm: list[str], tmp_path: Path, monkeypatch):
-    flags = without(llm[1:], "--windows")
+    flags = llm[1:]
+    flags[flags.index("--windows")] = "--evaluate-windows"
     model = Path(flags[1])
     monkeypatch.chdir(model.parent)
     flags[1] = model.name  # relative, as a user has it

@@ -27,7 +27,7 @@ def test_nothing_is_measured_for_other_dtypes(stored, monkeypatch):
 
 
 @pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
-def test_quick_is_measured(slow, monkeypatch):
+def test_quick_is_measured(slow, two_threads, monkeypatch):
     product = torch.Tensor.__matmul__
 
     def planted(x, y):
@@ -35,9 +35,8 @@ def test_quick_is_measured(slow, monkeypatch):
             time.sleep(0.3)
         return product(x, y)
 
-    threads = torch.get_num_threads()
     monkeypatch.setattr(torch.Tensor, "__matmul__", planted)
     quick.cache_clear()
     assert quick(CPU, torch.bfloat16) == (slow == torch.float32)
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
     quick.cache_clear()

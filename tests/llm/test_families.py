@@ -10,6 +10,8 @@ import gblm
 from gblm import methods
 from gblm.llm.adapters import adapter
 
+pytestmark = pytest.mark.no_cover  # other tests reach the same lines, and tracing takes its time
+
 SAMPLES, LENGTH, VOCABULARY = 7, 10, 96
 
 COMMON = {

@@ -448,7 +448,7 @@ def test_results_are_the_same_bits_every_time(run, llm, model, sealed):
 
 
 @pytest.mark.parametrize("method", ["gblm", "best"])
-def test_results_from_disk_are_the_same_bits_every_time(method, run, sealed):
+def test_results_from_disk_are_the_same_bits_every_time(method, run, two_threads, sealed):
     found = []
     for _ in range(2):
         assert run("--method", method, "--offload", "disk", "--overwrite")[0] == 0
