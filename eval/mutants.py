@@ -1,11 +1,11 @@
 """Plant faults in the formulas and the solvers, one at a time, and see which the tests catch.
 
-    python eval/mutants.py [--only admm] [--jobs 2] [--json mutants.json]
+    python eval/mutants.py [--only admm] [--jobs 2] [--json mutants.json] [--again mutants.json]
 
 A fault is an operator, a comparison, a constant, a condition or a statement that is another one, or
 none. Each is planted in memory, in a process of its own, which runs the tests that mirror the file;
 a fault is caught where one of them fails, or none ends in time. What survives is listed by its
-line. docs/testing.md explains the survivors.
+line, and `--again` plants only what survived then. docs/testing.md explains the survivors.
 """
 
 import argparse
@@ -152,14 +152,22 @@ def start(mutant: Mutant | None, module: str) -> int:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     import pytest
-    from hypothesis import settings
+    from hypothesis import Phase, settings
 
-    # Without a memory and a seed of its own, so that a survivor survives again.
-    settings.register_profile("planted", derandomize=True, database=None, deadline=None)
+    # Without a memory and a seed of its own, so that a survivor survives again; a first failure
+    # is all there is to know, so that none is made smaller, or shown.
+    settings.register_profile(
+        "planted",
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate],
+    )
     settings.load_profile("planted")
     if mutant:
         sys.meta_path.insert(0, Planted(mutant.module, mutant.source))
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:cov", *TESTS[module]])
+    quiet = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:cov"]
+    code = pytest.main([*quiet, *TESTS[module]])
     os._exit(int(code))
 
 
@@ -175,12 +183,18 @@ def wait(running: dict[int, Mutant]) -> None:
         print(f"{mutant.module}:{mutant.line}: {mutant.before}  →  {mutant.after}", flush=True)
 
 
+def _fault(row: dict[str, Any]) -> list[str]:
+    """Return what a fault is known by, wherever its line has moved."""
+    return [row[key] for key in ("module", "before", "after")]
+
+
 def main() -> None:
     """Plant all faults, print the survivors and a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="modules whose name ends so")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--again", type=Path, help="what `--json` wrote: plant its survivors only")
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -193,12 +207,16 @@ def main() -> None:
     assert not any(name.startswith("gblm") for name in sys.modules), (
         "gblm must be imported after the fork"
     )
+    rows = json.loads(args.again.read_text()) if args.again else []
+    again = [_fault(row) for row in rows if row["end"] == "survived"]
     found: list[Mutant] = []
     began = time.perf_counter()
     for module in (name for name in TESTS if name.endswith(args.only)):
         process = start(None, module)
         assert os.waitpid(process, 0)[1] == 0, f"the tests of {module} fail without a fault"
         own, running = list(mutants(module)), dict[int, Mutant]()
+        if args.again:
+            own = [mutant for mutant in own if _fault(asdict(mutant)) in again]
         for mutant in own:
             if len(running) == args.jobs:
                 wait(running)
