@@ -37,7 +37,7 @@ def row_keep(score: Tensor, kept: int) -> Tensor:
 def _ordered(x):
     """Return integers of 32 bits, without sign, in the order of the floats; −0 counts as 0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
