@@ -26,10 +26,17 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+KERNELS = "tests/kernels/test_kernels.py"  # those of the branches for a GPU, interpreted
 TESTS = {
-    "gblm.patterns": ["tests/test_patterns.py"],
-    "gblm.scores": ["tests/test_scores.py"],
-    "gblm.stats": ["tests/test_stats.py"],
+    "gblm.patterns": [
+        "tests/test_patterns.py",
+        f"{KERNELS}::test_patterns_choose_alike_with_and_without",
+    ],
+    "gblm.scores": ["tests/test_scores.py", f"{KERNELS}::test_methods_fuse_score_and_mask"],
+    "gblm.stats": [
+        "tests/test_stats.py",
+        f"{KERNELS}::test_statistics_are_summed_alike_with_and_without",
+    ],
     "gblm.solvers.sparsegpt": ["tests/test_sparsegpt.py"],
     "gblm.solvers.admm": ["tests/test_admm.py"],
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gblm
-from gblm import kernels, methods, patterns
+from gblm import kernels, methods, patterns, stats
 from gblm.kernels import gradient_sums, input_gram, nm_keep, row_keep, score_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,6 +147,42 @@ def test_patterns_choose_alike_with_and_without(pattern, ties, monkeypatch):
     monkeypatch.setattr(kernels, "usable", lambda *tensors: calls.append(1) or True)
     assert torch.equal(keep(score), expected)
     assert calls
+
+
+@pytest.mark.parametrize(
+    ("names", "x", "dy", "taken"),
+    [
+        ({"input_gram"}, torch.bfloat16, None, True),
+        ({"input_gram"}, torch.float32, None, False),
+        ({"grad_abs", "grad_sq"}, torch.bfloat16, torch.bfloat16, True),
+        ({"grad_abs"}, torch.float16, torch.float16, True),
+        ({"grad_sq"}, torch.float16, torch.float16, True),
+        ({"grad_sq", "grad_position"}, torch.float16, torch.float16, False),
+        ({"grad_sq"}, torch.bfloat16, torch.float16, False),
+        ({"grad_sq"}, torch.float32, torch.float32, False),
+    ],
+)
+def test_statistics_are_summed_alike_with_and_without(names, x, dy, taken, monkeypatch):
+    inputs = draw(3, 5, 24, dtype=x)
+
+    def summed() -> gblm.Statistics:
+        found = stats.zeros(names, draw(16, 24), positions=5)
+        if dy:
+            stats.add_gradients(found, inputs, draw(3, 5, 16, dtype=dy, seed=1))
+        else:
+            stats.add_inputs(found, inputs.flatten(0, 1), 3)
+        return found
+
+    expected, calls = summed(), []
+    for module, name in ((input_gram, "input_gram"), (gradient_sums, "gradient_sums")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, kernel=kernel: calls.append(1) or kernel(*a))
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    found = summed()
+    assert len(calls) == taken
+    assert (found.samples, found.positions) == (expected.samples, expected.positions)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["wanda", "gblm", "gradient"])
