@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--again", type=Path, help="what `--json` wrote: plant its survivors only")
     args = parser.parse_args()
     os.chdir(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     sys.path.insert(0, str(ROOT))
     import datasets  # noqa: F401  what takes long to import is imported once, before any fork
     import pytest  # noqa: F401
