@@ -32,7 +32,11 @@ TESTS = {
         "tests/test_patterns.py",
         f"{KERNELS}::test_patterns_choose_alike_with_and_without",
     ],
-    "gblm.scores": ["tests/test_scores.py", f"{KERNELS}::test_methods_fuse_score_and_mask"],
+    "gblm.scores": [
+        "tests/test_scores.py",
+        f"{KERNELS}::test_methods_fuse_score_and_mask",
+        f"{KERNELS}::test_score_and_mask_are_one_for_windows_of_a_power_of_2",
+    ],
     "gblm.stats": [
         "tests/test_stats.py",
         f"{KERNELS}::test_statistics_are_summed_alike_with_and_without",

@@ -203,3 +203,21 @@ def test_methods_fuse_score_and_mask(name, monkeypatch):
     sums["grad_abs"][3, 3] = torch.inf
     with pytest.raises(gblm.GblmError, match="the score holds a NaN or an Inf"):
         method.solve(weight, statistics, pattern)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("pattern", "taken"),
+    [("2:4", True), ("20:32", True), ("20:64", False), ("3:5", False), ("0.5", False)],
+)
+def test_score_and_mask_are_one_for_windows_of_a_power_of_2(pattern, taken, dtype, monkeypatch):
+    allowed, calls = patterns.parse(pattern), []
+    weight = draw(4, allowed.window or 8, dtype=dtype)
+    statistics = gblm.Statistics({"input_sq": draw(weight.shape[1]).square()}, samples=1)
+    kernel = score_mask.score_mask
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    monkeypatch.setattr(score_mask, "score_mask", lambda *a: calls.append(1) or kernel(*a))
+    _, keep = methods.wanda().solve(weight, statistics, allowed)
+    assert len(calls) == (taken and dtype == torch.float32)
+    monkeypatch.undo()
+    assert torch.equal(keep, methods.wanda().solve(weight, statistics, allowed)[1])
