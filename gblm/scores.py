@@ -134,7 +134,7 @@ def ria(weight: Tensor, statistics: Statistics, power: float = 0.5) -> Tensor:
     size = weight.abs()
     tiny = torch.finfo(size.dtype).tiny
     rows = size.sum(dim=1, keepdim=True).clamp_min(tiny)
-    columns = size.sum(dim=0, keepdim=True).clamp_min(tiny)
+    columns = size.sum(dim=0).clamp_min(tiny)
     return (size / columns + size / rows) * input_norm(statistics) ** power
 
 
