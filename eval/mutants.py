@@ -11,6 +11,7 @@ line, and `--again` plants only what survived then. docs/testing.md explains the
 import argparse
 import ast
 import copy
+import gc
 import importlib.abc
 import importlib.util
 import json
@@ -211,9 +212,13 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     sys.path.insert(0, str(ROOT))
     import datasets  # noqa: F401  what takes long to import is imported once, before any fork
+    import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import timm  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
+    import triton  # noqa: F401
+
+    gc.freeze()  # else every process goes through all of it again, and copies it
 
     assert not any(name.startswith("gblm") for name in sys.modules), (
         "gblm must be imported after the fork"
