@@ -46,7 +46,7 @@ TESTS = {
     "gblm.solvers.admm": ["tests/test_admm.py"],
 }
 DECLARED = ("annotation", "returns", "decorator_list")  # nothing that a formula computes
-SECONDS = 60  # of the processor for the tests of one fault: many times what they take
+SECONDS = 20  # of the processor for the tests of one fault: many times what they take
 
 OTHER: dict[type[ast.AST], type[Any]] = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult},
@@ -192,7 +192,8 @@ def wait(running: dict[int, Mutant]) -> None:
     else:
         mutant.end = "caught" if os.WEXITSTATUS(status) else "survived"
     if mutant.end == "survived":
-        print(f"{mutant.module}:{mutant.line}: {mutant.before}  →  {mutant.after}", flush=True)
+        after = mutant.after.partition("\n")[0]
+        print(f"{mutant.module}:{mutant.line}: {mutant.before}  →  {after}", flush=True)
 
 
 def _fault(row: dict[str, Any]) -> list[str]:
