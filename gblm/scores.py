@@ -13,9 +13,6 @@ from torch import Tensor
 from gblm import kernels
 from gblm.base import GblmError, Method, Pattern, Statistics
 
-Score = Callable[[Tensor, Statistics], Tensor]
-Factor = Callable[[Statistics], "Terms"]
-
 FUSED_WINDOW = 32  # the widest m that one kernel scores and selects
 NORMS = {"l1": "grad_abs", "l2": "grad_sq"}
 
@@ -38,6 +35,10 @@ class Terms:
         if self.inputs is None:
             return weight.abs().mul_(self.gradient).mul_(self.alpha)
         return (self.alpha * self.gradient).add_(self.inputs).mul_(weight.abs())
+
+
+Score = Callable[[Tensor, Statistics], Tensor]
+Factor = Callable[[Statistics], Terms]
 
 
 def masked(
@@ -133,7 +134,7 @@ def ria(weight: Tensor, statistics: Statistics, power: float = 0.5) -> Tensor:
     size = weight.abs()
     tiny = torch.finfo(size.dtype).tiny
     rows = size.sum(dim=1, keepdim=True).clamp_min(tiny)
-    columns = size.sum(dim=0, keepdim=True).clamp_min(tiny)
+    columns = size.sum(dim=0).clamp_min(tiny)
     return (size / columns + size / rows) * input_norm(statistics) ** power
 
 

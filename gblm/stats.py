@@ -119,16 +119,14 @@ def add_inputs(
     dense: what the dense model has in their place, `[positions, in]`; the same where None.
     weights: how much each position of a sample counts, of mean 1; all alike where None.
     """
-    alone = dense is None or dense is x
+    streams = [x] if dense is None else [x, dense]
     if weights is not None and len(x) == samples * len(weights):
-        x = wide(x)
-        root = weights.to(x).sqrt().repeat(samples)[:, None]
-        x, dense = x * root, None if dense is None or alone else wide(dense) * root
-    if dense is None or alone:
-        dense = x
+        streams = [wide(value) for value in streams]
+        root = weights.to(streams[0]).sqrt().repeat(samples)[:, None]
+        streams = [value * root for value in streams]
     for name, total in statistics.sums.items():
         if name in INPUT:
-            INPUT[name].add(total, x, dense)
+            INPUT[name].add(total, streams[0], streams[-1])
     statistics.samples += samples
     statistics.positions += len(x)
 
@@ -148,9 +146,9 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
 
         return gradient_sums(x, dy, *(statistics.sums.get(n) for n in ("grad_abs", "grad_sq")))
     x, dy = wide(x), wide(dy)
-    size = x.new_empty(dy.shape[-1], x.shape[-1])
+    size = None  # of one sample after the other, in the same memory
     for sample_x, sample_dy in zip(x, dy, strict=True):
-        torch.mm(sample_dy.T, sample_x, out=size).abs_()
+        size = torch.mm(sample_dy.T, sample_x, out=size).abs_()
         for name, total in statistics.sums.items():
             GRADIENT[name].add(total, size, sample_dy)
     return None

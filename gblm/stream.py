@@ -222,7 +222,7 @@ def _beside(
                     if _waits(own, index):
                         # What routes its inputs gives the streams other ones, which make no pair.
                         paired = _waits(other, index) and other.x.shape == own.x.shape
-                        beside = other.x if paired else own.x
+                        beside = other.x if paired else None
                         inputs.add(own.x, piece.stop - piece.start, pruned.samples, beside)
                 distributed.add_statistics([inputs.statistics])
                 check(group[0], inputs.statistics)

@@ -250,6 +250,22 @@ def test_binary_fractions_do_not_cost_a_weight(sparsity):
     assert (~keep).sum(dim=1).tolist() == [round(100 * sparsity)] * 3
 
 
+@pytest.mark.parametrize(("size", "most"), [(10, 7), (50, 2), (150, 1)])
+def test_rows_are_chosen_from_some_at_a_time(size, most, monkeypatch):
+    score = torch.rand(7, size, generator=torch.Generator().manual_seed(0))
+    keep, smallest, seen = patterns.parse("0.5").keep, patterns._smallest, []
+
+    def watched(part: Tensor, k: int) -> Tensor:
+        seen.append(len(part))
+        return smallest(part, k)
+
+    expected = keep(score)
+    monkeypatch.setattr(patterns, "_smallest", watched)
+    monkeypatch.setattr(patterns, "ROWS", 100)
+    assert torch.equal(keep(score), expected)
+    assert max(seen) == most
+
+
 def test_every_score_may_be_equal():
     keep = patterns.nm(2, 4).keep(torch.zeros(2, 8))
     assert keep.tolist() == [[False, False, True, True] * 2] * 2

@@ -29,14 +29,18 @@ def draw(positions: int = 8, dead: list[int] | None = None) -> tuple[Tensor, Ten
     return weight, x, statistics
 
 
-def plain(weight: Tensor, x: Tensor, pattern: Pattern, columns: int) -> tuple[Tensor, Tensor]:
+def plain(
+    weight: Tensor, x: Tensor, pattern: Pattern, columns: int, given: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (weight, keep) by the paper's algorithm 1, with no Cholesky and no lazy updates.
 
     For each column the inverse of what is left of H is computed anew; removing a weight w of it
     costs w² / [H⁻¹]₀₀ and moves the weights after it by −w / [H⁻¹]₀₀ · [H⁻¹]₀ (optimal brain
-    surgeon). The mask is chosen when its window begins, with the weights as they are then.
+    surgeon). The mask is chosen when its window begins, with the weights as they are then, if none
+    is given.
     """
-    weight, keep = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    weight = weight.clone()
+    keep = torch.ones_like(weight, dtype=torch.bool) if given is None else given
     hessian = 2 * x.T @ x / SAMPLES
     dead = hessian.diagonal() == 0
     weight[:, dead] = 0
@@ -45,7 +49,7 @@ def plain(weight: Tensor, x: Tensor, pattern: Pattern, columns: int) -> tuple[Te
     inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(IN)]
     window = pattern.window or columns
     for j in range(IN):
-        if j % window == 0:
+        if given is None and j % window == 0:
             chosen = range(j, min(j + window, IN))
             cost = torch.stack([weight[:, c] ** 2 / inverses[c][0, 0] for c in chosen], dim=1)
             keep[:, list(chosen)] = pattern.keep(cost)
@@ -78,6 +82,25 @@ def test_equals_the_paper_where_m_does_not_divide_the_column_blocks(name):
     pattern = patterns.parse(name)
     found = sparsegpt.solve(weight, statistics, pattern, columns=16)
     check_equal(found, plain(weight, x, pattern, IN))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_makes_up_for_a_mask_that_is_given(name):
+    weight, x, statistics = draw()
+    pattern = patterns.parse(name)
+    given = pattern.keep(weight.square())
+    found = sparsegpt.solve(weight, statistics, pattern, given, columns=16)
+    assert not torch.equal(sparsegpt.solve(weight, statistics, pattern)[1], given)
+    check_equal(found, plain(weight, x, pattern, 16, given))
+
+
+def test_a_mask_is_chosen_for_128_columns_at_a_time():
+    made = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 200, generator=made, dtype=torch.float64) for n in (OUT, 300))
+    statistics, pattern = stats.zeros({"input_gram"}, weight), patterns.parse("0.5")
+    stats.add_inputs(statistics, x, 300)
+    _, keep = sparsegpt.solve(weight, statistics, pattern)
+    assert (keep[:, :128].sum(dim=1) == 64).all()
 
 
 @pytest.mark.parametrize("name", ["0.5", "2:4"])
@@ -147,3 +170,10 @@ def test_what_cannot_be_factored_is_an_error():
     gram[0, 1] = gram[1, 0] = 2  # no sum of squares
     with pytest.raises(GblmError, match="too badly conditioned"):
         sparsegpt.solve(torch.ones(2, 4), Statistics({"input_gram": gram}, 1), patterns.nm(2, 4))
+
+
+def test_a_weight_that_is_not_finite_is_an_error():
+    weight, _, statistics = draw()
+    weight[2, 3] = torch.nan
+    with pytest.raises(GblmError, match="the score holds a NaN or an Inf"):
+        sparsegpt.solve(weight, statistics, patterns.nm(2, 4))

@@ -170,14 +170,22 @@ def test_a_gram_matrix_is_the_same_in_strips(inputs):
 
 
 @few
-@given(seed=st.integers(0, 2**31), focus=st.floats(0, 1))
-def test_weights_of_positions_have_mean_one_whatever_the_focus(seed, focus):
+@given(seed=st.integers(0, 2**31), focus=st.floats(0, 1), power=st.integers(-30, 30))
+def test_weights_of_positions_have_mean_one_whatever_the_focus_and_the_loss(seed, focus, power):
     gradients = [of("grad_position", *draw(seed + i, 2)) for i in range(2)]
     weights = stats.position_weights(gradients, focus)
+    louder = [Statistics({"grad_position": g["grad_position"] * 2.0**power}, 2) for g in gradients]
+    assert torch.equal(stats.position_weights(louder, focus), weights)
     assert weights.mean().item() == pytest.approx(1)
     assert (weights >= 1 - focus - 1e-9).all()
     total = gradients[0]["grad_position"] + gradients[1]["grad_position"]
     assert torch.equal(weights.argsort(stable=True), total.argsort(stable=True)) or focus < 1e-6
+
+
+def test_samples_and_gradients_come_in_pairs():
+    x, dy = draw(0, 3)
+    with pytest.raises(ValueError, match="shorter"):
+        stats.add_gradients(stats.zeros(["grad_sq"], torch.empty(OUT, IN)), x, dy[:2])
 
 
 def test_another_number_of_positions_has_none_to_tell_apart():

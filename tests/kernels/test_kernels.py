@@ -1,10 +1,12 @@
 """Every kernel equals its reference; they run by Triton's interpreter where there is no GPU."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
 import gblm
-from gblm import kernels, methods, patterns
+from gblm import kernels, methods, patterns, stats
 from gblm.kernels import gradient_sums, input_gram, nm_keep, row_keep, score_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -13,6 +15,21 @@ SHAPES = [(3, 17, 40, 24), (1, 64, 64, 128), (2, 5, 130, 70)]  # samples, positi
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[str]:
+    """Return a list that will hold the name of every kernel of these modules that is run."""
+    calls: list[str] = []
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        kernel = getattr(module, name)
+
+        def run(*args, name=name, kernel=kernel):
+            calls.append(name)
+            return kernel(*args)
+
+        monkeypatch.setattr(module, name, run)
+    return calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,18 +152,64 @@ def test_row_keep(rows, size, kept, kind):
     assert (found.sum(dim=1) == kept).all()
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "0.9", "2:4"])
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "taken"),
+    [
+        ("2:4", torch.float32, ["nm_keep"]),
+        ("20:32", torch.float32, ["nm_keep"]),
+        ("20:64", torch.float32, ["row_keep"]),
+        ("0.5", torch.float32, ["row_keep"]),
+        ("0.9", torch.float32, ["row_keep"]),
+        ("0.5", torch.float64, []),
+        ("0.5/layer", torch.float32, []),
+    ],
+)
 @pytest.mark.parametrize("ties", [False, True])
-def test_patterns_choose_alike_with_and_without(pattern, ties, monkeypatch):
-    score = draw(6, 48)
+def test_patterns_choose_alike_with_and_without(pattern, dtype, taken, ties, monkeypatch):
+    score = draw(6, 64, dtype=dtype)
     score = score.round() if ties else score
-    monkeypatch.setattr(patterns, "KERNEL_ROWS", 2)
+    calls = recorded(monkeypatch, nm_keep, row_keep)
+    monkeypatch.setattr(patterns, "KERNEL_ROWS", 6)
     keep = patterns.parse(pattern).keep
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
     expected = keep(score)
-    calls = []
-    monkeypatch.setattr(kernels, "usable", lambda *tensors: calls.append(1) or True)
+    assert not calls
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
     assert torch.equal(keep(score), expected)
-    assert calls
+    assert calls == taken
+
+
+@pytest.mark.parametrize(
+    ("names", "x", "dy", "taken"),
+    [
+        ({"input_gram"}, torch.bfloat16, None, True),
+        ({"input_gram"}, torch.float32, None, False),
+        ({"grad_abs", "grad_sq"}, torch.bfloat16, torch.bfloat16, True),
+        ({"grad_abs"}, torch.float16, torch.float16, True),
+        ({"grad_sq"}, torch.float16, torch.float16, True),
+        ({"grad_sq", "grad_position"}, torch.float16, torch.float16, False),
+        ({"grad_sq"}, torch.bfloat16, torch.float16, False),
+        ({"grad_sq"}, torch.float32, torch.float32, False),
+    ],
+)
+def test_statistics_are_summed_alike_with_and_without(names, x, dy, taken, monkeypatch):
+    inputs = draw(3, 5, 24, dtype=x)
+
+    def summed() -> gblm.Statistics:
+        found = stats.zeros(names, draw(16, 24), positions=5)
+        if dy:
+            stats.add_gradients(found, inputs, draw(3, 5, 16, dtype=dy, seed=1))
+        else:
+            stats.add_inputs(found, inputs.flatten(0, 1), 3)
+        return found
+
+    expected, calls = summed(), recorded(monkeypatch, input_gram, gradient_sums)
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    found = summed()
+    assert len(calls) == taken
+    assert (found.samples, found.positions) == (expected.samples, expected.positions)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["wanda", "gblm", "gradient"])
@@ -156,10 +219,8 @@ def test_methods_fuse_score_and_mask(name, monkeypatch):
     sums = {"input_sq": draw(32, seed=1).square(), "grad_abs": draw(16, 32, seed=2).abs()}
     statistics = gblm.Statistics(sums, samples=4, positions=9)
     expected = method.solve(weight, statistics, pattern)
-    calls = []
-    fused = score_mask.score_mask
+    calls = recorded(monkeypatch, score_mask)
     monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
-    monkeypatch.setattr(score_mask, "score_mask", lambda *a: calls.append(1) or fused(*a))
     found = method.solve(weight, statistics, pattern)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(calls) == 1
@@ -167,3 +228,19 @@ def test_methods_fuse_score_and_mask(name, monkeypatch):
     sums["grad_abs"][3, 3] = torch.inf
     with pytest.raises(gblm.GblmError, match="the score holds a NaN or an Inf"):
         method.solve(weight, statistics, pattern)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("pattern", "taken"),
+    [("2:4", True), ("20:32", True), ("20:64", False), ("3:5", False), ("0.5", False)],
+)
+def test_score_and_mask_are_one_for_windows_of_a_power_of_2(pattern, taken, dtype, monkeypatch):
+    allowed, calls = patterns.parse(pattern), recorded(monkeypatch, score_mask)
+    weight = draw(4, allowed.window or 8, dtype=dtype)
+    statistics = gblm.Statistics({"input_sq": draw(weight.shape[1]).square()}, samples=1)
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    _, keep = methods.wanda().solve(weight, statistics, allowed)
+    assert len(calls) == (taken and dtype == torch.float32)
+    monkeypatch.undo()
+    assert torch.equal(keep, methods.wanda().solve(weight, statistics, allowed)[1])
