@@ -11,6 +11,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from gblm import scores
+from gblm.allocation import ALLOCATIONS
 from gblm.base import GblmError, Method, Pattern, Statistics, one_of
 from gblm.scores import NORMS, masked
 from gblm.solvers import admm as _admm
@@ -96,7 +97,7 @@ def admm() -> Method:
 
 
 def best(
-    allocation: str = "auto",
+    allocation: str | None = "auto",
     focus: float = 0.5,
     mix: float = 0.5,
     refine: float = 0.75,
@@ -109,9 +110,10 @@ def best(
     (refine: passes over the samples). Gradients are those of an eighth of the samples.
     docs/benchmarks.md shows what each part is worth.
 
-    Raises `GblmError` where focus or mix is outside [0, 1], or refine below 0.
+    Raises `GblmError` where focus or mix is outside [0, 1], refine below 0, or the allocation is none.
     """
     _check_passes(refine)
+    one_of(allocation or "auto", ["auto", *ALLOCATIONS], "allocation")
     for name, value in {"focus": focus, "mix": mix}.items():
         if not 0 <= value <= 1:
             raise GblmError(f"{name} {value:g} is outside [0, 1]; 0.5 is the usual one")

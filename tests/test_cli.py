@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,36 @@ def test_importing_says_nothing_and_sets_no_level():
     assert logging.getLogger("gblm").handlers == []
     assert logging.getLogger("gblm").level == logging.NOTSET
     assert distributed.rank() == 0
+
+
+def test_a_method_has_its_options_after_colons(flags: list[str], tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    asked = "gblm:alpha=5:norm=l2,wanda++:rounds=1:rate=1e-2,gblm+repair"
+    assert main([*flags, "--alpha", "7", "--method", asked, "--output", str(out)]) == 0
+    said = capsys.readouterr().out
+    for name in ("alpha=5, norm=l2", "rounds=1, rate=0.01", "gblm(alpha=7, norm=l1)+repair"):
+        assert name in said
+    folder = out / "gblm-alpha=5-norm=l2-0.5"
+    assert main(["--config", str(folder / "config.toml"), "--output", str(tmp_path / "again")]) == 0
+    assert "alpha=5, norm=l2" in capsys.readouterr().out
+    first, again = (f / "model.safetensors" for f in (folder, tmp_path / "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("wanda:alpha=3", "no option 'alpha'; those of wanda: none"),
+        ("gblm:beta=3", "no option 'beta'; those of gblm: alpha, norm"),
+        ("best:mix=half", "mix takes a number, not 'half'"),
+        ("best:mix=2", r"mix 2 is outside [0, 1]"),
+        ("best:allocation=some", "unknown allocation 'some'"),
+        ("wanda++:rounds=1.5", "rounds takes a whole number, not '1.5'"),
+        ("sparsegpt:columns=0", "columns ≥ 1"),
+        ("sparsegpt:damping=nan", "damping ≥ 0"),
+        ("gblm:alpha", "alpha"),
+    ],
+)
+def test_an_option_of_a_method_that_is_none(method: str, said: str, flags: list[str], capsys):
+    assert main([*flags, "--method", method]) == 2
+    assert said in capsys.readouterr().err
