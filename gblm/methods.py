@@ -110,7 +110,7 @@ def best(
     (refine: passes over the samples). Gradients are those of an eighth of the samples.
     docs/benchmarks.md shows what each part is worth.
 
-    Raises `GblmError` where focus or mix is outside [0, 1], refine below 0, or the allocation is none.
+    Raises `GblmError` where focus or mix is outside [0, 1], refine below 0, the allocation unknown.
     """
     _check_passes(refine)
     one_of(allocation or "auto", ["auto", *ALLOCATIONS], "allocation")
