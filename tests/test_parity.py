@@ -20,6 +20,8 @@ from gblm.base import Pattern, Statistics
 from gblm.gradients import Gradients
 from gblm.llm.adapters import window_loss
 
+pytestmark = pytest.mark.no_cover
+
 # Every mask the published code left, by method and pattern.
 GRADIENT = [
     "gblm-l1_0.5",

@@ -228,7 +228,7 @@ def test_processes_keep_a_work_folder_and_go_on_from_it(llm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("side", "processes"), [pytest.param("llm", 2, marks=pytest.mark.slow), ("llm", 3), ("vit", 3)]
+    ("side", "processes"), [("llm", 2), ("vit", 3), pytest.param("llm", 3, marks=pytest.mark.slow)]
 )
 def test_processes_share_the_samples_and_get_the_masks_of_one(side, processes, request, tmp_path):
     run = {"llm": prune_llm, "vit": prune_vit}[side]

@@ -10,7 +10,7 @@ import gblm
 from gblm import methods
 from gblm.llm.adapters import adapter
 
-pytestmark = pytest.mark.no_cover  # other tests reach the same lines, and tracing takes its time
+pytestmark = pytest.mark.no_cover
 
 SAMPLES, LENGTH, VOCABULARY = 7, 10, 96
 
