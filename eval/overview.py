@@ -29,7 +29,7 @@ CASES = {  # what `eval/quality.py` takes; the methods of one picture see the sa
     "ViT-tiny/16": "vit --model vit_tiny_patch16_224 --samples 1000 "
     "--checkpoint $GBLM_ASSETS/vit_tiny_patch16_224.safetensors "
     f"--calibration {alpha.PICTURES}/train --evaluate {alpha.PICTURES}/val "
-    "--methods sparsegpt,best --patterns 0.5,0.6,2:4",
+    "--methods magnitude,wanda,gblm,sparsegpt,best --patterns 0.5,0.6,0.7,2:4",
 }
 
 
