@@ -131,8 +131,9 @@ def named(text: str, side: str) -> tuple[str, Method]:
     Raises `GblmError` where no method has that name or those options.
     """
     name, options = methods.parse(text, alpha=DEFAULTS[side]["alpha"])
-    said = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
-    return ":".join([name, *sorted(said)]), make(name, **options)
+    whole = {k: int(v) for k, v in options.items() if isinstance(v, float) and v.is_integer()}
+    said = (f"{k}={v}" for k, v in sorted({**options, **whole}.items()))
+    return ":".join([name, *said]), make(name, **options)
 
 
 # 2. What is stored.
