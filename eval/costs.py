@@ -20,7 +20,6 @@ from pathlib import Path
 
 import quality
 import tables
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 import gblm
@@ -83,8 +82,7 @@ def main() -> None:
     rows = list(dict.fromkeys(row for row, _ in cells))
     whole = {(row, column): cells.get((row, column), [0.0]) for row in rows for column in columns}
     model = Path(args.model).name
-    threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
-    text = f"{model}, {args.samples} samples, to {args.pattern}, {threads}; "
+    text = f"{model}, {args.samples} samples, to {args.pattern}, {tables.threads()}; "
     text += f"share of the time in %.\n\n{tables.table('cost', whole)}"
     command = shlex.join(["python", "eval/costs.py", *sys.argv[1:]])
     text += f"\n    {tables.portable(command)}\n"

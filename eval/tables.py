@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+
 
 def portable(text: str) -> str:
     """Return a command line, or a path, without the folders of this machine."""
@@ -33,6 +35,12 @@ def write(path: Path, section: str, heading: str, text: str) -> None:
     if start not in page:
         page = f"{page}\n{heading}\n\n{start}\n{end}\n".lstrip("\n")
     replace(path, page.split(start)[0] + f"{start}\n{text}{end}" + page.split(end)[1])
+
+
+def threads() -> str:
+    """Return how many threads torch computes with, in words."""
+    count = torch.get_num_threads()
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def number(value: float) -> str:
