@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,18 @@ def llama64() -> nn.Module:
 @pytest.fixture
 def batch() -> dict[str, Tensor]:
     return random_batch()
+
+
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """For long tests whose lines others reach: no count of lines, which takes its time.
+
+    The mark no_cover of pytest-cov leaves a second tracer running in the processes of pytest-xdist.
+    """
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from gblm.base import Pattern, Statistics
 from gblm.gradients import Gradients
 from gblm.llm.adapters import window_loss
 
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.usefixtures("untraced")
 
 # Every mask the published code left, by method and pattern.
 GRADIENT = [

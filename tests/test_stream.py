@@ -142,7 +142,7 @@ def test_micro_batch_never_changes_gradients(llama64, batch, backward, step):
     check_same(run(step, backward), run(7, "model"), 1e-10)
 
 
-@pytest.mark.no_cover
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("method", methods.METHODS)

@@ -40,7 +40,7 @@ def cut_after(monkeypatch, count):
     monkeypatch.setattr(work, "write_tensors", planted)
 
 
-@pytest.mark.no_cover
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(

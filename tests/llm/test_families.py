@@ -10,7 +10,7 @@ import gblm
 from gblm import methods
 from gblm.llm.adapters import adapter
 
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.usefixtures("untraced")
 
 SAMPLES, LENGTH, VOCABULARY = 7, 10, 96
 

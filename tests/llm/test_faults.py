@@ -277,7 +277,7 @@ def test_code_that_comes_with_a_model_is_never_run_unasked(which, model, run, se
 EVERY = ",".join([*METHODS, "gblm+repair", "wanda+sparsegpt"])
 
 
-@pytest.mark.no_cover
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     "zero", [Q, "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]
 )

@@ -155,7 +155,7 @@ def batch_of(name: str) -> Batch:
     }
 
 
-@pytest.mark.no_cover
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_each_sample(name: str) -> None:
     model, batch = make(name), batch_of(name)
@@ -180,7 +180,7 @@ def test_gradients_are_those_of_each_sample(name: str) -> None:
         torch.testing.assert_close(found[key]["grad_abs"], total, rtol=1e-3, atol=1e-5 * scale)
 
 
-@pytest.mark.no_cover
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_prunes_all_linears_of_the_blocks(name: str) -> None:
     batch = batch_of(name)

@@ -180,7 +180,7 @@ def test_a_hostile_pickle_is_never_loaded(plain, flag, model, run, hostile, seal
 # What is odd but sound
 
 
-@pytest.mark.no_cover
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("zero", [FC1, "head.weight", "patch_embed.proj.weight", "norm.weight"])
 def test_weights_and_inputs_of_zeros_are_pruned_by_every_method(zero, model, run, sealed):
     weight(zero, lambda found: found.zero_())(model)
