@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gblm import distributed, stats
@@ -33,10 +33,8 @@ def regional_sums(block: Block, call: Call, needs: Iterable[str], micro: MicroBa
             samples = piece.stop - piece.start
             hooks = [per_sample(linear, sums[linear.name], samples) for linear in block.linears]
             with torch.enable_grad(), hooked(hooks):
-                outputs = tree_flatten(call.run(call.arguments(piece)))[0]
-                which = made(outputs)
-                assert which is not None  # a linear that is used has been seen to reach an output
-                stats.wide(outputs[which]).reshape(samples, -1).norm(dim=1).sum().backward()
+                _, output = _output(call, piece)
+                output.reshape(samples, -1).norm(dim=1).sum().backward()
         return sums
 
     found = micro.run(sweep)
@@ -92,13 +90,18 @@ def _differentiate(
         weight.requires_grad_()
     try:
         with torch.enable_grad():
-            outputs = tree_flatten(call.run(call.arguments(piece)))[0]
-            which = made(outputs)
-            assert which is not None
+            which, output = _output(call, piece)
             carried = len(target[which]) // call.samples
             wanted = target[which][piece.start * carried : piece.stop * carried]
-            output = stats.wide(outputs[which])
             (output - wanted.to(output)).square().sum().backward()
     finally:
         for weight in weights:
             weight.requires_grad_(False)
+
+
+def _output(call: Call, piece: slice) -> tuple[int, Tensor]:
+    """Return the first output that the block makes of its linears: which it is, and its values."""
+    outputs = tree_flatten(call.run(call.arguments(piece)))[0]
+    which = made(outputs)
+    assert which is not None  # a linear that is used has been seen to reach an output
+    return which, stats.wide(outputs[which])

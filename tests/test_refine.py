@@ -89,10 +89,16 @@ def test_halved_streams_leave_sums_and_solves_exact(llama, batch, monkeypatch):
     assert all(total.dtype == torch.float32 for total in halved)
 
 
-@pytest.mark.parametrize("fails_at", [0, 2])
-def test_a_block_that_fails_in_the_middle_is_as_it_was(llama, batch, fails_at):
+IN_ROUNDS = methods.wanda_plus(rounds=3, rate=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("made", "fails_at"),
+    [(methods.best(refine=0), 0), (methods.best(refine=0), 2), (IN_ROUNDS, 0), (IN_ROUNDS, 15)],
+)
+def test_a_block_that_fails_in_the_middle_is_as_it_was(llama, batch, made, fails_at):
     before = {name: value.clone() for name, value in llama.state_dict().items()}
-    made, calls = methods.best(refine=0), []
+    calls = []
 
     def solve(weight, statistics, pattern):
         calls.append(1)
@@ -104,6 +110,7 @@ def test_a_block_that_fails_in_the_middle_is_as_it_was(llama, batch, fails_at):
         gblm.prune(llama, batch, replace(made, solve=solve), "0.5")
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
     assert not any(module._forward_pre_hooks for module in llama.modules())
+    assert all(own.requires_grad and own.grad is None for own in llama.parameters())
 
 
 def block_error(model: nn.Module, dense: nn.Module, batch: dict) -> float:
