@@ -4,7 +4,8 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from gblm import distributed
+from gblm.attention import PlainAttention
 from gblm.base import GblmError, one_of
 
 log = logging.getLogger(__name__)
@@ -80,12 +82,16 @@ def quick(device: torch.device, dtype: torch.dtype) -> bool:
         torch.set_num_threads(threads)
 
 
-def halved(module: nn.Module) -> torch.autocast:
-    """Return a context where products of an fp32 module are in bfloat16, if they are quicker so."""
+@contextmanager
+def halved(module: nn.Module) -> Iterator[None]:
+    """Have products of an fp32 module in bfloat16, attention among them, if they are quicker so."""
     some, half = next(module.parameters()), torch.bfloat16
-    enabled = some.dtype == torch.float32 and quick(some.device, half)
+    if some.dtype != torch.float32 or not quick(some.device, half):
+        yield
+        return
     # Without the cache, for weights change in between.
-    return torch.autocast(some.device.type, half, enabled, cache_enabled=False)
+    with torch.autocast(some.device.type, half, cache_enabled=False), PlainAttention():
+        yield
 
 
 def exact(device: torch.device) -> torch.autocast:

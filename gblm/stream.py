@@ -135,20 +135,19 @@ def forward(
         return None if block is blocks[-1] else micro.run(call.outputs)
 
     def both(block: Block, call: Call) -> Any:
-        with halved(block.module):  # the block alone, so that what is added up between stays exact
-            return twofold(block, call)
-
-    def twofold(block: Block, call: Call) -> Any:
         dense, pruned = call.halves()
         again = refine is not None and bool(block.groups)
-        target, ours = micro.run(
-            lambda step: _beside(block, dense, pruned, needs, visit, step, weights, again)
-        )
+        with halved(block.module):  # the block alone, so that what is added up between stays exact
+            target, ours = micro.run(
+                lambda step: _beside(block, dense, pruned, needs, visit, step, weights, again)
+            )
         if refine and again:
             micro.run(lambda step: refine(block, pruned, target, step))
         if block is blocks[-1]:
             return None
-        ours = micro.run(pruned.outputs) if again else ours
+        if again:
+            with halved(block.module):
+                ours = micro.run(pruned.outputs)
         return twice(target, ours, spill)
 
     if beside:

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; what stands on one line may import its own line and those above it here.
 LAYERS = [
-    ("kernels",),
+    ("kernels", "attention"),
     ("base",),
     ("stats", "patterns"),
     ("scores", "solvers", "allocation"),
