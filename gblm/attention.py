@@ -53,6 +53,8 @@ def _plain(
     later = query.new_full(scores, -torch.inf).triu(1) if is_causal else None
     outputs = []
     for q, k, v in zip(*(x.split(together) for x in (query, key, value)), strict=True):
-        weights = q @ k if later is None else q @ k + later
+        weights = q @ k
+        if later is not None:
+            weights += later
         outputs.append(weights.softmax(-1) @ v)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
