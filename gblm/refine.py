@@ -44,7 +44,7 @@ def refine(
     in memory at a time. weights: how much each position counts, `[positions]`; None for alike.
     """
     tuned = _tuned(block)
-    which = _tuned_output(call, tuned)
+    which = _tuned_output(block.module, call, tuned)
     if which is None:
         return
     fit = _Fit(block.module, call, tree_flatten(target)[0][which], which, step, weights)
@@ -117,12 +117,12 @@ def _mean(value: float) -> float:
     return sum(found) / len(found)
 
 
-def _tuned_output(call: Call, tuned: Tuned) -> int | None:
+def _tuned_output(module: nn.Module, call: Call, tuned: Tuned) -> int | None:
     """Return which of the block's outputs, flattened, is the first made with what is fitted."""
     try:
         for parameter, _, _ in tuned:
             parameter.requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), halved(module):
             return made(tree_flatten(call.run(call.arguments(slice(0, 1))))[0])
     finally:
         for parameter, _, _ in tuned:
