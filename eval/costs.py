@@ -29,7 +29,7 @@ from gblm.survey import find_adapter, placed, survey
 
 KINDS = {  # by the names of torch's operations
     "matrix products": ("mm", "addmm", "bmm", "matmul", "linear", "baddbmm"),
-    "attention": ("_scaled_dot_product", "_flash_attention"),
+    "attention": ("_scaled_dot_product", "_flash_attention", "_softmax"),
     "selection of masks": ("kthvalue", "sort", "topk", "masked_select"),
     "factors and solves": ("cholesky", "linalg_", "triangular"),
     "optimiser": ("_fused_adam",),
