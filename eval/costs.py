@@ -12,8 +12,6 @@ rest of the wall time, between the operations, is Python's.
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -51,13 +49,11 @@ def shares(bench: quality.Bench, method: str, pattern: str) -> dict[str, float]:
     batch = placed(bench.draw(0), bench.model)
     adapter = find_adapter(bench.model)
     blocks = survey(bench.model, batch, adapter)
-    dense = [own.detach().clone() for own in bench.model.parameters()]
-    start = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        gblm.prune(bench.model, batch, make(method), pattern, adapter=adapter, blocks=blocks)
-    wall = time.perf_counter() - start
-    for own, value in zip(bench.model.parameters(), dense, strict=True):
-        own.data.copy_(value)
+    with quality.unchanged(bench.model):
+        start = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            gblm.prune(bench.model, batch, make(method), pattern, adapter=adapter, blocks=blocks)
+        wall = time.perf_counter() - start
     spent: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():
         spent[kind(event.key)] += event.self_cpu_time_total / 1e6
@@ -84,11 +80,7 @@ def main() -> None:
     model = Path(args.model).name
     text = f"{model}, {args.samples} samples, to {args.pattern}, {tables.threads()}; "
     text += f"share of the time in %.\n\n{tables.table('cost', whole)}"
-    command = shlex.join(["python", "eval/costs.py", *sys.argv[1:]])
-    text += f"\n    {tables.portable(command)}\n"
-    print(text)
-    if args.write:
-        tables.write(args.write, f"costs-{model}", f"### Costs: {model}", text)
+    tables.publish(text, args.write, f"costs-{model}", f"### Costs: {model}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ of the single rounds. With one thread, what else the machine does adds little to
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections import defaultdict
@@ -32,12 +31,10 @@ from gblm.methods import make, parse
 def seconds(bench: quality.Bench, batch: Batch, method: str, pattern: str) -> float:
     """Return the processor's seconds that a run takes; the model is left as it was."""
     name, options = parse(method)
-    dense = {key: value.clone() for key, value in bench.model.state_dict().items()}
-    start = time.process_time()
-    gblm.prune(bench.model, batch, make(name, **options), pattern)
-    taken = time.process_time() - start
-    bench.model.load_state_dict(dense)
-    return taken
+    with quality.unchanged(bench.model):
+        start = time.process_time()
+        gblm.prune(bench.model, batch, make(name, **options), pattern)
+        return time.process_time() - start
 
 
 def main() -> None:
@@ -64,11 +61,7 @@ def main() -> None:
     model = Path(args.model).name
     text = f"{model}, {args.samples} samples, to {args.pattern}, {tables.threads()}; "
     text += f"medians of {args.runs} rounds.\n\n{tables.table('method', cells)}"
-    command = shlex.join(["python", "eval/effort.py", *sys.argv[1:]])
-    text += f"\n    {tables.portable(command)}\n"
-    print(text)
-    if args.write:
-        tables.write(args.write, f"effort-{model}", f"### Seconds: {model}", text)
+    tables.publish(text, args.write, f"effort-{model}", f"### Seconds: {model}")
 
 
 if __name__ == "__main__":

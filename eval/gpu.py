@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -364,10 +362,7 @@ def main() -> None:
     titles = {"kernels": "the kernels", "7b": "LLaMA-2-7B's shape", "offload": "offloaded weights"}
     for name in parts if args.part == "all" else [args.part]:
         text = f"{parts[name]()}\n{machine(device)}\n"
-        text += f"\n    {tables.portable(shlex.join(['python', 'eval/gpu.py', *sys.argv[1:]]))}\n"
-        print(text)
-        if args.write:
-            tables.write(args.write, f"gpu-{name}", f"## GPU: {titles[name]}", text)
+        tables.publish(text, args.write, f"gpu-{name}", f"## GPU: {titles[name]}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -131,10 +130,7 @@ def measure(folder: Path, compare: bool, write: Path | None, section: str) -> No
             said = "equal, bit for bit" if same else "NOT equal"
             text += f"\nEvery weight of both results, and so every mask, is {said}.\n"
     text = f"gblm, 16 windows of 512 tokens, on the CPU:\n\n{text}"
-    text += f"\n    {tables.portable(shlex.join(['python', 'eval/memory.py', *sys.argv[1:]]))}\n"
-    print(text)
-    if write:
-        tables.write(write, section, "## Memory, pruned from disk", text)
+    tables.publish(text, write, section, "## Memory, pruned from disk")
 
 
 def main() -> None:

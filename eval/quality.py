@@ -244,24 +244,31 @@ def prepare(bench: Bench, seed: int, needs: frozenset[str]) -> Draw:
 
 
 @contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Give a model its weights back at the end of a `with`."""
+    dense = [parameter.detach().clone() for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, value in zip(model.parameters(), dense, strict=True):
+            parameter.data.copy_(value)
+
+
+@contextmanager
 def pruning(bench: Bench, draw: Draw, method: Method, pattern: Pattern) -> Iterator[dict[str, Any]]:
     """Prune the dense model for the time of a `with`: the only place that prunes.
 
     Gives the `name` of the method, the `sparsity` reached and the `seconds` it took.
     """
-    dense = [parameter.detach().clone() for parameter in bench.model.parameters()]
     # A method that takes the gradients of fewer samples computes them itself.
     gradients = draw.gradients if method.share == 1 else None
     shared = {"blocks": draw.blocks, "gradients": gradients}
-    try:
+    with unchanged(bench.model):
         report = gblm.prune(bench.model, draw.batch, method, pattern, **shared)
         taken = draw.seconds if pruner.needed(method, pattern) else 0.0
         taken = report.seconds.get("gradients", taken)
         seconds = {"gradients": round(taken, 1), "prune": round(report.seconds["prune"], 1)}
         yield {"name": report.method, "sparsity": report.sparsity, "seconds": seconds}
-    finally:
-        for parameter, value in zip(bench.model.parameters(), dense, strict=True):
-            parameter.data.copy_(value)
 
 
 def pruned(bench: Bench, draw: Draw, method: Method, pattern: Pattern) -> dict[str, Any]:

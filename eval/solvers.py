@@ -18,8 +18,6 @@ and ends with 10 steps of conjugate gradients, ADMM-Grad prunes more and more ov
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -169,11 +167,7 @@ def main() -> None:
     means = {key: [sum(off) / len(off)] for key, (off, _) in found.items()}
     text += tables.table("solver", means) + "\nSeconds of all solves:\n\n"
     text += tables.table("solver", {key: [spent] for key, (_, spent) in found.items()})
-    command = tables.portable(shlex.join(["python", "eval/solvers.py", *sys.argv[1:]]))
-    text += f"\n    {command}\n"
-    print(text)
-    if args.write:
-        tables.write(args.write, f"solvers-{model}", f"### Solvers on {model}", text)
+    tables.publish(text, args.write, f"solvers-{model}", f"### Solvers on {model}")
 
 
 if __name__ == "__main__":

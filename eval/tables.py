@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,15 @@ def write(path: Path, section: str, heading: str, text: str) -> None:
     if start not in page:
         page = f"{page}\n{heading}\n\n{start}\n{end}\n".lstrip("\n")
     replace(path, page.split(start)[0] + f"{start}\n{text}{end}" + page.split(end)[1])
+
+
+def publish(text: str, page: Path | None, section: str, heading: str) -> None:
+    """Print a text with the command of the running script, and write it into a page, if any."""
+    command = ["python", f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    text += f"\n    {portable(shlex.join(command))}\n"
+    print(text)
+    if page:
+        write(page, section, heading, text)
 
 
 def threads() -> str:

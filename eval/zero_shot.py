@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -65,11 +64,8 @@ def main() -> None:
     found = accuracy(model, tokenizer, tasks, args.batch_size)
     name = Path(args.model).name
     first = f", the first {args.limit} items of each task" if args.limit else ""
-    command = shlex.join(["python", "eval/zero_shot.py", *sys.argv[1:]])
-    text = f"{name}, zero-shot{first}.\n\n{table(found)}\n    {tables.portable(command)}\n"
-    print(text)
-    if args.write:
-        tables.write(args.write, f"zero-shot:{name}", f"### Zero-shot: {name}", text)
+    text = f"{name}, zero-shot{first}.\n\n{table(found)}"
+    tables.publish(text, args.write, f"zero-shot:{name}", f"### Zero-shot: {name}")
     if args.json:
         whole = {"model": name, "limit": args.limit, "tasks": found, "mean": mean(found)}
         tables.replace(args.json, json.dumps({**whole, "versions": versions()}, indent=1) + "\n")
