@@ -22,8 +22,10 @@ import tables
 import torch
 from torch import Tensor
 
-from gblm import GblmError, Method, Pattern, Statistics, cli, patterns, scores
+from gblm import GblmError, Method, Pattern, Statistics
 from gblm.base import one_of
+from gblm.command import cli
+from gblm.maths import patterns, scores
 
 NOVELS = "$GBLM_ASSETS/text/novels"
 STORIES = "$GBLM_ASSETS/../golden/stories260K"

@@ -21,9 +21,9 @@ import tables
 from torch.profiler import ProfilerActivity, profile
 
 import gblm
-from gblm import cli
+from gblm.command import cli
 from gblm.methods import make
-from gblm.survey import find_adapter, placed, survey
+from gblm.walk.survey import find_adapter, placed, survey
 
 KINDS = {  # by the names of torch's operations
     "matrix products": ("mm", "addmm", "bmm", "matmul", "linear", "baddbmm"),

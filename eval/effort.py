@@ -23,8 +23,8 @@ import quality
 import tables
 
 import gblm
-from gblm import cli
 from gblm.base import Batch
+from gblm.command import cli
 from gblm.methods import make, parse
 
 

@@ -35,8 +35,11 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 import gblm
-from gblm import GblmError, Method, Pattern, Statistics, cli, patterns, pruner
+from gblm import GblmError, Method, Pattern, Statistics
 from gblm.base import one_of
+from gblm.command import cli
+from gblm.maths import patterns
+from gblm.walk import prune as pruner
 
 Structure = tuple[float, float]  # of the columns of a mask, and of its rows
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 import gblm
 from gblm import methods
-from gblm.device import peak_memory
-from gblm.gradients import gradient_sums
-from gblm.offload import Memory, Offload
-from gblm.survey import find_adapter, placed, survey
-from gblm.work import GradientFolder
+from gblm.machine.device import peak_memory
+from gblm.machine.offload import Memory, Offload
+from gblm.walk.gradients import gradient_sums
+from gblm.walk.journal import GradientFolder
+from gblm.walk.survey import find_adapter, placed, survey
 
 GBLM_FLOPS = 12  # per weight and token: 8 of the gradient pass, 4 of the pruning pass
 

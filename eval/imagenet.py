@@ -24,8 +24,8 @@ from typing import Any
 
 import tables
 
-from gblm import cli
-from gblm.device import find_device
+from gblm.command import cli
+from gblm.machine.device import find_device
 
 
 def parser() -> argparse.ArgumentParser:

@@ -29,21 +29,21 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 KERNELS = "tests/kernels/test_kernels.py"  # those of the branches for a GPU, interpreted
 TESTS = {
-    "gblm.patterns": [
+    "gblm.maths.patterns": [
         "tests/test_patterns.py",
         f"{KERNELS}::test_patterns_choose_alike_with_and_without",
     ],
-    "gblm.scores": [
+    "gblm.maths.scores": [
         "tests/test_scores.py",
         f"{KERNELS}::test_methods_fuse_score_and_mask",
         f"{KERNELS}::test_score_and_mask_are_one_for_windows_of_a_power_of_2",
     ],
-    "gblm.stats": [
+    "gblm.maths.stats": [
         "tests/test_stats.py",
         f"{KERNELS}::test_statistics_are_summed_alike_with_and_without",
     ],
-    "gblm.solvers.sparsegpt": ["tests/test_sparsegpt.py"],
-    "gblm.solvers.admm": ["tests/test_admm.py"],
+    "gblm.maths.sparsegpt": ["tests/test_sparsegpt.py"],
+    "gblm.maths.admm": ["tests/test_admm.py"],
 }
 DECLARED = ("annotation", "returns", "decorator_list")  # nothing that a formula computes
 SECONDS = 20  # of the processor for the tests of one fault: many times what they take

@@ -19,7 +19,7 @@ import figures
 import quality
 import tables
 
-from gblm import cli
+from gblm.command import cli
 
 CASES = {  # what `eval/quality.py` takes; the methods of one picture see the same samples
     "stories260K": "llm --model $GBLM_ASSETS/llama/stories260K --length 256 --draws 3 "

@@ -31,9 +31,11 @@ import published
 import quality
 import tables
 
-from gblm import GblmError, cli, pruner
+from gblm import GblmError
+from gblm.command import cli
 from gblm.llm import zero_shot
 from gblm.llm.models import load_tokenizer
+from gblm.walk import prune as pruner
 
 # 1. What is asked for.
 

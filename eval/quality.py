@@ -30,12 +30,15 @@ import tables
 from torch import nn
 
 import gblm
-from gblm import GblmError, Method, Pattern, cli, methods, patterns, pruner
+from gblm import GblmError, Method, Pattern, methods
 from gblm.base import Batch
-from gblm.device import find_device
-from gblm.gradients import Gradients
+from gblm.command import cli
+from gblm.machine.device import find_device
+from gblm.maths import patterns
 from gblm.methods import METHODS, make
-from gblm.survey import Block, find_adapter, placed, survey
+from gblm.walk import prune as pruner
+from gblm.walk.gradients import Gradients
+from gblm.walk.survey import Block, find_adapter, placed, survey
 
 VERSION = 2  # raise it when a run means something else than its key says
 DEFAULTS = {"llm": {"alpha": 100, "samples": 128}, "vit": {"alpha": "auto", "samples": 1024}}

@@ -29,12 +29,12 @@ import tables
 import torch
 from torch import Tensor
 
-from gblm import cli, patterns, stats
 from gblm.base import Pattern, Statistics
-from gblm.scores import wanda
-from gblm.solvers import admm, sparsegpt
-from gblm.stream import forward
-from gblm.survey import find_adapter, micro_batch, placed, size, survey
+from gblm.command import cli
+from gblm.maths import admm, patterns, sparsegpt, stats
+from gblm.maths.scores import wanda
+from gblm.walk.stream import forward
+from gblm.walk.survey import find_adapter, micro_batch, placed, size, survey
 
 Solver = Callable[[Tensor, Statistics, Pattern], tuple[Tensor, Tensor]]
 

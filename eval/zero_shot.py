@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tables
 
-from gblm import cli
+from gblm.command import cli
 from gblm.llm import models
 from gblm.llm.zero_shot import BATCH, METRICS, Accuracy, accuracy, mean, open_tasks
 from gblm.report import versions

@@ -1,12 +1,12 @@
 """gblm: one-shot pruning of trained transformers, with the gradients of a few samples."""
 
 from gblm.base import Adapter, GblmError, Kind, Method, Pattern, Statistics
-from gblm.gradients import gradient_sums
+from gblm.maths.patterns import nm, parse, unstructured
+from gblm.maths.scores import masked
 from gblm.methods import METHODS
-from gblm.patterns import nm, parse, unstructured
-from gblm.pruner import prune
 from gblm.report import Report
-from gblm.scores import masked
+from gblm.walk.gradients import gradient_sums
+from gblm.walk.prune import prune
 
 __all__ = [
     "METHODS",

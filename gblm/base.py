@@ -25,9 +25,9 @@ def one_of(value: str, choices: Iterable[str], what: str) -> str:
 class Statistics:
     """Sums over the calibration samples of one linear, in fp32, with their counts.
 
-    `sums` holds them by name: `input_sq [in]`, `input_gram [in, in]`, `grad_abs [out, in]`, … (see
-    `gblm.stats`). `samples` is the number of calibration samples, `positions` the number of input
-    vectors they held. Nothing here is divided by a count: a score does that in sight.
+    `sums` holds them by name: `input_sq [in]`, `input_gram [in, in]`, `grad_abs [out, in]`, …: see
+    `gblm.maths.stats`. `samples` is the number of calibration samples, `positions` the number of
+    input vectors they held. Nothing here is divided by a count: a score does that in sight.
     """
 
     sums: dict[str, Tensor]
@@ -75,7 +75,7 @@ class Method:
     refine: passes over the samples that refine what a block keeps, once its linears are solved.
     share: the part of the samples whose gradients are taken.
     regional: gradients are of each block's output norm instead of the model's loss.
-    rounds, rate: of the regional optimisation before a block is pruned (see `gblm.regional`).
+    rounds, rate: of the regional optimisation before a block is pruned (see `gblm.walk.regional`).
     """
 
     name: str

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gblm import methods, patterns, stats
+from gblm import methods
 from gblm.base import GblmError, Pattern, Statistics
-from gblm.solvers import admm
+from gblm.maths import admm, patterns, stats
 
 OUT, IN = 24, 32
 PATTERNS = ["0.5", "0.5/layer", "0.7/layer", "2:4", "4:8"]

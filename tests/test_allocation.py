@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gblm import allocation, patterns
-from gblm.allocation import Budget, Weighed
 from gblm.base import GblmError, Statistics
+from gblm.maths import allocation, patterns
+from gblm.maths.allocation import Budget, Weighed
 
 # Two kinds of blocks: attention with fewer keys, and a wide feed-forward part.
 SHAPES = [(256, 256), (64, 256), (64, 256), (256, 256), (768, 256), (256, 768)]

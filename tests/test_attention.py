@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gblm import attention
-from gblm.attention import PlainAttention
+from gblm.machine import attention
+from gblm.machine.attention import PlainAttention
 
 
 def drawn(

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import gblm
-from gblm import cli, distributed
+from gblm.command import cli
 from gblm.llm.__main__ import main
+from gblm.machine import processes
 
 
 @pytest.fixture
@@ -40,8 +41,8 @@ def test_verbose_runs_say_a_line_a_block_and_twice_details(flags: list[str], cap
 def test_process_0_alone_says_it(monkeypatch, capsys):
     monkeypatch.setattr(cli, "rank", lambda: 1)
     with cli.logged(verbose=2):
-        logging.getLogger("gblm.pruner").info("a block")
-        logging.getLogger("gblm.pruner").warning("a warning")
+        logging.getLogger("gblm.walk.prune").info("a block")
+        logging.getLogger("gblm.walk.prune").warning("a warning")
     said = capsys.readouterr().err
     assert "a warning" in said
     assert "a block" not in said
@@ -66,7 +67,7 @@ def test_exit_codes_are_those_of_the_help(capsys):
 def test_importing_says_nothing_and_sets_no_level():
     assert logging.getLogger("gblm").handlers == []
     assert logging.getLogger("gblm").level == logging.NOTSET
-    assert distributed.rank() == 0
+    assert processes.rank() == 0
 
 
 def test_a_method_has_its_options_after_colons(flags: list[str], tmp_path: Path, capsys):

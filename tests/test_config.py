@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import gblm
-from gblm import config
+from gblm.command import config
 from gblm.llm.__main__ import main as llm_main
 from gblm.llm.__main__ import parser as llm_parser
 from gblm.vit.__main__ import main as vit_main

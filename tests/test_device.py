@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from gblm import device
-from gblm.device import find_dtype, quick
+from gblm.machine import device
+from gblm.machine.device import find_dtype, quick
 
 CPU = torch.device("cpu")
 

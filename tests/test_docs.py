@@ -21,7 +21,7 @@ import pytest
 from packaging.requirements import Requirement
 from transformers import AutoTokenizer
 
-from gblm import config
+from gblm.command import config
 from gblm.llm.__main__ import main as prune_llm
 from gblm.llm.__main__ import parser as llm_parser
 from gblm.report.__main__ import main as show

@@ -9,14 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import LlamaForCausalLM
 
 import gblm
-from gblm import estimate, patterns
-from gblm.estimate import Cost, Machine, Task, look
-from gblm.gradients import activations
+from gblm.command import estimate
+from gblm.command.estimate import Cost, Machine, Task, look
 from gblm.llm import adapters
 from gblm.llm.__main__ import main as llm_main
+from gblm.maths import patterns
 from gblm.methods import METHODS, SOLVERS
-from gblm.survey import quiet
 from gblm.vit.__main__ import main as vit_main
+from gblm.walk.gradients import activations
+from gblm.walk.survey import quiet
 
 MACHINE = Machine(torch.device("cpu"), operations=1e9, bytes=1e9, call=0)
 
@@ -105,7 +106,7 @@ def test_a_machine_is_measured():
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     measure = estimate.measure
-    monkeypatch.setattr("gblm.plan.measure", lambda *args: measure(*args, least=0.002))
+    monkeypatch.setattr("gblm.command.plan.measure", lambda *args: measure(*args, least=0.002))
 
 
 @pytest.mark.usefixtures("quick")

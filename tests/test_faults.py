@@ -17,7 +17,7 @@ import gblm
 from gblm import methods
 from gblm.llm import __main__ as llm_side
 from gblm.vit import __main__ as vit_side
-from gblm.work import Journal
+from gblm.walk.journal import Journal
 
 SIDES = {"llm": llm_side, "vit": vit_side}
 EVERY = [*methods.METHODS, "gblm+repair", "wanda+sparsegpt"]

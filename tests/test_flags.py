@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gblm.flags import GROUPS, LISTS, SHELLS
+from gblm.command.flags import GROUPS, LISTS, SHELLS
 from gblm.llm.__main__ import main as llm_main
 from gblm.llm.__main__ import parser as llm_parser
+from gblm.maths.scores import NORMS
 from gblm.methods import METHODS
-from gblm.scores import NORMS
 from gblm.vit.__main__ import main as vit_main
 from gblm.vit.__main__ import parser as vit_parser
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gblm
-from gblm import head
+from gblm.walk import head
 
 NEEDS = {"grad_abs", "grad_sq"}
 

@@ -14,23 +14,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; what stands on one line may import its own line and those above it here.
 LAYERS = [
-    ("kernels", "attention"),
     ("base",),
-    ("stats", "patterns"),
-    ("scores", "solvers", "allocation"),
+    ("kernels",),
+    ("maths",),
+    ("machine",),
+    ("report",),
+    ("walk",),
     ("methods",),
-    ("device", "distributed"),
-    ("offload",),
-    ("survey", "call", "stream", "head", "gradients", "refine", "regional"),
-    ("report", "output"),
-    ("work",),
-    ("pruner",),
-    ("estimate",),
-    ("flags",),
-    ("config",),
-    ("job",),
-    ("cli",),
-    ("plan",),
+    ("command",),
     ("llm", "vit"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -73,9 +64,7 @@ def upward(module: str, source: str) -> list[str]:
     """Return the imports of a module that do not point down."""
     own = {name for name in imports(source) if name.split(".")[0] in {"gblm", *OUTSIDE}}
     if not part(module):  # gblm itself opens the core's doors
-        return sorted(
-            name for name in own if part(name) in {*SIDES, "cli", "flags", "config", "plan"}
-        )
+        return sorted(name for name in own if part(name) in {*SIDES, "command"})
     return sorted(
         name
         for name in own
@@ -94,13 +83,13 @@ def test_imports_point_down(module):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("gblm.stats", "from gblm.pruner import prune"),
-        ("gblm.stats", "def late():\n    import gblm.methods"),
+        ("gblm.maths.stats", "from gblm.walk.prune import prune"),
+        ("gblm.maths.stats", "def late():\n    import gblm.methods"),
         ("gblm.base", "from gblm import stats"),
-        ("gblm.stats", "from gblm import Statistics"),
+        ("gblm.maths.stats", "from gblm import Statistics"),
         ("gblm.llm.data", "import gblm.vit.data"),
         ("gblm.vit.data", "from gblm.llm import data"),
-        ("gblm.cli", "from tests import conftest"),
+        ("gblm.command.cli", "from tests import conftest"),
         ("gblm", "from gblm.llm import data"),
     ],
 )

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gblm import methods, patterns, scores, stats
+from gblm import methods
 from gblm.base import GblmError, Method, Statistics
+from gblm.maths import patterns, scores, stats
 
 REPAIR = {"sparsegpt", "admm", "best"}  # these change the weights that stay
 PATTERNS = ["0.5", "0.29", "0.5/layer", "2:4", "1:4", "4:8"]

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import gblm
-from gblm import call, methods, offload
+from gblm import methods
 from gblm.llm.adapters import adapter
-from gblm.offload import Disk, Memory, Offload, here
-from gblm.survey import find_adapter
+from gblm.machine import offload
+from gblm.machine.offload import Disk, Memory, Offload, here
+from gblm.walk import call
+from gblm.walk.survey import find_adapter
 
 METHODS = ["magnitude", "wanda", "gblm", "sparsegpt", "best"]
 

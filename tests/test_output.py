@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 import gblm
-from gblm import output
 from gblm.llm.__main__ import main
+from gblm.machine import files
 
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path):
     folder = tmp_path / "deep" / "pruned"
-    with output.claimed(folder):
+    with files.claimed(folder):
         with pytest.raises(gblm.GblmError, match="pruned is in use by another run"):
-            output.claimed(folder).__enter__()
-        with output.claimed(tmp_path / "deep" / "other"):
+            files.claimed(folder).__enter__()
+        with files.claimed(tmp_path / "deep" / "other"):
             pass
-    with output.claimed(folder):
+    with files.claimed(folder):
         pass
     assert not list(folder.parent.iterdir())
 
@@ -28,8 +28,8 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from gblm import output
-with output.claimed(Path(sys.argv[1])):
+from gblm.machine import files
+with files.claimed(Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(60)
 """
@@ -40,17 +40,17 @@ def test_a_lock_goes_with_the_process_that_is_killed(tmp_path: Path):
     process = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"in\n"
     with pytest.raises(gblm.GblmError, match="in use"):
-        output.claimed(folder).__enter__()
+        files.claimed(folder).__enter__()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [path.name for path in tmp_path.iterdir()] == [".pruned.lock"]
-    with output.claimed(folder):
+    with files.claimed(folder):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_that_was_removed_while_we_waited_is_none(tmp_path: Path, monkeypatch):
-    file, flock, opened = tmp_path / "lock", output.fcntl.flock, []
+    file, flock, opened = tmp_path / "lock", files.fcntl.flock, []
 
     def slow(handle, how):
         if not opened:
@@ -58,18 +58,18 @@ def test_a_lock_that_was_removed_while_we_waited_is_none(tmp_path: Path, monkeyp
         opened.append(os.fstat(handle.fileno()).st_ino)
         flock(handle, how)
 
-    monkeypatch.setattr(output.fcntl, "flock", slow)
-    with output.locked(tmp_path / "pruned", file):
+    monkeypatch.setattr(files.fcntl, "flock", slow)
+    with files.locked(tmp_path / "pruned", file):
         assert len(opened) == 2
         assert file.stat().st_ino == opened[1]
         with pytest.raises(gblm.GblmError, match="in use"):
-            output.locked(tmp_path / "pruned", file).__enter__()
+            files.locked(tmp_path / "pruned", file).__enter__()
 
 
 def test_the_second_command_into_a_folder_is_refused(llm: list[str], tmp_path: Path, capsys):
     at = llm.index("--windows")
     flags = [*llm[1:at], *llm[at + 2 :], "--output", str(tmp_path / "pruned")]
-    with output.claimed(tmp_path / "pruned"):
+    with files.claimed(tmp_path / "pruned"):
         assert main(flags) == 2
     assert "pruned is in use by another run" in capsys.readouterr().err
     assert main(flags) == 0
@@ -83,10 +83,10 @@ def test_folders_without_rights_are_refused_at_the_door(where: str, tmp_path: Pa
     access = os.access  # the superuser has every right
     monkeypatch.setattr(os, "access", lambda path, how: Path(path) != closed and access(path, how))
     with pytest.raises(gblm.GblmError, match="no right to write"):
-        output.check_output(tmp_path / "pruned", 0, overwrite=True)
+        files.check_output(tmp_path / "pruned", 0, overwrite=True)
 
 
 def test_a_folder_that_takes_no_file_is_refused_at_the_door(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(gblm.GblmError, match="give another folder"):
-        output.claimed(tmp_path / "file" / "pruned").__enter__()
+        files.claimed(tmp_path / "file" / "pruned").__enter__()

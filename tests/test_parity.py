@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import gblm
 from gblm import methods
 from gblm.base import Pattern, Statistics
-from gblm.gradients import Gradients
 from gblm.llm.adapters import window_loss
+from gblm.walk.gradients import Gradients
 
 pytestmark = pytest.mark.usefixtures("untraced")
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gblm import patterns
 from gblm.base import GblmError, Pattern
+from gblm.maths import patterns
 
 NAMES = [
     "0.5",

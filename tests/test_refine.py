@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 import gblm
-from gblm import methods, stats, stream
+from gblm import methods
 from gblm.base import GblmError
-from gblm.device import MicroBatch
-from gblm.refine import refine
-from gblm.survey import find_adapter, survey
+from gblm.machine.device import MicroBatch
+from gblm.maths import stats
+from gblm.walk import stream
+from gblm.walk.refine import refine
+from gblm.walk.survey import find_adapter, survey
 
 
 def inputs_of(model: nn.Module, batch: dict, names: list[str]) -> dict[str, torch.Tensor]:
@@ -65,7 +67,7 @@ def test_each_group_sees_what_those_before_it_have_made(make_llama, batch, step)
 
 
 def test_halved_streams_leave_sums_and_solves_exact(llama, batch, monkeypatch):
-    monkeypatch.setattr("gblm.device.quick", lambda device, dtype: True)
+    monkeypatch.setattr("gblm.machine.device.quick", lambda device, dtype: True)
     made: list[torch.dtype] = []
     sums: list[torch.Tensor] = []
 
@@ -127,7 +129,7 @@ def block_error(model: nn.Module, dense: nn.Module, batch: dict) -> float:
 def test_refinement_brings_the_model_nearer_and_keeps_the_mask(
     make_llama, make_batch, monkeypatch, method, pattern, half
 ):
-    monkeypatch.setattr("gblm.device.quick", lambda device, dtype: half)
+    monkeypatch.setattr("gblm.machine.device.quick", lambda device, dtype: half)
     batch, dense = make_batch(64), make_llama()
     models = [make_llama() for _ in range(2)]
     for model, passes in zip(models, (0, 40), strict=True):

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 import gblm
-from gblm import methods, stream
+from gblm import methods
 from gblm.base import GblmError
-from gblm.device import MicroBatch
-from gblm.regional import regional_sums
-from gblm.survey import find_adapter, survey
+from gblm.machine.device import MicroBatch
+from gblm.walk import stream
+from gblm.walk.regional import regional_sums
+from gblm.walk.survey import find_adapter, survey
 
 
 def test_regional_gradients_are_those_of_the_blocks_own_norm(llama64, batch):

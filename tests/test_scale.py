@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gblm import gradients
 from gblm.llm.__main__ import main as prune_llm
 from gblm.vit.__main__ import main as prune_vit
+from gblm.walk import gradients
 
 METHODS = ["--method", "gblm,sparsegpt", "--sparsity", "0.5"]
 FOLDERS = ["gblm-0.5", "sparsegpt-0.5"]
@@ -118,7 +118,7 @@ def test_gradients_of_a_former_run_are_taken_and_others_refused(llm, tmp_path, c
 # Kills the process when it is about to rename its n-th file: all are written then, none in place.
 KILLED = """
 import os, signal, sys
-import gblm.offload
+import gblm.machine.offload
 left, rename = int(sys.argv.pop(1)), os.replace
 def replace(beside, path):
     global left
@@ -128,7 +128,7 @@ def replace(beside, path):
             file.truncate(os.path.getsize(beside) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     rename(beside, path)
-gblm.offload.os.replace = replace
+gblm.machine.offload.os.replace = replace
 from gblm.llm.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -252,16 +252,16 @@ def test_processes_share_the_samples_and_get_the_masks_of_one(side, processes, r
 
 FAILING = """
 import sys
-import gblm.pruner
+import gblm.walk.prune
 from gblm.base import GblmError
-from gblm.distributed import rank
+from gblm.machine.processes import rank
 from gblm.llm.__main__ import main
-solve = gblm.pruner.solve
+solve = gblm.walk.prune.solve
 def planted(*args):
     if rank() == 1:
         raise GblmError("planted in process 1")
     return solve(*args)
-gblm.pruner.solve = planted
+gblm.walk.prune.solve = planted
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -286,7 +286,7 @@ def test_fewer_samples_than_processes_are_refused(llm):
 
 SHARED = """
 import sys
-from gblm.distributed import launched, rank
+from gblm.machine.processes import launched, rank
 from gblm.vit import data
 from gblm.vit.__main__ import main
 batches = data.Images.batches

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gblm import methods, patterns, scores, stats
+from gblm import methods
 from gblm.base import GblmError, Statistics
+from gblm.maths import patterns, scores, stats
 
 OUT, IN = 6, 8
 PATTERNS = ["0.5", "0.3/layer", "2:4"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gblm import methods, patterns, stats
+from gblm import methods
 from gblm.base import GblmError, Pattern, Statistics
-from gblm.solvers import sparsegpt
+from gblm.maths import patterns, sparsegpt, stats
 
 OUT, IN, SAMPLES = 6, 40, 30
 PATTERNS = ["0.5", "0.3", "0.5/layer", "2:4", "4:8", "1:4"]

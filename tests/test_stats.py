@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gblm import stats
 from gblm.base import Statistics
+from gblm.maths import stats
 
 OUT, IN, POSITIONS = 5, 6, 4
 ALL = [*stats.INPUT, *stats.GRADIENT]

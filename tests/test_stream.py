@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gblm
-from gblm import methods, patterns, stats, stream, survey
-from gblm.device import MicroBatch
-from gblm.survey import find_adapter
+from gblm import methods
+from gblm.machine.device import MicroBatch
+from gblm.maths import patterns, stats
+from gblm.walk import stream, survey
+from gblm.walk.survey import find_adapter
 
 STATE = ("training", "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 STATE += ("_backward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import gblm
-from gblm import methods, work
-from gblm.gradients import gradient_sums
-from gblm.survey import find_adapter, survey
-from gblm.work import GradientFolder, Journal
+from gblm import methods
+from gblm.walk import journal
+from gblm.walk.gradients import gradient_sums
+from gblm.walk.journal import GradientFolder, Journal
+from gblm.walk.survey import find_adapter, survey
 
 METHODS = ["wanda", "gblm", "sparsegpt", "best", "wanda++"]
 
@@ -29,7 +30,7 @@ def same(one, other):
 def cut_after(monkeypatch, count):
     """Let the writing of the file of that number fail."""
     left = [count]
-    write = work.write_tensors
+    write = journal.write_tensors
 
     def planted(path, tensors):
         left[0] -= 1
@@ -37,7 +38,7 @@ def cut_after(monkeypatch, count):
             raise Cut
         write(path, tensors)
 
-    monkeypatch.setattr(work, "write_tensors", planted)
+    monkeypatch.setattr(journal, "write_tensors", planted)
 
 
 @pytest.mark.usefixtures("untraced")
@@ -83,16 +84,16 @@ def test_a_journal_of_other_settings_is_refused_by_name(llama, batch, tmp_path):
 def test_fingerprints_tell_models_and_batches_apart(make_llama, make_batch):
     model, batch = make_llama(), make_batch(7)
     blocks = survey(model, batch, find_adapter(model))
-    first = work.fingerprint(model, batch, blocks)
-    assert work.fingerprint(model, make_batch(7), blocks) == first
-    assert work.fingerprint(model, make_batch(6), blocks) != first
+    first = journal.fingerprint(model, batch, blocks)
+    assert journal.fingerprint(model, make_batch(7), blocks) == first
+    assert journal.fingerprint(model, make_batch(6), blocks) != first
     moved = {"input_ids": batch["input_ids"].flip(0)}
-    other = work.fingerprint(model, moved, blocks)
+    other = journal.fingerprint(model, moved, blocks)
     assert other["model"] == first["model"]
     assert other["calibration batch"] != first["calibration batch"]
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    assert work.fingerprint(model, batch, blocks)["model"] != first["model"]
+    assert journal.fingerprint(model, batch, blocks)["model"] != first["model"]
 
 
 @pytest.mark.parametrize("backward", ["model", "blocks"])
@@ -139,7 +140,7 @@ def test_gradients_can_be_kept_in_half_precision(llama, batch, tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_whole(llama, batch, tmp_path, monkeypatch):
-    from gblm import offload
+    from gblm.machine import offload
 
     calls = []
     save = offload.save_file

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gblm.base import LINEAR, Adapter, Batch, GblmError, Kind
-from gblm.stats import wide
+from gblm.maths.stats import wide
 
 CONV1D = Kind(lambda module: module.get_parameter("weight").T)
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gblm import distributed
-from gblm.device import MicroBatch
 from gblm.llm.adapters import window_loss
 from gblm.llm.models import vocabulary
+from gblm.machine import processes
+from gblm.machine.device import MicroBatch
 
 POSITIONS = 4096  # of a batch of windows, at most
 LOGITS = 2**25  # about so many of them
@@ -34,11 +34,11 @@ def perplexity(
             progress(min(start + step, len(windows)), len(windows))
         return losses
 
-    if len(windows) >= distributed.world():
-        windows = distributed.share({"windows": windows})["windows"]
+    if len(windows) >= processes.world():
+        windows = processes.share({"windows": windows})["windows"]
     most = min(POSITIONS, LOGITS // vocabulary(model.config))
     step = max(1, min(len(windows), most // windows.shape[1]))
     with torch.no_grad():
         losses = torch.cat(MicroBatch(step, auto=True).run(run)).cpu()
-    losses = torch.cat(distributed.gathered(losses))
+    losses = torch.cat(processes.gathered(losses))
     return losses.double().mean().exp().item()

@@ -22,7 +22,6 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from gblm.base import Batch, GblmError
-from gblm.device import find_device, find_dtype
 from gblm.llm import data
 from gblm.llm.adapters import blocks
 from gblm.llm.checkpoint import (
@@ -35,7 +34,8 @@ from gblm.llm.checkpoint import (
     reshard,
     tensor_files,
 )
-from gblm.offload import (
+from gblm.machine.device import find_device, find_dtype
+from gblm.machine.offload import (
     Disk,
     Offload,
     find_offload,
@@ -58,7 +58,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a local folder or a hub name.
 
-    dtype, device: see `gblm.device`; "auto" is that of the checkpoint, and the GPU where one is.
+    dtype, device: see `gblm.machine.device`; "auto" is that of the checkpoint, and the GPU where one
+    is.
     Code that comes with a model runs only with `trust_remote_code`, weights other than safetensors
     are read only with `allow_pickle`.
 
@@ -125,7 +126,7 @@ def load_offloaded(
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> tuple[PreTrainedModel, Offload | None]:
-    """Load a causal language model whose weights live where `offload` says: see `gblm.offload`.
+    """Load a causal language model whose weights live where `offload` says (`gblm.machine.offload`).
 
     From disk the model is made without memory for its weights; each block's are read from the
     checkpoint when it is their turn, changed ones are written into the folder.

@@ -20,8 +20,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gblm.base import GblmError
-from gblm.device import MicroBatch
-from gblm.distributed import gathered, rank
+from gblm.machine.device import MicroBatch
+from gblm.machine.processes import gathered, rank
 
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "openbookqa")
 METRICS = ("acc", "acc_norm")  # the first is the headline of a task

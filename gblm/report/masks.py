@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from gblm.offload import here
+from gblm.machine.offload import here
 from gblm.report import Mask, Report
-from gblm.survey import Block
+from gblm.walk.survey import Block
 
 CELLS = 64  # of a picture, along each side at most
 

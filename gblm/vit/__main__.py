@@ -7,15 +7,15 @@ from typing import Any
 
 import shtab
 
-from gblm import cli, flags, plan
 from gblm.base import Batch, GblmError
-from gblm.device import find_device, find_dtype
-from gblm.distributed import gathered, launched, rank
-from gblm.estimate import Sight, Task, seen
-from gblm.job import Bars, Job, Run, Work, compare, work_folder
+from gblm.command import cli, flags, plan
+from gblm.command.estimate import Sight, Task, seen
+from gblm.command.job import Bars, Job, Run, Work, compare, work_folder
+from gblm.machine.device import find_device, find_dtype
+from gblm.machine.processes import gathered, launched, rank
 from gblm.report import Evaluation, Examples, clock
-from gblm.survey import choose as choose_linears
-from gblm.survey import survey
+from gblm.walk.survey import choose as choose_linears
+from gblm.walk.survey import survey
 
 EXAMPLES = """\
 examples:

@@ -17,11 +17,11 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from gblm import distributed
 from gblm.base import Batch, GblmError
-from gblm.device import free_memory
-from gblm.survey import quiet
+from gblm.machine import processes
+from gblm.machine.device import free_memory
 from gblm.vit.sources import Source, read
+from gblm.walk.survey import quiet
 
 BROKEN = 0.01  # the share of broken images above which a run stops
 TOGETHER = 64  # images of a batch of the evaluation
@@ -220,7 +220,7 @@ def evaluation(images: Images, size: int = TOGETHER, limit: int | None = None) -
     indices = list(range(len(images)))
     if limit is not None and limit < len(images):
         indices = sorted(images.chosen(limit)[:limit])
-    return Loader(images, indices[distributed.part(len(indices))], size, of=len(indices))
+    return Loader(images, indices[processes.part(len(indices))], size, of=len(indices))
 
 
 def fitting(model: nn.Module, batch: Batch, source: str) -> None:

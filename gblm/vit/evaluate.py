@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gblm import distributed
 from gblm.base import Batch, GblmError
-from gblm.survey import quiet
+from gblm.machine import processes
+from gblm.walk.survey import quiet
 
 Progress = Callable[[int, int], None]  # batches done, of how many
 
@@ -41,7 +41,7 @@ def evaluate(
             five += int(highest.any(dim=1).sum())
             nats += cross_entropy(logits, labels, reduction="sum").item()
             progress(done, len(loader))
-    totals = distributed.gathered((images, first, five, nats))
+    totals = processes.gathered((images, first, five, nats))
     images, first, five, nats = (sum(found) for found in zip(*totals, strict=True))
     if not images:
         raise GblmError("there is no image to evaluate on; give a source that holds some")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gblm.base import Batch
 from gblm.report import Example
-from gblm.survey import quiet
 from gblm.vit.data import scaling
+from gblm.walk.survey import quiet
 
 SHOWN = 8
 SIDE = 160  # pixels of a thumbnail

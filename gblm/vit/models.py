@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gblm.base import Batch, GblmError
-from gblm.device import find_dtype
-from gblm.offload import (
+from gblm.machine.device import find_dtype
+from gblm.machine.offload import (
     Offload,
     find_offload,
     offload_of,
@@ -25,8 +25,8 @@ from gblm.offload import (
     read_tensors,
     read_when_used,
 )
-from gblm.survey import quiet
 from gblm.vit.adapters import adapter
+from gblm.walk.survey import quiet
 
 LOCAL = "local-dir:"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -59,7 +59,7 @@ def load_offloaded(
     device: torch.device,
     dtype: str,
 ) -> tuple[nn.Module, Offload | None, torch.dtype]:
-    """Load an image classifier whose weights live where `offload` says: see `gblm.offload`.
+    """Load an image classifier whose weights live where `offload` says: see `gblm.machine.offload`.
 
     From disk, the model is made without memory for its weights where they are in a `.safetensors`
     file by the names they have in the model, and read block by block; else it is loaded whole

@@ -11,8 +11,9 @@ import torch
 from scipy.stats import hypergeom
 
 import gblm
-from gblm import GblmError, patterns, scores
+from gblm import GblmError
 from gblm.base import Statistics
+from gblm.maths import patterns, scores
 
 SMALL = ["--sparsities", "0.3,0.6", "--alphas", "0,100", "--counts", "2,4", "--draws", "2"]
 

@@ -262,7 +262,7 @@ def test_the_model_is_dense_again_between_methods(llm, tmp_path):
     before = {name: value.clone() for name, value in bench.model.state_dict().items()}
     draw = quality.prepare(bench, 0, frozenset())
     _, wanda = quality.named("wanda", "llm")
-    with quality.pruning(bench, draw, wanda, gblm.patterns.parse("0.5")) as done:
+    with quality.pruning(bench, draw, wanda, gblm.maths.patterns.parse("0.5")) as done:
         assert done["sparsity"] == 0.5
         assert any((p == 0).float().mean() == 0.5 for p in bench.model.parameters())
     for name, value in bench.model.state_dict().items():

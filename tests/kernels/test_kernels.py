@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import gblm
-from gblm import kernels, methods, patterns, stats
+from gblm import kernels, methods
 from gblm.kernels import gradient_sums, input_gram, nm_keep, row_keep, score_mask
+from gblm.maths import patterns, stats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 17, 40, 24), (1, 64, 64, 128), (2, 5, 130, 70)]  # samples, positions, in, out

@@ -11,7 +11,7 @@ from gblm import METHODS, prune
 from gblm.llm.adapters import adapter
 from gblm.report import LinearReport, Mask, figures
 from gblm.report.masks import chosen, masks, picture
-from gblm.survey import survey
+from gblm.walk.survey import survey
 
 
 def titles(svg: str) -> list[str]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gblm import METHODS, gradient_sums, methods, prune
 from gblm.base import Batch
-from gblm.survey import survey
 from gblm.vit.adapters import adapter, blocks, kind
+from gblm.walk.survey import survey
 
 SAMPLES, CLASSES = 7, 5
 

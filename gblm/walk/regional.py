@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gblm import distributed, stats
-from gblm.call import Call, made
-from gblm.device import MicroBatch
-from gblm.gradients import Gradients, per_sample, zero_sums
-from gblm.stream import Inputs, collect
-from gblm.survey import Block, hooked
+from gblm.machine import processes
+from gblm.machine.device import MicroBatch
+from gblm.maths import stats
+from gblm.walk.call import Call, made
+from gblm.walk.gradients import Gradients, per_sample, zero_sums
+from gblm.walk.stream import Inputs, collect
+from gblm.walk.survey import Block, hooked
 
 SAMPLES = 32  # of a round, as published
 
@@ -38,7 +39,7 @@ def regional_sums(block: Block, call: Call, needs: Iterable[str], micro: MicroBa
         return sums
 
     found = micro.run(sweep)
-    distributed.add_statistics([found[linear.name] for linear in block.linears])
+    processes.add_statistics([found[linear.name] for linear in block.linears])
     return found
 
 
@@ -59,8 +60,8 @@ def optimise(
 
     call: the block's call. needs: the statistics of inputs that `solve` takes.
     """
-    draw = torch.Generator().manual_seed(distributed.rank())
-    each = min(SAMPLES // distributed.world() or 1, *distributed.gathered(call.samples))
+    draw = torch.Generator().manual_seed(processes.rank())
+    each = min(SAMPLES // processes.world() or 1, *processes.gathered(call.samples))
     parts = [call.some(torch.randperm(call.samples, generator=draw)[:each]) for _ in range(rounds)]
     targets = [tree_flatten(micro.run(part.outputs))[0] for part in parts]
     weights = [linear.parameter for linear in block.linears]
@@ -73,7 +74,7 @@ def optimise(
             value.copy_(weight)
         for piece in part.pieces(1):
             _differentiate(part, piece, target, weights)
-            distributed.add_up(weight.grad for weight in weights if weight.grad is not None)
+            processes.add_up(weight.grad for weight in weights if weight.grad is not None)
             for value, weight in zip(values, weights, strict=True):
                 value.grad = None if weight.grad is None else stats.wide(weight.grad)
                 weight.grad = None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gblm.base import GblmError, Pattern, Statistics
-from gblm.scores import finite
+from gblm.maths.scores import finite
 
 
 def solve(

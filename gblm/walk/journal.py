@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import Batch, GblmError, Statistics
-from gblm.call import Call
-from gblm.distributed import rank, wait, world
-from gblm.offload import here, read_tensors, write_beside, write_tensors
+from gblm.machine.offload import here, read_tensors, write_beside, write_tensors
+from gblm.machine.processes import rank, wait, world
 from gblm.report import LinearReport, Report
-from gblm.survey import Block, size
+from gblm.walk.call import Call
+from gblm.walk.survey import Block, size
 
 Settings = dict[str, Any]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gblm.device import free_memory
-from gblm.survey import Block
+from gblm.machine.device import free_memory
+from gblm.walk.survey import Block
 
 Forward = Callable[..., Any]
 

@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 
 import shtab
 
-from gblm import patterns
-from gblm.allocation import ALLOCATIONS
 from gblm.base import GblmError, one_of
-from gblm.device import DTYPES
-from gblm.gradients import BACKWARDS
+from gblm.machine.device import DTYPES
+from gblm.machine.offload import OFFLOADS
+from gblm.maths import patterns
+from gblm.maths.allocation import ALLOCATIONS
+from gblm.maths.scores import NORMS
 from gblm.methods import METHODS, SOLVERS
-from gblm.offload import OFFLOADS
-from gblm.scores import NORMS
+from gblm.walk.gradients import BACKWARDS
 
 # The groups of --help, in their order; a flag is one line: parser.add(its group, …).
 GROUPS = {

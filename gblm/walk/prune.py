@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm import allocation, distributed, patterns, stats
-from gblm.allocation import Allocation, Weighed
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
-from gblm.call import Call
-from gblm.device import MicroBatch
-from gblm.gradients import gradient_sums
-from gblm.offload import here
-from gblm.refine import refine
-from gblm.regional import optimise, regional_sums
+from gblm.machine import processes
+from gblm.machine.device import MicroBatch
+from gblm.machine.offload import here
+from gblm.maths import allocation, patterns, stats
+from gblm.maths.allocation import Allocation, Weighed
 from gblm.report import LinearReport, Report, clock
-from gblm.stream import Inputs, Snapshot, Weights, collect, forward
-from gblm.survey import Block, Linear, find_adapter, placed, size, survey
-from gblm.survey import micro_batch as sized
-from gblm.work import Journal
+from gblm.walk.call import Call
+from gblm.walk.gradients import gradient_sums
+from gblm.walk.journal import Journal
+from gblm.walk.refine import refine
+from gblm.walk.regional import optimise, regional_sums
+from gblm.walk.stream import Inputs, Snapshot, Weights, collect, forward
+from gblm.walk.survey import Block, Linear, find_adapter, placed, size, survey
+from gblm.walk.survey import micro_batch as sized
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ def prune(
     None. blocks: what `survey` found of this model, where that is known. gradients: the sums that
     `gradient_sums` gave for this model and batch, computed where None and needed (see `needed`).
     micro_batch: samples at a time, None to choose. backward: see `gradient_sums`. journal: where
-    finished blocks are kept, and those of a former run are taken from (see `gblm.work`). spill: a
-    folder for what blocks give, where that fits neither on the device nor in main memory.
+    finished blocks are kept, and those of a former run are taken from (see `gblm.walk.journal`). spill:
+    a folder for what blocks give, where that fits neither on the device nor in main memory.
 
     Raises `GblmError` where model, batch, method and pattern do not go together, and where a
     statistic, a score or a loss holds a NaN or an Inf: the block it names, and every block after
@@ -90,7 +91,7 @@ def prune(
                 progress=lambda done, total: progress("gradients", done, total),
             )
     gradients = gradients or {}
-    batch = distributed.share(batch)
+    batch = processes.share(batch)
     micro = sized(blocks, size(batch), micro_batch)
     chosen = {linear.name: pattern for block in blocks for linear in block.linears}
     if spent := allocated(method, pattern):
@@ -136,8 +137,8 @@ def prune(
             spill=spill,
             done=done,
         )
-    if distributed.world() > 1:
-        distributed.agree("the pruned model", [_checksum(block) for block in blocks])
+    if processes.world() > 1:
+        processes.agree("the pruned model", [_checksum(block) for block in blocks])
     return report
 
 
@@ -229,15 +230,15 @@ def solve_groups(
     linears = [(linear, inputs) for inputs in found for linear in inputs.group]
     solved: dict[int, tuple[Tensor, LinearReport]] = {}
     for i, (linear, inputs) in enumerate(linears):
-        if i % distributed.world() == distributed.rank():
+        if i % processes.world() == processes.rank():
             own = gradients.get(linear.name)
             solved[i] = solve(linear, inputs, method, chosen.get(linear.name), own)
     entries: dict[int, LinearReport] = {}
-    for part in distributed.gathered({i: entry for i, (_, entry) in solved.items()}):
+    for part in processes.gathered({i: entry for i, (_, entry) in solved.items()}):
         entries |= part
     for i, (linear, _) in enumerate(linears):
         weight = solved[i][0] if i in solved else torch.empty_like(linear.weight)
-        linear.weight.copy_(distributed.sent(weight, i % distributed.world()))
+        linear.weight.copy_(processes.sent(weight, i % processes.world()))
     return [entries[i] for i in range(len(linears))]
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
-from gblm import distributed
 from gblm.base import Adapter, Batch, GblmError, Kind
-from gblm.device import MicroBatch
-from gblm.offload import here
+from gblm.machine import processes
+from gblm.machine.device import MicroBatch
+from gblm.machine.offload import here
 
 # A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
 POSITIONS = {"cpu": 2048, "cuda": 32768}
@@ -289,7 +289,7 @@ def micro_batch(
     wanted = POSITIONS.get(device.type, POSITIONS["cuda"])
     wanted //= max(linear.positions for linear in linears)
     # Processes that begin anew by themselves would wait for each other in different places.
-    return MicroBatch(max(1, min(samples, wanted)), auto=distributed.world() == 1)
+    return MicroBatch(max(1, min(samples, wanted)), auto=processes.world() == 1)
 
 
 def valueless(tensor: Tensor) -> bool:

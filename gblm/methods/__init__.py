@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from gblm import scores
-from gblm.allocation import ALLOCATIONS
 from gblm.base import GblmError, Method, Pattern, Statistics, one_of
-from gblm.scores import NORMS, masked
-from gblm.solvers import admm as _admm
-from gblm.solvers import sparsegpt as _sparsegpt
+from gblm.maths import admm as _admm
+from gblm.maths import scores
+from gblm.maths import sparsegpt as _sparsegpt
+from gblm.maths.allocation import ALLOCATIONS
+from gblm.maths.scores import NORMS, masked
 
 
 def magnitude() -> Method:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gblm.base import GblmError
-from gblm.device import free_memory
+from gblm.machine.device import free_memory
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,15 @@ from rich.logging import RichHandler
 from rich.table import Table
 from torch import nn
 
-from gblm import config, flags, patterns
 from gblm.base import GblmError
-from gblm.device import DTYPES, find_device
-from gblm.distributed import rank, world
-from gblm.job import Run
+from gblm.command import config, flags
+from gblm.command.job import Run
+from gblm.machine.device import DTYPES, find_device
+from gblm.machine.files import check_output, check_report
+from gblm.machine.offload import Offload, offload_of
+from gblm.machine.processes import rank, world
+from gblm.maths import patterns
 from gblm.methods import make, parse
-from gblm.offload import Offload, offload_of
-from gblm.output import check_output, check_report
 from gblm.report import Report, versions
 from gblm.report.wording import short, size, time
 

@@ -35,13 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gblm import stats
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern
-from gblm.device import peak_memory, resident
-from gblm.gradients import FEWEST, activations
-from gblm.pruner import allocated, needed
-from gblm.regional import SAMPLES
-from gblm.survey import Block, Linear, hooked, quiet, survey
+from gblm.machine.device import peak_memory, resident
+from gblm.maths import stats
+from gblm.walk.gradients import FEWEST, activations
+from gblm.walk.prune import allocated, needed
+from gblm.walk.regional import SAMPLES
+from gblm.walk.survey import Block, Linear, hooked, quiet, survey
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
-from gblm.call import Call, Forward
-from gblm.device import MicroBatch, free_memory, out_of_memory
-from gblm.head import finite, head_backward, saved
-from gblm.offload import here, offload_of, read_tensors, write_tensors
-from gblm.stream import check, replaced
-from gblm.survey import (
+from gblm.machine import processes
+from gblm.machine.device import MicroBatch, free_memory, out_of_memory
+from gblm.machine.offload import here, offload_of, read_tensors, write_tensors
+from gblm.maths import stats
+from gblm.walk.call import Call, Forward
+from gblm.walk.head import finite, head_backward, saved
+from gblm.walk.stream import check, replaced
+from gblm.walk.survey import (
     Block,
     Linear,
     find_adapter,
@@ -36,7 +37,7 @@ from gblm.survey import (
     survey,
     take,
 )
-from gblm.survey import micro_batch as sized
+from gblm.walk.survey import micro_batch as sized
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def gradient_sums(
     # A plain backward holds the activations of the whole model, so that it takes fewer samples.
     fewer = MicroBatch(max(1, micro.samples // 4), auto=True) if micro.auto else micro
     needs = frozenset(needs) & set(stats.GRADIENT)
-    batch = distributed.share(batch)
+    batch = processes.share(batch)
     with quiet(model), torch.enable_grad():
         if backward == "auto" and offload_of(model):
             backward = "blocks"
@@ -208,7 +209,7 @@ def block_backward(
 
 def _finish(block: Block, sums: Gradients) -> None:
     """Make the sums of a block those of all processes, and check them."""
-    distributed.add_statistics([sums[linear.name] for linear in block.linears])
+    processes.add_statistics([sums[linear.name] for linear in block.linears])
     for linear in block.linears:
         check(linear, sums[linear.name])
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gblm import distributed
-from gblm.call import Call, made
-from gblm.device import halved
-from gblm.stats import wide
-from gblm.survey import Block
+from gblm.machine import processes
+from gblm.machine.device import halved
+from gblm.maths.stats import wide
+from gblm.walk.call import Call, made
+from gblm.walk.survey import Block
 
 RATE = 0.01  # of Adam, times the mean size of the weights of a tensor
 POSITIONS = 512  # about so many in a step
@@ -48,11 +48,11 @@ def refine(
     if which is None:
         return
     fit = _Fit(block.module, call, tree_flatten(target)[0][which], which, step, weights)
-    positions = POSITIONS // distributed.world()  # of this process
+    positions = POSITIONS // processes.world()  # of this process
     pieces = list(
         call.pieces(max(1, positions // max(linear.positions for linear in block.linears)))
     )
-    steps = max(distributed.gathered(max(1, round(passes * len(pieces)))))
+    steps = max(processes.gathered(max(1, round(passes * len(pieces)))))
     order = _order(len(pieces), steps)
     optimiser, schedule = _optimiser(tuned, steps)
     dense = [parameter.detach().clone() for parameter, _, _ in tuned]
@@ -63,7 +63,7 @@ def refine(
             parameter.requires_grad_()
         for index in order:
             fit.differentiate(pieces[index])
-            distributed.add_up(p.grad for p, _, _ in tuned if p.grad is not None)
+            processes.add_up(p.grad for p, _, _ in tuned if p.grad is not None)
             _advance(tuned, optimiser, schedule)
     finally:
         for parameter, _, _ in tuned:
@@ -113,7 +113,7 @@ class _Fit:
 
 
 def _mean(value: float) -> float:
-    found = distributed.gathered(value)
+    found = processes.gathered(value)
     return sum(found) / len(found)
 
 

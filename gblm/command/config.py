@@ -13,9 +13,9 @@ import tomli_w
 import torch
 
 from gblm.base import GblmError
-from gblm.distributed import world
-from gblm.flags import Parser, amount, several
-from gblm.offload import write_beside
+from gblm.command.flags import Parser, amount, several
+from gblm.machine.offload import write_beside
+from gblm.machine.processes import world
 from gblm.report import versions
 
 if sys.version_info >= (3, 11):

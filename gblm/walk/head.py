@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import Adapter, Batch, GblmError
-from gblm.device import MicroBatch
-from gblm.offload import offload_of
-from gblm.survey import size, take
+from gblm.machine.device import MicroBatch
+from gblm.machine.offload import offload_of
+from gblm.walk.survey import size, take
 
 HEAD = 2**27  # bytes that the head keeps for backward, at most but for a single sample
 

@@ -14,9 +14,9 @@ import psutil
 import torch
 from torch import nn
 
-from gblm import distributed
-from gblm.attention import PlainAttention
 from gblm.base import GblmError, one_of
+from gblm.machine import processes
+from gblm.machine.attention import PlainAttention
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def quick(device: torch.device, dtype: torch.dtype) -> bool:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return distributed.gathered(seconds(dtype) < seconds(torch.float32))[0]
+        return processes.gathered(seconds(dtype) < seconds(torch.float32))[0]
     finally:
         torch.set_num_threads(threads)
 

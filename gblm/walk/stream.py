@@ -16,11 +16,12 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from gblm import distributed, stats
 from gblm.base import Adapter, Batch, GblmError, Statistics
-from gblm.call import Call, Forward, twice
-from gblm.device import MicroBatch, exact, halved
-from gblm.survey import Block, Linear, hooked, quiet, size
+from gblm.machine import processes
+from gblm.machine.device import MicroBatch, exact, halved
+from gblm.maths import stats
+from gblm.walk.call import Call, Forward, twice
+from gblm.walk.survey import Block, Linear, hooked, quiet, size
 
 Weights = dict[str, Tensor]  # how much each position counts, by the first linear of a group
 
@@ -223,7 +224,7 @@ def _beside(
                         paired = _waits(other, index) and other.x.shape == own.x.shape
                         beside = other.x if paired else None
                         inputs.add(own.x, piece.stop - piece.start, pruned.samples, beside)
-                distributed.add_statistics([inputs.statistics])
+                processes.add_statistics([inputs.statistics])
                 check(group[0], inputs.statistics)
                 with exact(group[0].weight.device):
                     visit(block, [inputs], pruned)
@@ -316,7 +317,7 @@ def collect(
             samples = piece.stop - piece.start
             with suppress(_Done):
                 call.run(call.arguments(piece))
-    distributed.add_statistics([inputs.statistics for inputs in found])
+    processes.add_statistics([inputs.statistics for inputs in found])
     for group, inputs in zip(block.groups, found, strict=True):
         check(group[0], inputs.statistics)
     return found

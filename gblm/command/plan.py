@@ -7,15 +7,15 @@ from dataclasses import replace
 import torch
 from rich.table import Table
 
-from gblm import cli
-from gblm.device import free_memory
-from gblm.distributed import rank, world
-from gblm.estimate import Look, Machine, Task, estimate, measure
-from gblm.job import Run
-from gblm.offload import find_offload
-from gblm.pruner import check
+from gblm.command import cli
+from gblm.command.estimate import Look, Machine, Task, estimate, measure
+from gblm.command.job import Run
+from gblm.machine.device import free_memory
+from gblm.machine.offload import find_offload
+from gblm.machine.processes import rank, world
 from gblm.report.wording import size
-from gblm.survey import choose, micro_batch
+from gblm.walk.prune import check
+from gblm.walk.survey import choose, micro_batch
 
 
 def show(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm import patterns, scores, stats
 from gblm.base import GblmError, Pattern, Statistics, one_of
-from gblm.scores import NORMS
+from gblm.maths import patterns, scores, stats
+from gblm.maths.scores import NORMS
 
 STEPS = 4096  # points at most on the loss curve of a linear
 

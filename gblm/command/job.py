@@ -16,17 +16,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import nn
 
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
-from gblm.config import Flags, Recipe
-from gblm.device import DTYPES, peak_memory
-from gblm.distributed import rank
-from gblm.gradients import gradient_sums
-from gblm.offload import Offload
-from gblm.output import claimed, locked, written_beside
-from gblm.pruner import check, needed, prune
+from gblm.command.config import Flags, Recipe
+from gblm.machine.device import DTYPES, peak_memory
+from gblm.machine.files import claimed, locked, written_beside
+from gblm.machine.offload import Offload
+from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
-from gblm.survey import Block
-from gblm.work import GradientFolder, Journal, Settings, fingerprint
+from gblm.walk.gradients import gradient_sums
+from gblm.walk.journal import GradientFolder, Journal, Settings, fingerprint
+from gblm.walk.prune import check, needed, prune
+from gblm.walk.survey import Block
 
 OWN = ("allocation", "focus", "refine", "share", "rounds", "rate")  # of a method, beside its solve
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
@@ -64,7 +64,7 @@ class Run:
 
 @dataclass
 class Work:
-    """The work folder of a command: see `gblm.work`.
+    """The work folder of a command: see `gblm.walk.journal`.
 
     former: the folder of gradients that the user named. kept: whether runs are kept in journals.
     """

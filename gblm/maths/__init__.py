@@ -1,0 +1,1 @@
+"""The mathematics, free of devices, files and flags."""

@@ -1,0 +1,1 @@
+"""The walk of the calibration samples through a model's blocks."""
