@@ -58,8 +58,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a local folder or a hub name.
 
-    dtype, device: see `gblm.machine.device`; "auto" is that of the checkpoint, and the GPU where one
-    is.
+    dtype, device: see `gblm.machine.device`; "auto" is that of the checkpoint, and the GPU where there is
+    one.
     Code that comes with a model runs only with `trust_remote_code`, weights other than safetensors
     are read only with `allow_pickle`.
 
@@ -126,7 +126,7 @@ def load_offloaded(
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> tuple[PreTrainedModel, Offload | None]:
-    """Load a causal language model whose weights live where `offload` says (`gblm.machine.offload`).
+    """Load a causal language model, its weights where `offload` says (see `gblm.machine.offload`).
 
     From disk the model is made without memory for its weights; each block's are read from the
     checkpoint when it is their turn, changed ones are written into the folder.

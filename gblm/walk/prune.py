@@ -56,8 +56,8 @@ def prune(
     None. blocks: what `survey` found of this model, where that is known. gradients: the sums that
     `gradient_sums` gave for this model and batch, computed where None and needed (see `needed`).
     micro_batch: samples at a time, None to choose. backward: see `gradient_sums`. journal: where
-    finished blocks are kept, and those of a former run are taken from (see `gblm.walk.journal`). spill:
-    a folder for what blocks give, where that fits neither on the device nor in main memory.
+    finished blocks are kept, and those of a former run are taken from (see `gblm.walk.journal`).
+    spill: a folder for what blocks give, where that fits neither on the device nor in main memory.
 
     Raises `GblmError` where model, batch, method and pattern do not go together, and where a
     statistic, a score or a loss holds a NaN or an Inf: the block it names, and every block after
