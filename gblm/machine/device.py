@@ -16,7 +16,7 @@ from torch import nn
 
 from gblm.base import GblmError, one_of
 from gblm.machine import processes
-from gblm.machine.attention import PlainAttention
+from gblm.machine.attention import HalfProducts
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,11 @@ T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALVES = (torch.bfloat16, torch.float16)
+
+
+def find_compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of products where narrower ones do."""
+    return torch.bfloat16 if quick(device, torch.bfloat16) else torch.float32
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -83,14 +88,14 @@ def quick(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def halved(module: nn.Module) -> Iterator[None]:
-    """Have products of an fp32 module in bfloat16, attention among them, if they are quicker so."""
-    some, half = next(module.parameters()), torch.bfloat16
-    if some.dtype != torch.float32 or not quick(some.device, half):
+def halved(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have products of an fp32 module in a dtype of 16 bits, attention among them; else as it is."""
+    parameter = next(module.parameters())
+    if parameter.dtype != torch.float32 or dtype not in HALVES:
         yield
         return
     # Without the cache, for weights change in between.
-    with torch.autocast(some.device.type, half, cache_enabled=False), PlainAttention():
+    with torch.autocast(parameter.device.type, dtype, cache_enabled=False), HalfProducts():
         yield
 
 
@@ -106,8 +111,10 @@ class MicroBatch:
     samples: int
     auto: bool = False
 
-    def run(self, work: Callable[[int], T]) -> T:
+    def run(self, work: Callable[[int], T], undo: Callable[[], None] = lambda: None) -> T:
         """Return `work(samples)`, begun anew with half as many while memory does not suffice.
+
+        undo: takes back what the work had done until then.
 
         Raises `GblmError` where a single sample, or the size the user fixed, is too much.
         """
@@ -122,10 +129,10 @@ class MicroBatch:
                         f"out of memory with micro-batches of {self.samples}; use a smaller "
                         "--micro-batch, shorter samples or another device"
                     ) from error
+            undo()
             self.samples = self.samples // 2
             log.info("out of memory; on with micro-batches of %d", self.samples)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -137,9 +144,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 def free_memory(device: torch.device) -> int:
     """Return the free memory of a device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    if device.type in ("cpu", "mps", "meta"):
+        return psutil.virtual_memory().available
+    module = torch.get_device_module(device)
+    held = module.memory_reserved(device) - module.memory_allocated(device)
+    return module.mem_get_info(device)[0] + held
 
 
 def resident() -> int:

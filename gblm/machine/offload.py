@@ -132,6 +132,7 @@ class Unit:
     offload: Offload
     depth: int = 0
     version: int = 0
+    hooked: bool = True  # whether it comes and goes with the runs of its module
 
     def enter(self) -> None:
         """Bring the parameters to the device, where they are not there yet."""
@@ -153,6 +154,16 @@ class Unit:
                 self.name, {name: value.detach() for name, value in self.parameters.items()}
             )
         self.forget()
+
+    def before(self, *_: object) -> None:
+        """Come to the device for a run of the module."""
+        if self.hooked:
+            self.enter()
+
+    def after(self, *_: object) -> None:
+        """Go again after it."""
+        if self.hooked:
+            self.leave()
 
     def forget(self) -> None:
         """Let the parameters hold NaN, in the memory of a single number."""
@@ -190,8 +201,8 @@ class Offload:
         for unit in self.units:
             unit.forget()
             KNOWN[unit.module] = unit
-            unit.module.register_forward_pre_hook(lambda *_, unit=unit: unit.enter(), prepend=True)
-            unit.module.register_forward_hook(lambda *_, unit=unit: unit.leave(), always_call=True)
+            unit.module.register_forward_pre_hook(unit.before, prepend=True)
+            unit.module.register_forward_hook(unit.after, always_call=True)
 
     @property
     def kind(self) -> str:
@@ -323,6 +334,20 @@ def here(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         unit.leave()
+
+
+@contextmanager
+def stay_away(module: nn.Module) -> Iterator[None]:
+    """Let the parameters of a module not come and go with its runs for a time; `here` has them."""
+    unit = KNOWN.get(module)
+    if unit is None:
+        yield
+        return
+    unit.hooked = False
+    try:
+        yield
+    finally:
+        unit.hooked = True
 
 
 def offload_of(model: nn.Module) -> Offload | None:
