@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.machine import processes
 from gblm.machine.device import MicroBatch, free_memory, out_of_memory
-from gblm.machine.offload import here, offload_of, read_tensors, write_tensors
+from gblm.machine.files import read_tensors, write_tensors
+from gblm.machine.offload import here, offload_of
 from gblm.maths import stats
 from gblm.walk.call import Call, Forward
 from gblm.walk.head import finite, head_backward, saved
@@ -234,7 +235,7 @@ def _spill(call: Call, path: Path) -> None:
 
 def _unspill(call: Call, path: Path) -> None:
     """Read what `_spill` has written, and remove the file."""
-    for i, value in read_tensors(path).items():
+    for i, value in read_tensors(path, way="check its disk, and run again").items():
         call.leaves[int(i)] = value.to(call.leaves[int(i)])
     path.unlink()
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import Batch, GblmError, Statistics
-from gblm.machine.offload import here, read_tensors, write_beside, write_tensors
+from gblm.machine.files import read_json, read_tensors, write_json, write_tensors
+from gblm.machine.offload import here
 from gblm.machine.processes import rank, wait, world
 from gblm.report import LinearReport, Report
 from gblm.walk.call import Call
@@ -43,7 +44,7 @@ class StoredGradients(Mapping[str, Statistics]):
     def __getitem__(self, name: str) -> Statistics:
         if name not in self.linears:
             raise KeyError(name)
-        found = read_tensors(_file(self.folder, name))
+        found = read_tensors(_file(self.folder, name), way="remove its folder")
         sums = {k: v.float() if v.dtype.itemsize < 4 else v for k, v in found.items()}
         return Statistics(sums, self.samples, self.positions)
 
@@ -84,7 +85,8 @@ class GradientFolder:
         """Return the gradients by the inputs of the last finished block, nothing for others."""
         if block.name != self.finished[-1]:
             return {}
-        return {int(i): x for i, x in read_tensors(self._inputs(len(self.finished))).items()}
+        stored = read_tensors(self._inputs(len(self.finished)), way="remove its folder")
+        return {int(i): x for i, x in stored.items()}
 
     def keep(
         self, block: Block, sums: Mapping[str, Statistics], inputs: Mapping[int, Tensor]
@@ -208,14 +210,14 @@ class Journal:
         Those of the blocks before are empty of values, for nobody looks at them.
         """
         own = dict(block.module.named_parameters())
-        stored = read_tensors(_file(self.folder, block.name), list(own))
+        stored = read_tensors(_file(self.folder, block.name), list(own), way="remove its folder")
         with torch.no_grad(), here(block.module):
             for name, parameter in own.items():
                 parameter.copy_(stored[name])
             leaves, spec = tree_flatten(call.run(call.arguments(slice(0, 1))))
         values: dict[str, Tensor] = {}
         if block.name == self.finished[-1] and block.name != self.last:
-            values = read_tensors(self._stream(len(self.finished)))
+            values = read_tensors(self._stream(len(self.finished)), way="remove its folder")
         for i, leaf in enumerate(leaves):
             if str(i) in values:
                 leaves[i] = values[str(i)].to(leaf.device)
@@ -283,23 +285,6 @@ def refuse_others(folder: Path, theirs: Settings, ours: Settings) -> None:
     if other:
         said = ", ".join(f"{n} ({theirs.get(n)}, here {ours.get(n)})" for n in other[:3])
         raise GblmError(f"{folder} is of a run with another {said}; give another folder")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file: beside first, then renamed."""
-    write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def read_json(path: Path, **kinds: type) -> dict[str, Any]:
-    """Return the object in a JSON file; raises `GblmError` where it lacks a value of each kind."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise GblmError(f"{path} cannot be read ({error}); remove its folder") from error
-    own = found if isinstance(found, dict) else {}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(own.get(name), kind)]:
-        raise GblmError(f"{path} is damaged: it lacks {', '.join(wrong)}; remove its folder")
-    return own
 
 
 def _file(folder: Path, name: str) -> Path:
