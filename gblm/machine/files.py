@@ -93,7 +93,7 @@ def written_into(folder: Path) -> AbstractContextManager[Path]:
 
     Others stay there. Raises `GblmError` where the disk is full, or rights are missing.
     """
-    return _beside(folder / "files", Path.mkdir, _unpack)
+    return _beside(folder / "new files", Path.mkdir, _unpack)
 
 
 @contextmanager
@@ -191,8 +191,8 @@ def _sync(path: Path) -> None:
 def check_output(folder: Path, size: int, overwrite: bool) -> None:
     """Raise `GblmError` where a result of `size` bytes cannot be written to the folder.
 
-    That is where the folder holds something and `overwrite` is not given, where it is a file, where
-    rights are missing, or the disk is too full.
+    That is where the folder holds something and `overwrite` is not given, where it is a file or a
+    mount point, where rights are missing, or the disk is too full.
     """
     parent = _parent(folder, "output")
     if folder.is_mount():
