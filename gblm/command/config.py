@@ -14,7 +14,7 @@ import torch
 
 from gblm.base import GblmError
 from gblm.command.flags import Parser, amount, several
-from gblm.machine.offload import write_beside
+from gblm.machine.files import write_text
 from gblm.machine.processes import world
 from gblm.report import versions
 
@@ -109,7 +109,7 @@ class Recipe:
             f"processes: {world()}, threads of each: {torch.get_num_threads()}.",
         ]
         text = "".join(f"# {line}\n" for line in head) + "\n" + tomli_w.dumps(self.flags | own)
-        write_beside(folder / NAME, lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_text(folder / NAME, text)
 
 
 def recipe(parser: Parser, args: argparse.Namespace, names: Collection[str]) -> Recipe:

@@ -1,14 +1,16 @@
 """The device: which one, what it is quick with, what memory it has left."""
 
 import logging
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -99,9 +101,25 @@ def halved(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def exact(device: torch.device) -> torch.autocast:
-    """Return a context whose products are in the dtype of their operands."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Have products in the dtype of their operands, all of its bits: no autocast, no TF32."""
+    backends: Any = torch.backends
+    products = backends.cuda.matmul, backends.mkldnn.matmul
+    precision, precisions = "", []
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the backends alone
+        precisions = [kind.fp32_precision for kind in products]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision:
+            torch.set_float32_matmul_precision(precision)
+        for kind, before in zip(products, precisions, strict=False):
+            kind.fp32_precision = before
 
 
 @dataclass
@@ -156,9 +174,21 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew: for a GPU, and for the main memory of Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process so far, in bytes: on a GPU that of its tensors."""
+    """Return the peak memory since `reset_peak`, in bytes: on a GPU that of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        if peak := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(peak[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from gblm.base import Batch, GblmError, Statistics
-from gblm.machine.offload import read_tensors, write_beside, write_tensors
+from gblm.machine.files import read_json, read_tensors, write_json, write_tensors
 from gblm.machine.processes import rank, wait, world
 from gblm.report import LinearReport, Report
 from gblm.walk.survey import Block, parameters, size
 
 Settings = dict[str, Any]
+WAY = "remove its folder"  # out, where a file is damaged
 
 
 class StoredGradients(Mapping[str, Statistics]):
@@ -43,7 +44,7 @@ class StoredGradients(Mapping[str, Statistics]):
     def __getitem__(self, name: str) -> Statistics:
         if name not in self.linears:
             raise KeyError(name)
-        found = read_tensors(_file(self.folder, name))
+        found = read_tensors(_file(self.folder, name), way=WAY)
         sums = {k: v.float() if v.dtype.itemsize < 4 else v for k, v in found.items()}
         return Statistics(sums, self.samples, self.positions)
 
@@ -82,7 +83,7 @@ class GradientFolder:
 
     def on_the_way(self) -> dict[str, Tensor]:
         """Return the gradients that the sweep had passed on when it left the last block."""
-        return read_tensors(self._inputs(len(self.finished)))
+        return read_tensors(self._inputs(len(self.finished)), way=WAY)
 
     def keep(
         self, block: Block, sums: Mapping[str, Statistics], on_the_way: dict[str, Tensor]
@@ -202,7 +203,7 @@ class Journal:
     def restore(self, block: Block) -> None:
         """Give a finished block its weights."""
         parameters = dict(block.module.named_parameters())
-        stored = read_tensors(_file(self.folder, block.name), list(parameters))
+        stored = read_tensors(_file(self.folder, block.name), list(parameters), way=WAY)
         for name, parameter in parameters.items():
             parameter.detach().copy_(stored[name])
 
@@ -253,23 +254,6 @@ def refuse_others(folder: Path, theirs: Settings, ours: Settings) -> None:
     if other:
         said = ", ".join(f"{n} ({theirs.get(n)}, here {ours.get(n)})" for n in other[:3])
         raise GblmError(f"{folder} is of a run with another {said}; give another folder")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file: beside first, then renamed."""
-    write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def read_json(path: Path, **kinds: type) -> dict[str, Any]:
-    """Return the object in a JSON file; raises `GblmError` where it lacks a value of each kind."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise GblmError(f"{path} cannot be read ({error}); remove its folder") from error
-    own = found if isinstance(found, dict) else {}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(own.get(name), kind)]:
-        raise GblmError(f"{path} is damaged: it lacks {', '.join(wrong)}; remove its folder")
-    return own
 
 
 def _file(folder: Path, name: str) -> Path:
