@@ -1,14 +1,15 @@
 """A job: the runs of one command on one model, their gradients, their folders."""
 
-import argparse
 import math
 import shutil
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import nn
 
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
-from gblm.command.config import Flags, Recipe
+from gblm.command.settings import Recipe, Settings
 from gblm.machine.device import DTYPES, peak_memory
 from gblm.machine.files import claimed, locked, written_beside
 from gblm.machine.offload import Offload
@@ -24,7 +25,8 @@ from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
 from gblm.walk.gradients import gradient_sums
-from gblm.walk.journal import GradientFolder, Journal, Settings, fingerprint
+from gblm.walk.journal import GradientFolder, Journal, fingerprint
+from gblm.walk.journal import Settings as Fingerprint
 from gblm.walk.prune import check, needed, prune
 from gblm.walk.survey import Block
 
@@ -59,7 +61,7 @@ class Run:
     label: str  # of its row, and of its folder
     method: Method
     pattern: Pattern
-    flags: Flags = field(default_factory=dict)  # that ask for it alone
+    flags: dict[str, Any] = field(default_factory=dict)  # that ask for it alone
 
 
 @dataclass
@@ -85,11 +87,11 @@ class Work:
         """Whether the user wants anything kept, rounded, or taken from former runs."""
         return self.kept or self.former is not None or self.dtype != "float32"
 
-    def settings(self, job: "Job") -> Settings:
+    def settings(self, job: "Job") -> Fingerprint:
         """Return what tells apart the model and the samples of a job."""
-        return fingerprint(job.model, job.batch, job.blocks)
+        return fingerprint(job.opened.model, job.opened.batch, job.blocks)
 
-    def journal(self, run: Run, settings: Settings) -> Journal | None:
+    def journal(self, run: Run, settings: Fingerprint) -> Journal | None:
         """Return the journal of a run; raises `GblmError` where its folder holds another."""
         if not self.kept:
             return None
@@ -102,7 +104,9 @@ class Work:
         }
         return Journal(self.folder / run.label, {**settings, **own}, self.resume)
 
-    def gradients(self, settings: Settings, needs: frozenset[str], share: float) -> GradientFolder:
+    def gradients(
+        self, settings: Fingerprint, needs: frozenset[str], share: float
+    ) -> GradientFolder:
         """Return the folder of gradients, with what they must be."""
         own = {**settings, "needs": sorted(needs), "share": share, "dtype": self.dtype}
         name = "gradients" if share == 1 else f"gradients-{share:g}"
@@ -112,68 +116,86 @@ class Work:
 
 
 @contextmanager
-def work_folder(args: argparse.Namespace) -> Iterator[Work]:
-    """Give the work folder that the flags ask for; else one for the time of the command.
+def work_folder(settings: Settings) -> Iterator[Work]:
+    """Give the work folder that the settings name; else one for the time of the command.
 
     That one lies beside the output, where there is room for the model. Other commands are kept out
     of both the output and the work folder: raises `GblmError` where one is in it.
     """
-    given = {"former": args.gradients, "dtype": args.gradient_dtype}
+    output, named = settings.output, settings.work_dir
     with ExitStack() as stack:
-        if args.output and not rank():
-            stack.enter_context(claimed(args.output))
-        if args.work_dir:
-            if not rank():
-                stack.enter_context(locked(args.work_dir, args.work_dir / "lock"))
-            work = Work(args.work_dir, args.resume, **given)
-            shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
-        else:
-            parent = args.output.absolute().parent if args.output else None
+        if output and not rank():
+            stack.enter_context(claimed(output))
+        if named and not rank():
+            stack.enter_context(locked(named, named / "lock"))
+        if not named:
+            parent = output.absolute().parent if output else None
             if parent:
                 parent.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent)
-            work = Work(Path(stack.enter_context(folder)), kept=False, **given)
+            passing = tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent)
+        folder = named or Path(stack.enter_context(passing))
+        former, dtype = settings.gradients, settings.gradient_dtype
+        work = Work(folder, settings.resume, former, dtype, kept=named is not None)
+        shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
         work.scratch.mkdir(parents=True)
         stack.callback(shutil.rmtree, work.scratch, ignore_errors=True)
         yield work
 
 
 @dataclass
-class Job:
-    """What the runs of one command have in common.
+class Opened(ABC):
+    """A model and its data, as a side opens them; each side says what is done with them.
 
-    evaluate(model, bars): the metrics of the model as it is. save(folder): write it as it is.
-    output: the folder of a single run, of the folders of several. seconds: of the phases before.
-    offload: how the weights come to the device. work: where runs are kept, to go on from.
-    report: the folder of the pages, which show the examples. loading(folder): Python to load it.
-    recipe: the flags, written beside each result.
+    settings: those of the command, with what the side chose filled in. calibration: what the
+    samples are, in words. offload: how the weights come to the device. notes: what else a reader
+    of the report must know.
     """
 
-    name: str
+    settings: Settings
     model: nn.Module
     batch: Batch
     adapter: Adapter
-    blocks: list[Block]
-    evaluate: Callable[[nn.Module, Bars], Evaluation]
-    save: Callable[[Path], None]
-    output: Path | None = None
-    seed: int = 0
-    micro_batch: int | None = None
-    backward: str = "auto"
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    calibration: str
     offload: Offload | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @abstractmethod
+    def evaluate(self, bars: Bars) -> Evaluation:
+        """Return the metrics of the model as it is."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the model as it is."""
+
+    def loading(self, folder: Path) -> str:
+        """Return the Python that loads what was saved."""
+        return ""
+
+    def examples(self) -> Examples | None:
+        """Return what the report shows before and after."""
+        return None
+
+
+@dataclass
+class Job:
+    """What the runs of one command have in common.
+
+    settings: with all that gblm chose. seconds: of the phases before. work: where runs are kept, to
+    go on from. recipe: the flags, written beside each result.
+    """
+
+    opened: Opened
+    settings: Settings
+    blocks: list[Block]
+    recipe: Recipe
+    seconds: dict[str, float] = field(default_factory=dict)
     work: Work | None = None
-    report: Path | None = None
     examples: Examples | None = None
-    calibration: str = ""
-    loading: Callable[[Path], str] = lambda folder: ""
-    recipe: Recipe | None = None
 
     @property
     def spill(self) -> Path | None:
         """The folder for what fits nowhere else, where the weights do not live on the device."""
-        return self.work.scratch if self.work and self.offload else None
+        return self.work.scratch if self.work and self.opened.offload else None
 
 
 def compare(job: Job, wanted: list[Run]) -> list[Report]:
@@ -184,7 +206,7 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
     for run in wanted:
         check(job.blocks, run.method, run.pattern)
     # A single run needs no way back to the dense model, and an offloaded one has its own.
-    several = len(wanted) > 1 and not job.offload
+    several = len(wanted) > 1 and not job.opened.offload
     parameters = [own for block in job.blocks for own in block.module.parameters() if several]
     dense = [own.detach().clone() for own in parameters]
     found = job.work.settings(job) if job.work else {}
@@ -192,14 +214,14 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
     reports = []
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
-            before = job.evaluate(job.model, show)
+            before = job.opened.evaluate(show)
             check_sound(before)
             if job.examples:
-                job.examples.before(job.model)
+                job.examples.before(job.opened.model)
         lots = gradient_lots(job, wanted, found, show)
         for run in wanted:
-            if job.offload:
-                job.offload.revert()
+            if job.opened.offload:
+                job.opened.offload.revert()
             with torch.no_grad():
                 for own, value in zip(parameters, dense, strict=True):
                     own.copy_(value)
@@ -224,19 +246,18 @@ def check_sound(before: Evaluation) -> None:
 def keep(job: Job, wanted: list[Run], reports: list[Report], lot: "Lot") -> None:
     """Write the last result, where it is to go, and then its page."""
     report, labels = reports[-1], [run.label for run in wanted]
-    if job.output:
-        folder = job.output / labels[len(reports) - 1] if len(wanted) > 1 else job.output
-        report.loading = job.loading(folder)
+    if output := job.settings.output:
+        folder = output / labels[len(reports) - 1] if len(wanted) > 1 else output
+        report.loading = job.opened.loading(folder)
         with written_beside(folder) as beside:
             with clock(report.seconds, "save"):
-                job.save(beside)
+                job.opened.save(beside)
             report.write(beside)
-            if job.recipe:
-                job.recipe.write(beside, **wanted[len(reports) - 1].flags, **lot.flags)
-    if job.report:
+            job.recipe.write(beside, **wanted[len(reports) - 1].flags, **lot.flags)
+    if job.settings.report:
         from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
 
-        write_pages(job.report, labels, reports)
+        write_pages(job.settings.report, labels, reports)
 
 
 @dataclass
@@ -245,10 +266,12 @@ class Lot:
 
     sums: Mapping[str, Statistics] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    flags: Flags = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
-def gradient_lots(job: Job, wanted: list[Run], settings: Settings, show: Bars) -> dict[float, Lot]:
+def gradient_lots(
+    job: Job, wanted: list[Run], settings: Fingerprint, show: Bars
+) -> dict[float, Lot]:
     """Return the gradients that the runs need, by the share of the samples they are taken of.
 
     So each run has those it would have alone.
@@ -266,20 +289,20 @@ def gradient_lots(job: Job, wanted: list[Run], settings: Settings, show: Bars) -
 
 
 def dense_gradients(
-    job: Job, needs: frozenset[str], share: float, lot: Lot, settings: Settings, show: Bars
+    job: Job, needs: frozenset[str], share: float, lot: Lot, settings: Fingerprint, show: Bars
 ) -> Mapping[str, Statistics]:
     """Return sums of gradients of the dense model: of a former run, or computed and kept."""
     folder = job.work.gradients(settings, needs, share) if job.work else None
     if folder and job.work and (stored := folder.stored(must=job.work.former is not None)):
         return stored
     sums = gradient_sums(
-        job.model,
-        job.batch,
+        job.opened.model,
+        job.opened.batch,
         needs,
-        adapter=job.adapter,
+        adapter=job.opened.adapter,
         blocks=job.blocks,
-        micro_batch=job.micro_batch,
-        backward=job.backward,
+        micro_batch=job.settings.micro_batch,
+        backward=job.settings.backward,
         share=share,
         keep=folder,
         chose=lambda backward: lot.flags.update(backward=backward),
@@ -299,26 +322,27 @@ def perform(
 ) -> Report:
     """Prune the dense model by one run, and evaluate it: the run's report, but for its saving."""
     report = prune(
-        job.model,
-        job.batch,
+        job.opened.model,
+        job.opened.batch,
         run.method,
         run.pattern,
-        adapter=job.adapter,
+        adapter=job.opened.adapter,
         blocks=job.blocks,
         gradients=lot.sums,
-        micro_batch=job.micro_batch,
+        micro_batch=job.settings.micro_batch,
         journal=journal,
         spill=job.spill,
         progress=show,
     )
     report.seconds = {**job.seconds, **lot.seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
-        after = job.evaluate(job.model, show)
+        after = job.opened.evaluate(show)
         if job.examples:
-            report.examples_note, report.examples = job.examples.after(job.model)
+            report.examples_note, report.examples = job.examples.after(job.opened.model)
     report.evaluation = merged(before, after)
-    report.model, report.seed, report.notes = job.name, job.seed, job.notes
-    report.calibration = job.calibration
-    report.masks = masks(report, job.blocks) if job.output or job.report else {}
-    report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
+    settings, opened = job.settings, job.opened
+    report.model, report.seed, report.notes = str(settings.model), settings.seed, opened.notes
+    report.calibration, report.compute_dtype = opened.calibration, settings.compute_dtype
+    report.masks = masks(report, job.blocks) if settings.output or settings.report else {}
+    report.peak_memory_bytes = peak_memory(next(opened.model.parameters()).device)
     return report
