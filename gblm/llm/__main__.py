@@ -102,6 +102,7 @@ def load(
     scratch: Path,
     seconds: dict[str, float],
 ) -> Language:
+    """Draw the windows, load the model; returns both with what is done with them."""
     with clock(seconds, "data"):
         from gblm.llm import adapters, models
 
@@ -134,6 +135,7 @@ def load(
 
 
 def outline(settings: LanguageSettings, device: torch.device) -> Outline:
+    """Return what config and text tell of a run, with the calibration windows drawn."""
     from gblm.llm import adapters, evaluate, models
 
     silence()

@@ -104,6 +104,7 @@ def load(
     scratch: Path,
     seconds: dict[str, float],
 ) -> Classifier:
+    """Load the model, choose the images; returns both with what is done with them."""
     with clock(seconds, "load"):
         from gblm.vit import adapters, models
 
@@ -133,6 +134,7 @@ def load(
 
 
 def outline(settings: ImageSettings, device: torch.device) -> Outline:
+    """Return what config and file names tell of a run; no image is decoded."""
     from gblm.vit import adapters, data, models
 
     def sight(model: nn.Module) -> Sight:
