@@ -105,10 +105,10 @@ class Solve(Step):
         weight = weight.masked_fill(~keep, 0).to(linear.weight.dtype)
         if not torch.isfinite(weight).all():
             raise GblmError(f"{where}: the new weight holds a NaN or an Inf; use a wider dtype")
-        error = relative_error(dense, weight, inputs.examples)
+        off = relative_error(dense, weight, inputs.examples)
         sparsity = (weight == 0).float().mean().item()
         seconds = time.perf_counter() - start
-        return weight, LinearReport(linear.name, list(linear.shape), sparsity, error, seconds)
+        return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
 
     def cost(self, sight: Sight) -> Cost:
         """Forward passes for statistics and outputs, Gram matrices, masks, errors, solutions."""

@@ -205,9 +205,9 @@ def forward(
     with quiet(walk.model), torch.no_grad(), walk.runs(2 if beside else 1) as streams:
         dense, pruned = streams if beside else ([], streams[0])
         for block in walk.blocks:
-            calls = [[run.at(block) for run in runs] for runs in (pruned, dense)]
+            calls, beside_them = ([run.at(block) for run in runs] for runs in (pruned, dense))
             with here(block.module):
-                visit = Visit(walk, block, *calls, patterns, gradients)
+                visit = Visit(walk, block, calls, beside_them, patterns, gradients)
                 work(visit)
                 if block is walk.blocks[-1]:
                     return
