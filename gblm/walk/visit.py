@@ -351,6 +351,16 @@ def _tensors(move: Callable[[Tensor], Tensor], leaf: Any) -> Any:
     return move(leaf) if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
 
+def together(inputs: Statistics, gradient: Statistics | None, device: torch.device) -> Statistics:
+    """Return the statistics of inputs with those of gradients, which may be elsewhere."""
+    if gradient is None:
+        return inputs
+    sums = {name: total.to(device) for name, total in gradient.sums.items()}
+    count = gradient.differentiated or gradient.samples
+    samples, positions = inputs.samples or gradient.samples, inputs.positions
+    return Statistics({**inputs.sums, **sums}, samples, positions, count)
+
+
 def check(linear: Linear, statistics: Statistics) -> None:
     """Raise `GblmError` with the linear's name where a statistic holds a NaN or an Inf."""
     for name, value in statistics.sums.items():
