@@ -6,7 +6,7 @@ they would see a device they did not ask for. So a process of pytest that comes 
 folder starts another one, once, which collects the folder, runs what it is told by name, and sends
 back its reports.
 
-    GBLM_SECOND_DEVICE=here python -m pytest tests/second_device    # in this process: for a debugger
+    GBLM_SECOND_DEVICE=here python -m pytest tests/second_device    # here, for a debugger
 """
 
 import os
@@ -38,10 +38,12 @@ class Process:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.process: subprocess.Popen | None = None
+        self.sound = False  # it has run some test
+        self.fault = ""  # that keeps it from beginning
 
     def start(self) -> None:
         self.pipe, theirs = Pipe()
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         plugins = ["-p", "no:xdist", "-p", "no:cov", "-p", "no:cacheprovider"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-m", "", *plugins],
@@ -56,26 +58,35 @@ class Process:
 
     def run(self, item: pytest.Item) -> list[Any]:
         """Return the reports of a test; a failure where the process comes to its end."""
+        if self.fault:
+            return [failed(item, self.fault)]
         if self.process is None:
             self.start()
         try:
             self.pipe.send(item.nodeid)
-            return [
-                self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
-                for data in self.pipe.recv()
-            ]
+            reports = self.pipe.recv()
         except (EOFError, OSError):
             self.end()
             self.log.seek(0)
             text = f"the process of the second device has ended\n{self.log.read()[-20000:]}"
-            where, keywords = item.location, {item.name: 1}
-            return [pytest.TestReport(item.nodeid, where, keywords, "failed", text, "call")]
+            self.fault = "" if self.sound else text  # no compiler, say: the same for all tests
+            return [failed(item, text)]
+        self.sound = True
+        hook = self.config.hook
+        return [
+            hook.pytest_report_from_serializable(config=self.config, data=data) for data in reports
+        ]
 
     def end(self) -> None:
         if self.process:
             self.pipe.close()
             self.process.wait()
             self.process = None
+
+
+def failed(item: pytest.Item, text: str) -> pytest.TestReport:
+    """Return the report of a test that nobody could run."""
+    return pytest.TestReport(item.nodeid, item.location, {item.name: 1}, "failed", text, "call")
 
 
 PROCESS = pytest.StashKey[Process]()

@@ -14,6 +14,8 @@
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
@@ -243,6 +245,35 @@ Tensor unfold(const Tensor& self, int64_t dimension, int64_t size, int64_t step)
   return at::native::unfold(self, dimension, size, step);
 }
 
+// Convolutions ask for an operator that every device must bring along.
+template <typename... Tensors>
+void check_second(const Tensors&... tensors) {
+  const bool all = ((!tensors.defined() || tensors.device().type() == SECOND) && ...);
+  TORCH_CHECK(all, "Expected all tensors of a convolution to be on the same device");
+}
+
+Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   Sizes stride, Sizes padding, Sizes dilation, bool transposed,
+                   Sizes output_padding, c10::SymInt groups) {
+  check_second(x, weight, bias.value_or(Tensor()));
+  const auto plain_bias = bias && bias->defined() ? std::optional(on_cpu(*bias)) : std::nullopt;
+  return at::convolution_symint(on_cpu(x), on_cpu(weight), plain_bias, stride, padding, dilation,
+      transposed, output_padding, groups).to(Guard::only());
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(
+    const Tensor& gradient, const Tensor& x, const Tensor& weight, Sizes stride, Sizes padding,
+    Sizes dilation, bool transposed, Sizes output_padding, c10::SymInt groups,
+    std::array<bool, 3> which) {
+  check_second(gradient, x, weight);
+  const std::array<c10::SymInt, 1> bias{weight.sym_size(transposed ? 1 : 0)};
+  auto gradients = at::convolution_backward_symint(on_cpu(gradient), on_cpu(x), on_cpu(weight),
+      Sizes(bias), stride, padding, dilation, transposed, output_padding, groups, which);
+  const auto back = [](const Tensor& y) { return y.defined() ? y.to(Guard::only()) : y; };
+  return {back(std::get<0>(gradients)), back(std::get<1>(gradients)),
+          back(std::get<2>(gradients))};
+}
+
 // Refuse what a GPU refuses: tensors of several devices in one operator. A number (a tensor of no
 // dimensions) may come from anywhere, and so may the indices of x[indices].
 void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
@@ -299,6 +330,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("view", &view);
   m.impl("_reshape_alias", &reshape_alias);
   m.impl("unfold", &unfold);
+  m.impl("convolution_overrideable", &convolution);
+  m.impl("convolution_backward_overrideable", &convolution_backward);
 }
 
 // ops ------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ MIXED = {
     "cat": lambda x, y: torch.cat([x, y]),
     "stack": lambda x, y: torch.stack([y, x]),
     "linear": lambda x, y: functional.linear(x, y),
+    "conv1d": lambda x, y: functional.conv1d(x, y[..., None]),
     "layer_norm": lambda x, y: functional.layer_norm(x, (4,), weight=y[0]),
     "where": lambda x, y: torch.where(x > 0, x, y),
     "gather": lambda x, y: x.gather(0, torch.zeros(1, 4, dtype=torch.long)),
@@ -86,10 +87,16 @@ def test_gradients_are_those_of_the_cpu():
     def loss(device):
         torch.manual_seed(0)
         net = torch.nn.Sequential(
-            torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+            torch.nn.Conv1d(2, 3, 3, padding=1, bias=False),
+            torch.nn.Conv1d(3, 2, 1),
+            torch.nn.Flatten(),
+            torch.nn.Linear(6, 8),
+            torch.nn.GELU(),
+            torch.nn.LayerNorm(8),
+            torch.nn.Linear(8, 3),
         )
         net.to(device)
-        x = torch.randn(5, 6).to(device).requires_grad_()
+        x = torch.randn(5, 2, 3).to(device).requires_grad_()
         functional.cross_entropy(net(x), torch.arange(5).to(device) % 3).backward()
         optimiser = torch.optim.Adam(net.parameters(), fused=True)
         optimiser.step()
