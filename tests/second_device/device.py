@@ -104,6 +104,19 @@ def load() -> None:
     module._is_in_bad_fork = lambda: False
     torch._register_device_module(NAME, module)
     torch.utils.generate_methods_for_privateuse1_backend()
+    torch.Tensor.data = property(torch._C.TensorBase.data.__get__, _set_data)
+
+
+def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Let `tensor.data = value` take a value from another device, as torch does with a GPU's."""
+    if tensor.device != value.device:
+        # torch asks whether the tensors are of one kind, and counts CPU and CUDA alone as one.
+        other = value.detach().requires_grad_(tensor.requires_grad)
+        if isinstance(tensor, torch.nn.Parameter):
+            other = torch.nn.Parameter(other, tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, other)
+    else:
+        torch._C.TensorBase.data.__set__(tensor, value)
 
 
 def _build() -> None:

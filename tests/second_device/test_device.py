@@ -119,6 +119,21 @@ def test_models_move_copy_save_and_load(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_data_can_be_given_on_another_device():
+    parameter = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    same = parameter
+    parameter.data = torch.full((3,), 2.0).to(DEVICE)
+    assert same is parameter
+    assert isinstance(parameter, torch.nn.Parameter)
+    assert parameter.data.device.type == parameter.device.type == DEVICE
+    assert not parameter.requires_grad
+    assert parameter.tolist() == [2, 2, 2]
+    parameter.data = parameter.data[:1]
+    parameter.data = parameter.cpu()
+    assert parameter.tolist() == [2]
+    assert parameter.device.type == "cpu"
+
+
 def test_decompositions_are_those_of_the_cpu():
     x = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gram = x @ x.T + torch.eye(6, dtype=torch.float64)

@@ -7,7 +7,6 @@ and every module, those between the blocks too, must have its own part of it bac
 import gc
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +160,17 @@ def test_masks_are_those_of_the_cpu(side, name, backward, memory, run, made, exp
     else:
         prune(model)
     check_same(model, expected(side, name, backward))
+
+
+@pytest.mark.parametrize("name", ["gblm", "best"])
+def test_gradients_may_lie_in_main_memory(name, made, expected):
+    model, batch = made("llm")
+    needs = {"grad_abs", "grad_sq", "grad_position"}
+    gradients = gblm.gradient_sums(model.to(DEVICE), batch, needs)
+    for statistics in gradients.values():
+        statistics.sums = {key: value.cpu() for key, value in statistics.sums.items()}
+    gblm.prune(model, batch, method_of(name), "0.5", gradients=gradients)
+    check_same(model, expected("llm", name, "blocks"))
 
 
 # With a memory that is little indeed
