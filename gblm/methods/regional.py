@@ -54,7 +54,7 @@ class Regional(Solve):
         if self.rounds:  # errors are those against what the block was before the rounds
             now = [linear.weight.clone() for linear in block.linears]
             with visit.before.back():
-                dense = [stats.wide(linear.weight) for linear in block.linears]
+                dense = [stats.wide(linear.weight).clone() for linear in block.linears]
             examples = [inputs.examples for inputs in groups for _ in inputs.group]
             for report, *weights in zip(reports, dense, now, examples, strict=True):
                 report.relative_error = relative_error(*weights)
