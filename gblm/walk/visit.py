@@ -71,11 +71,13 @@ class Snapshot:
     def __init__(self, block: Block) -> None:
         self.parameters = [own.detach() for own in block.module.parameters()]
         self.values = [own.clone() for own in self.parameters]
+        self.versions = [own._version for own in self.parameters]
 
     def write(self) -> None:
-        """Give the parameters their values of then."""
-        for parameter, value in zip(self.parameters, self.values, strict=True):
-            parameter.copy_(value)
+        """Give the parameters their values of then; those that nobody has written stay."""
+        for i, (parameter, value) in enumerate(zip(self.parameters, self.values, strict=True)):
+            if parameter._version != self.versions[i]:
+                parameter.copy_(value)
 
     @contextmanager
     def back(self) -> Iterator[None]:
