@@ -96,7 +96,10 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
     entries = reports[0].evaluation.items()
     first = {name: entry for name, entry in entries if entry["metric"] not in ASIDE}
     columns = ("pattern", "sparsity", *map(short, first), "seconds")
-    table = columned(title, "method", *columns)
+    metrics = ", ".join(dict.fromkeys(entry["metric"] for entry in first.values())) or "no metric"
+    table = columned(
+        f"{title}: {metrics}, pruned with {reports[0].calibration}", "method", *columns
+    )
     dense = [shown(value, "dense") for value in first.values()]
     table.add_row("dense", "", "", *dense, "", end_section=True)
     for report in reports:

@@ -195,7 +195,7 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: st
         opened.examples() if shows else None,
     )
     reports = compare(job, runs)
-    show.results(f"{title}, pruned with {opened.calibration}", reports, settings)
+    show.results(title, reports, settings)
 
 
 def with_choices(opened: Opened) -> Settings:
