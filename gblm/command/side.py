@@ -23,7 +23,7 @@ from gblm.machine.processes import launched, rank, world
 from gblm.maths import patterns
 from gblm.methods import make
 from gblm.methods import parse as parse_method
-from gblm.report import versions
+from gblm.report import check_pages, versions
 from gblm.walk.survey import choose, placed, survey
 
 
@@ -170,6 +170,7 @@ def check_folders(settings: Settings, size: int = 0) -> None:
     if settings.output:
         check_output(settings.output, size, settings.overwrite)
     if settings.report:
+        check_pages()
         check_report(settings.report, settings.overwrite)
 
 
