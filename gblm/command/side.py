@@ -64,15 +64,15 @@ def main(side: Side[S], argv: Sequence[str] | None = None) -> int:
 
     def answer() -> None:
         app = side.app()
-        given = parse(app, argv)
-        if given is None:
+        parsed = parse(app, argv)
+        if parsed is None:
             return
-        settings, asked = given
-        if asked.list:
-            show.listing(asked.list)
-        elif asked.completion:
-            print(completion(app, asked.completion))
-        elif asked.version:
+        settings, line = parsed
+        if line.list:
+            show.listing(line.list)
+        elif line.completion:
+            print(completion(app, line.completion))
+        elif line.version:
             print("\n".join(f"{name} {number}" for name, number in versions().items()))
         else:
             with logged(settings.verbose):
@@ -124,8 +124,8 @@ def command(side: Side[S], settings: S) -> None:
     with launched(settings.device) as device:
         settings = replace(settings, device=device)
         if settings.dry_run:
-            there = find_device(device)
-            return show.plan(title, settings, runs, side.outline(settings, there), there)
+            outline = side.outline(settings, find_device(device))
+            return show.plan(title, settings, runs, outline, find_device(device))
         with work_folder(settings) as work:
             carry_out(side, settings, runs, work, title)
 
@@ -136,8 +136,8 @@ def resolved(side: Side[S], settings: S) -> S:
         return settings
     if not side.demo:
         raise GblmError("no model to prune; name one by --model")
-    if given := [name for name in side.alone if getattr(settings, name)]:
-        raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
+    if named := [name for name in side.alone if getattr(settings, name)]:
+        raise GblmError(f"--{named[0]} goes with --model; without a model the demo brings its own")
     return filled(settings, **side.demo)
 
 
@@ -153,13 +153,13 @@ def find_runs(settings: Settings) -> list[Run]:
         over["refine"] = settings.refine
     runs = []
     for text in settings.sparsity:
-        for asked in settings.method:
-            name, options = parse_method(asked, **usual)
+        for words in settings.method:
+            name, options = parse_method(words, **usual)
             method = replace(make(name, **options), **over)
             group = method.group if settings.group == "auto" else settings.group
-            label = f"{asked.replace(':', '-')}-{text.replace(':', 'of').replace('/', '-')}"
+            label = f"{words.replace(':', '-')}-{text.replace(':', 'of').replace('/', '-')}"
             pattern = patterns.parse(text, group)
-            runs.append(Run(label, method, pattern, {"method": asked, "sparsity": text}))
+            runs.append(Run(label, method, pattern, {"method": words, "sparsity": text}))
     if not runs:
         raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")
     return runs
@@ -178,37 +178,36 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: st
     """Open the model and its data, carry out the runs in a work folder, show the table."""
     seconds: dict[str, float] = {}
     opened = side.load(settings, find_device(settings.device), work.scratch, seconds)
-    check_folders(settings, sum(own.nbytes for own in opened.model.parameters()) * len(runs))
+    size = sum(parameter.nbytes for parameter in opened.model.parameters())
+    check_folders(settings, size * len(runs))
     opened.batch = placed(opened.batch, opened.model)
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), list(settings.exclude))
-    chosen = with_choices(opened)
+    settled = with_choices(opened)
     # A model that comes to the device block by block makes examples for --report alone: they take
     # many passes.
     shows = not rank() and (settings.report or (settings.output and not opened.offload))
     job = Job(
         opened,
-        chosen,
+        settled,
         blocks,
-        recipe(side.app(), chosen, side.sources),
+        recipe(side.app(), settled, side.sources),
         seconds,
         work if work.asked or opened.offload else None,
         opened.examples() if shows else None,
     )
-    reports = compare(job, runs)
-    show.results(title, reports, settings)
+    show.results(title, compare(job, runs), settings)
 
 
 def with_choices(opened: Opened) -> Settings:
     """Return the settings of what was opened, with what gblm chose filled in."""
-    some = next(opened.model.parameters())
-    settings = opened.settings
-    device = find_device(settings.device)
+    settings, device = opened.settings, find_device(opened.settings.device)
+    stored = next(opened.model.parameters()).dtype
     names = {dtype: name for name, dtype in DTYPES.items()}
     return replace(
         settings,
         device="cuda" if world() > 1 and settings.device != "cpu" else str(device),
-        dtype=names.get(some.dtype, settings.dtype),
+        dtype=names.get(stored, settings.dtype),
         compute_dtype=names[find_compute_dtype(settings.compute_dtype, device)],
         offload=opened.offload.kind if opened.offload else "none",
     )

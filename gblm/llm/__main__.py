@@ -1,7 +1,7 @@
 """`python -m gblm.llm`: prune a causal language model, compare methods, save the result."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -239,11 +239,7 @@ SIDE = side.Side(
     alone=("calibration", "evaluate", "length"),
     sources=SOURCES,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    return side.main(SIDE, argv)
+main = partial(side.main, SIDE)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """`python -m gblm.vit`: prune an image classifier, compare methods, save the result."""
 
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,11 +216,7 @@ SIDE = side.Side(
     alone=("calibration", "evaluate", "checkpoint"),
     sources=("demo",),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    return side.main(SIDE, argv)
+main = partial(side.main, SIDE)
 
 
 if __name__ == "__main__":
