@@ -103,16 +103,12 @@ def accuracy(model, batch):
 
 MAIN = '''
 """Prune a classifier of sounds."""
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import torch
-
-from gblm.command.estimate import Task, seen
 from gblm.command.job import Opened
 from gblm.command.settings import CALIBRATION, COUNT, Settings
-from gblm.command.show import Outline
 from gblm.command.side import Side
 from gblm.report import clock
 from hearing import adapters, data, evaluate, models
@@ -160,15 +156,9 @@ def load(settings, device, scratch, seconds):
     )
 
 
-def outline(settings, device):
-    batch = data.read(settings.calibration, 1)
-
-    def sight():
-        model = models.load(settings.model)
-        return model, batch, adapters.adapter(model)
-
-    task = Task(settings.samples)
-    return Outline(seen(lambda: nullcontext(sight()), sight), task, torch.float32)
+@contextmanager
+def sketch(settings, device):
+    yield load(settings, device, None, {})
 
 
 SIDE = Side(
@@ -177,7 +167,7 @@ SIDE = Side(
     examples="examples:\\n  python -m hearing --model DIR --calibration FILE.pt",
     kind=SoundSettings,
     load=load,
-    outline=outline,
+    sketch=sketch,
     usual={"method": ("gblm",), "sparsity": ("0.5",), "alpha": "auto", "samples": 8},
 )
 '''

@@ -27,7 +27,6 @@ are within about 2.
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gblm.base import Adapter, Batch, GblmError, Method, Pattern
+from gblm.base import Adapter, Batch, Method, Pattern
 from gblm.machine.device import peak_memory, resident
 from gblm.maths import stats
 from gblm.walk.gradients import FEWEST, activations
@@ -44,8 +43,6 @@ from gblm.walk.regional import SAMPLES
 from gblm.walk.survey import Block, Linear, hooked, quiet, survey
 
 log = logging.getLogger(__name__)
-
-Sight = tuple[nn.Module, Batch, Adapter]
 
 # The part of the measured rate that a model reaches, what stands between its products included.
 EFFICIENCY = 0.8
@@ -74,21 +71,6 @@ class Look:
     @property
     def linears(self) -> list[Linear]:
         return [linear for block in self.blocks for linear in block.linears]
-
-
-def seen(sketch: Callable[[], AbstractContextManager[Sight]], load: Callable[[], Sight]) -> Look:
-    """Return the look at a model without values, or where its code will not have that, with them.
-
-    Both give a model, a batch of one sample and an adapter.
-    """
-    try:
-        with sketch() as sight:
-            return look(*sight)
-    except GblmError:
-        raise
-    except Exception as error:  # whatever the model's code had against it
-        log.info("weights are read, for their shapes do not suffice: %s", error)
-        return look(*load())
 
 
 def look(model: nn.Module, one: Batch, adapter: Adapter) -> Look:

@@ -3,7 +3,6 @@
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gblm.command.estimate import Look, Machine, Task, estimate, measure
-from gblm.command.job import Run
+from gblm.command.job import Opened, Run
 from gblm.command.settings import Settings
 from gblm.machine.device import free_memory
 from gblm.machine.offload import find_offload
@@ -22,6 +21,7 @@ from gblm.report import Report
 from gblm.report.wording import short, size, time
 from gblm.walk.prune import check
 from gblm.walk.survey import choose, micro_batch
+from gblm.walk.survey import size as size_of
 
 ASIDE = {"acc_norm"}  # metrics that stand in the report alone
 
@@ -132,39 +132,24 @@ def shown(entry: dict[str, Any], when: str) -> str:
 # The plan of a dry run.
 
 
-@dataclass
-class Outline:
-    """What a side knows of a command without running it.
-
-    stored: the dtype of the checkpoint, which the output has. unmeasured: what the seconds do not
-    hold, beside reading the model and the data.
-    """
-
-    look: Look
-    task: Task
-    stored: torch.dtype
-    unmeasured: str = ""
-
-
-def plan(
-    title: str, settings: Settings, runs: list[Run], outline: Outline, device: torch.device
-) -> None:
+def plan(title: str, opened: Opened, runs: list[Run], look: Look, device: torch.device) -> None:
     """Print the plan of a command, in process 0 alone; nothing is run and nothing written.
 
     Raises `GblmError` where a run cannot have its pattern, or `--include` and `--exclude` leave
     nothing.
     """
-    look = outline.look
+    settings = opened.settings
     choose(look.blocks, list(settings.include), list(settings.exclude))
     for run in runs:
         check(look.blocks, run.method, run.pattern)
     offload = find_offload(settings.offload, look.weights, device) != "none"
     folders = settings.work_dir or settings.gradients or offload
-    samples = -(-outline.task.samples // world())
-    task = replace(
-        outline.task,
-        samples=samples,
-        evaluated=-(-outline.task.evaluated // world()),
+    evaluated, together = opened.evaluated()
+    samples = -(-size_of(opened.batch) // world())
+    task = Task(
+        samples,
+        evaluated=-(-evaluated // world()),
+        together=together,
         several=len(runs) > 1,
         kept=bool(folders) or settings.gradient_dtype != "float32",
         offload=offload,
@@ -175,14 +160,15 @@ def plan(
         return
     terminal = console()
     terminal.print(_linears(title, look))
-    for line in _lines(settings, runs, outline):
+    for line in _lines(opened, runs, look):
         terminal.print(line, soft_wrap=True, highlight=False)
     dtype = next(own.dtype for own in look.linears[0].module.parameters())
     width = max(linear.shape[1] for linear in look.linears)
     terminal.print(_costs(look, runs, task, measure(device, dtype, width)))
     if device.type == "cpu":
         terminal.print(f"of the memory, {size(task.taken)} are those of libraries and data")
-    terminal.print(f"seconds are without reading the model and the data{outline.unmeasured}")
+    for line in ("seconds are without reading the model and the data", *opened.notes):
+        terminal.print(line)
     terminal.print("nothing was run, nothing was written")
 
 
@@ -201,9 +187,8 @@ def _linears(title: str, look: Look) -> Table:
     return table
 
 
-def _lines(settings: Settings, runs: list[Run], outline: Outline) -> list[str]:
+def _lines(opened: Opened, runs: list[Run], look: Look) -> list[str]:
     """Return what stays dense, and what would be written where, in a line each."""
-    look = outline.look
     pruned = sum(linear.weight.numel() for linear in look.linears)
     why = Counter(
         (name.removeprefix(f"{block.name}."), reason)
@@ -211,8 +196,8 @@ def _lines(settings: Settings, runs: list[Run], outline: Outline) -> list[str]:
         for name, reason in block.dense.items()
     )
     times = f"{len(runs)} × " if len(runs) > 1 else ""
-    result = f"{times}{size(look.numbers * outline.stored.itemsize)}"
-    to = settings.output
+    result = f"{times}{size(look.numbers * opened.stored.itemsize)}"
+    to = opened.settings.output
     return [
         f"pruned: {pruned:,} of {look.numbers:,} weights ({pruned / look.numbers:.1%}), in "
         f"{len(look.linears)} linears",

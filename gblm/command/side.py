@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic
@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 
 from gblm.base import GblmError
 from gblm.command import show
+from gblm.command.estimate import Look, look
 from gblm.command.job import Job, Opened, Run, Work, compare, work_folder
 from gblm.command.settings import S, Settings, completion, filled, make_app, parse, recipe
 from gblm.machine.device import DTYPES, find_compute_dtype, find_device
@@ -25,6 +26,8 @@ from gblm.methods import make
 from gblm.methods import parse as parse_method
 from gblm.report import check_pages, versions
 from gblm.walk.survey import choose, placed, survey
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class Side(Generic[S]):
 
     load(settings, device, scratch, seconds): the model and its data, with the seconds of both;
         scratch is a folder for weights away from the device.
-    outline(settings, device): what there is to know of a run without the weights.
+    sketch(settings, device): the same for a time, of a model without values; its data need have
+        none either.
     """
 
     program: str
@@ -45,7 +49,7 @@ class Side(Generic[S]):
     examples: str
     kind: type[S]
     load: Callable[[S, torch.device, Path, dict[str, float]], Opened]
-    outline: Callable[[S, torch.device], show.Outline]
+    sketch: Callable[[S, torch.device], AbstractContextManager[Opened]]
     usual: Mapping[str, Any] = field(default_factory=dict)
     demo: Mapping[str, Any] = field(default_factory=dict)
     alone: Sequence[str] = ("calibration", "evaluate")
@@ -53,7 +57,7 @@ class Side(Generic[S]):
 
     def app(self) -> App:
         """Return the parser of its settings."""
-        return make_app(self.program, f"{self.about}\n\n{self.examples.rstrip()}", self.kind)
+        return make_app(self.program, f"{self.about}\n\n{self.examples}", self.kind)
 
 
 def main(side: Side[S], argv: Sequence[str] | None = None) -> int:
@@ -124,8 +128,7 @@ def command(side: Side[S], settings: S) -> None:
     with launched(settings.device) as device:
         settings = replace(settings, device=device)
         if settings.dry_run:
-            outline = side.outline(settings, find_device(device))
-            return show.plan(title, settings, runs, outline, find_device(device))
+            return dry_run(side, settings, runs, title)
         with work_folder(settings) as work:
             carry_out(side, settings, runs, work, title)
 
@@ -172,6 +175,32 @@ def check_folders(settings: Settings, size: int = 0) -> None:
     if settings.report:
         check_pages()
         check_report(settings.report, settings.overwrite)
+
+
+def dry_run(side: Side[S], settings: S, runs: list[Run], title: str) -> None:
+    """Say what the runs would do and take, by a model without values if its code lets that be."""
+    device = find_device(settings.device)
+    try:
+        with side.sketch(settings, device) as opened:
+            sight = seen(opened)
+    except GblmError:
+        raise
+    except Exception as error:  # whatever the model's code had against it
+        log.info("weights are read, for their shapes do not suffice: %s", error)
+        here = replace(settings, offload="none")
+        opened = side.load(here, torch.device("cpu"), Path(), {})
+        opened.settings, sight = settings, seen(opened)
+    show.plan(title, opened, runs, sight, device)
+
+
+def seen(opened: Opened) -> Look:
+    """Return what one sample of zeros tells of a model."""
+    device = next(opened.model.parameters()).device
+    zeros = {
+        name: torch.zeros(1, *value.shape[1:], dtype=value.dtype, device=device)
+        for name, value in opened.batch.items()
+    }
+    return look(opened.model, zeros, opened.adapter)
 
 
 def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: str) -> None:

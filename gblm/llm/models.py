@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from gblm.base import Batch, GblmError
 from gblm.llm import data
@@ -58,8 +58,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a local folder or a hub name.
 
-    dtype, device: see `gblm.machine.device`; "auto" is that of the checkpoint, and the GPU where there is
-    one.
+    dtype, device: see `gblm.machine.device`; "auto" is that of the checkpoint, and the GPU where
+    there is one.
     Code that comes with a model runs only with `trust_remote_code`, weights other than safetensors
     are read only with `allow_pickle`.
 
@@ -166,6 +166,12 @@ def load_offloaded(
     check_blocks(empty, model, blocks(empty), set(files) - set(names))
     check_shapes(model, names, files)
     return empty.eval(), read_when_used(empty, blocks(empty), files, folder, device)
+
+
+def silence() -> None:
+    """Let transformers say nothing but errors."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
