@@ -1,9 +1,8 @@
 """gblm: one-shot pruning of trained transformers, with the gradients of a few samples."""
 
-from gblm.base import Adapter, GblmError, Kind, Method, Pattern, Statistics
+from gblm.base import Adapter, GblmError, Kind, Method, Pattern, Statistics, Step
 from gblm.maths.patterns import nm, parse, unstructured
-from gblm.maths.scores import masked
-from gblm.methods import METHODS
+from gblm.methods import METHODS, masked
 from gblm.report import Report
 from gblm.walk.gradients import gradient_sums
 from gblm.walk.prune import prune
@@ -17,6 +16,7 @@ __all__ = [
     "Pattern",
     "Report",
     "Statistics",
+    "Step",
     "gradient_sums",
     "masked",
     "nm",

@@ -1,8 +1,11 @@
 """The types that everything else is made of."""
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,17 +30,24 @@ class Statistics:
 
     `sums` holds them by name: `input_sq [in]`, `input_gram [in, in]`, `grad_abs [out, in]`, …: see
     `gblm.maths.stats`. `samples` is the number of calibration samples, `positions` the number of
-    input vectors they held. Nothing here is divided by a count: a score does that in sight.
+    input vectors they held, `differentiated` the number of samples whose gradients were added.
+    Nothing here is divided by a count: a score does that in sight.
     """
 
     sums: dict[str, Tensor]
     samples: int = 0
     positions: int = 0
+    differentiated: int = 0
 
     def __add__(self, other: "Statistics") -> "Statistics":
         """Return the statistics of both sets of samples: every sum and every count is added."""
         sums = {name: value + other.sums[name] for name, value in self.sums.items()}
-        return Statistics(sums, self.samples + other.samples, self.positions + other.positions)
+        return Statistics(
+            sums,
+            self.samples + other.samples,
+            self.positions + other.positions,
+            self.differentiated + other.differentiated,
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sums[name]
@@ -61,34 +71,82 @@ class Pattern:
     kept: int | None = None
 
 
+# Prunes one linear: (weight [out, in], statistics, pattern) -> (weight, keep), the new weight being
+# exactly 0 where `keep` is False.
+Solver = Callable[[Tensor, Statistics, Pattern], tuple[Tensor, Tensor]]
+
+DENSE_OUTPUTS = "dense_outputs"  # what a step needs beside statistics: what the dense block gives
+
+
+class Step(ABC):
+    """A technique of pruning, which visits every block: a frozen dataclass of its options.
+
+    `needs` names the statistics it takes (see `gblm.maths.stats`), and `DENSE_OUTPUTS` where it
+    fits the block to what the dense one gives.
+    """
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """The names of the statistics."""
+
+    @abstractmethod
+    def visit(self, visit: Any) -> None:
+        """Work on one block: a `gblm.walk.visit.Visit` gives its calls, its inputs, its targets."""
+
+    @abstractmethod
+    def cost(self, sight: Any) -> Any:
+        """Return the `gblm.machine.speed.Cost` of all blocks of a `gblm.walk.sight.Sight`."""
+
+    def key(self) -> dict[str, str]:
+        """Return what tells this step from another in the journal of a run: its options."""
+        return {field.name: named(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+
+def named(value: object) -> str:
+    """Return a value as text that is the same in every process: functions by name and options."""
+    if isinstance(value, partial):
+        options = {key: named(option) for key, option in value.keywords.items()}
+        return f"{named(value.func)} {[named(x) for x in value.args]} {options}"
+    if isinstance(value, frozenset):
+        return str(sorted(value))
+    return str(getattr(value, "__qualname__", value))
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way to prune one linear: a name, the statistics it needs, and the function that does it.
+    """A way to prune a model: a name, the steps that visit each block, an allocation.
 
-    `solve(weight [out, in], statistics, pattern)` returns `(weight, keep)`: the new weight, exactly
-    0 where `keep` is False. `group` is the comparison group the method was published with, taken
-    for unstructured patterns where the user names none.
-
-    allocation: how a budget is spent over the linears, by its name; None gives each the same
-        pattern, "auto" follows the gradients but leaves n:m alike everywhere.
-    focus: the part of a position's weight in the statistics of inputs that its gradients decide.
-    refine: passes over the samples that refine what a block keeps, once its linears are solved.
+    allocation: how a budget is spread over the linears, by its name; None gives each the same
+        pattern, "auto" follows the gradients but gives every linear the same n:m.
+    group: the comparison group of unstructured patterns where the user names none, as published.
     share: the part of the samples whose gradients are taken.
-    regional: gradients are of each block's output norm instead of the model's loss.
-    rounds, rate: of the regional optimisation before a block is pruned (see `gblm.walk.regional`).
     """
 
     name: str
-    needs: frozenset[str]
-    solve: Callable[[Tensor, Statistics, Pattern], tuple[Tensor, Tensor]]
-    group: str = "row"
+    steps: tuple[Step, ...]
     allocation: str | None = None
-    focus: float = 0.0
-    refine: float = 0.0
+    group: str = "row"
     share: float = 1.0
-    regional: bool = False
-    rounds: int = 0
-    rate: float = 0.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that its steps need."""
+        return frozenset().union(*(step.needs for step in self.steps))
+
+    def key(self) -> dict[str, Any]:
+        """Return what tells this method from another in the journal of a run."""
+        steps = [{type(step).__name__: step.key()} for step in self.steps]
+        own = {"allocation": self.allocation, "gradients of": self.share}
+        return {"method": self.name, "steps": steps, **own}
+
+    @property
+    def solve(self) -> Solver:
+        """The function that prunes one linear: that of its first step that has one."""
+        solvers: list[Solver] = [step.solve for step in self.steps if hasattr(step, "solve")]
+        if not solvers:
+            raise GblmError(f"method {self.name} has no step that prunes; add one")
+        return solvers[0]
 
 
 @dataclass(frozen=True)
@@ -117,6 +175,8 @@ class Adapter:
         tensor `[samples, …]`, or a list, tuple or dict of them.
     loss(model, hidden, batch): the loss of every sample `[samples]`, through the model's own head.
     kind(module): how a module is seen as a linear, None where it is not prunable.
+    unpad(batch): the samples of a batch one by one, `[1, …]` each, cut to their real positions;
+        None where no sample has padding.
     """
 
     blocks: Callable[[nn.Module], dict[str, nn.Module]]
@@ -125,3 +185,4 @@ class Adapter:
     kind: Callable[[nn.Module], Kind | None] = lambda module: (
         LINEAR if isinstance(module, nn.Linear) else None
     )
+    unpad: Callable[[Batch], list[Batch] | None] = lambda batch: None

@@ -177,6 +177,7 @@ def test_a_damaged_work_folder_is_refused(case, llm, former, sealed):
     code, error = sealed.run(llm_side.main, given, folder)
     assert code == 2
     assert str(folder) in error
+    assert "fetch" not in error, "nobody but gblm has written it"
 
 
 def test_the_work_folder_is_sound_where_nothing_is_damaged(llm, former, sealed):

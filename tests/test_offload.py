@@ -1,5 +1,8 @@
 """Laws of offloading: the same bits from wherever the weights come, and one block at a time."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -7,7 +10,8 @@ import gblm
 from gblm import methods
 from gblm.llm.adapters import adapter
 from gblm.machine import offload
-from gblm.machine.offload import Disk, Memory, Offload, here
+from gblm.machine.files import write_tensors
+from gblm.machine.offload import KNOWN, Disk, Memory, Offload, here, offload_of
 from gblm.walk import call
 from gblm.walk.survey import find_adapter
 
@@ -20,7 +24,7 @@ def offloaded(model, kind, tmp_path):
     if kind == "cpu":
         store = Memory(tensors, pinned=False)
     else:
-        offload.write_tensors(tmp_path / "dense.safetensors", tensors)
+        write_tensors(tmp_path / "dense.safetensors", tensors)
         (tmp_path / "changed").mkdir()
         store = Disk(dict.fromkeys(tensors, tmp_path / "dense.safetensors"), tmp_path / "changed")
     return Offload(model, adapter(model).blocks(model), store)
@@ -80,8 +84,43 @@ def test_a_damaged_file_is_named(llama, batch, tmp_path):
     offloaded(llama, "disk", tmp_path)
     file = tmp_path / "dense.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(gblm.GblmError, match=r"dense\.safetensors cannot be read"):
+    with pytest.raises(gblm.GblmError, match=r"dense\.safetensors cannot be read.*; fetch"):
         gblm.prune(llama, batch, methods.wanda(), "0.5", adapter=find_adapter(llama))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_model_that_nobody_holds_is_freed(make_llama, batch, kind, closed, tmp_path):
+    gc.collect()
+    before = dict(KNOWN)
+    model = make_llama()
+    parts = offloaded(model, kind, tmp_path)
+    with torch.no_grad():
+        model(**batch)
+    gblm.prune(model, batch, methods.wanda(), "0.5")
+    if closed:
+        parts.close()
+    held = weakref.ref(model), weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    del model, parts
+    gc.collect()
+    assert [one() for one in held] == [None, None]
+    assert dict(KNOWN) == before
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_a_model_is_left_to_itself_after_the_end(llama, kind, tmp_path):
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llama.modules()]
+    parts = offloaded(llama, kind, tmp_path)
+    assert offload_of(llama) is parts
+    parts.close()
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llama.modules()]
+    assert offload_of(llama) is None
+    with here(llama.model.layers[0]):
+        assert llama.model.layers[0].mlp.up_proj.weight.isnan().all()
+    again = Offload(llama, adapter(llama).blocks(llama), parts.store)
+    with here(llama.model.layers[0]):
+        assert not llama.model.layers[0].mlp.up_proj.weight.isnan().any()
+    again.close()
 
 
 def test_auto_keeps_weights_as_near_as_they_fit(monkeypatch):

@@ -118,7 +118,7 @@ def test_gradients_of_a_former_run_are_taken_and_others_refused(llm, tmp_path, c
 # Kills the process when it is about to rename its n-th file: all are written then, none in place.
 KILLED = """
 import os, signal, sys
-import gblm.machine.offload
+import gblm.machine.files
 left, rename = int(sys.argv.pop(1)), os.replace
 def replace(beside, path):
     global left
@@ -128,7 +128,7 @@ def replace(beside, path):
             file.truncate(os.path.getsize(beside) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     rename(beside, path)
-gblm.machine.offload.os.replace = replace
+gblm.machine.files.os.replace = replace
 from gblm.llm.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """

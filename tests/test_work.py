@@ -140,10 +140,10 @@ def test_gradients_can_be_kept_in_half_precision(llama, batch, tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_whole(llama, batch, tmp_path, monkeypatch):
-    from gblm.machine import offload
+    from gblm.machine import files
 
     calls = []
-    save = offload.save_file
+    save = files.save_file
 
     def full(tensors, path, metadata):
         calls.append(1)
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_what_was_whole(llama, batch, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(offload, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     journal = Journal(tmp_path, {}, resume=False)
     with pytest.raises(gblm.GblmError, match=r"cannot be written .*No space left"):
         gblm.prune(llama, batch, methods.wanda(), "0.5", journal=journal)

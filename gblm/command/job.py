@@ -7,30 +7,32 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.command.settings import Recipe, Settings
-from gblm.machine.device import DTYPES, peak_memory
+from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.files import claimed, locked, written_beside
-from gblm.machine.offload import Offload
+from gblm.machine.offload import Offload, here
 from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
-from gblm.walk.gradients import gradient_sums
+from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import GradientFolder, Journal, fingerprint
 from gblm.walk.journal import Settings as Fingerprint
-from gblm.walk.prune import check, needed, prune
-from gblm.walk.survey import Block
+from gblm.walk.prune import Pruning, check, needed
+from gblm.walk.survey import Block, Linear
+from gblm.walk.visit import Snapshot
+from gblm.walk.walk import Walk
 
-OWN = ("allocation", "focus", "refine", "share", "rounds", "rate")  # of a method, beside its solve
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
 
@@ -95,14 +97,8 @@ class Work:
         """Return the journal of a run; raises `GblmError` where its folder holds another."""
         if not self.kept:
             return None
-        method = run.method
-        own = {
-            "method": method.name,
-            "options": {k: str(v) for k, v in getattr(method.solve, "keywords", {}).items()},
-            "pattern": run.pattern.name,
-            **{k: getattr(method, k) for k in OWN},
-        }
-        return Journal(self.folder / run.label, {**settings, **own}, self.resume)
+        own = {**settings, **run.method.key(), "pattern": run.pattern.name}
+        return Journal(self.folder / run.label, own, self.resume)
 
     def gradients(
         self, settings: Fingerprint, needs: frozenset[str], share: float
@@ -198,24 +194,43 @@ class Job:
     examples: Examples | None = None
 
     @property
-    def spill(self) -> Path | None:
-        """The folder for what fits nowhere else, where the weights do not live on the device."""
-        return self.work.scratch if self.work and self.opened.offload else None
+    def device(self) -> torch.device:
+        return next(self.opened.model.parameters()).device
+
+    def walk(self, progress: Bars, share: float = 1.0) -> Walk:
+        """Return the walk of a share of the samples through the model."""
+        opened = self.opened
+        # Only where the weights do not live on the device is there a need of files.
+        folder = self.work.scratch if self.work and opened.offload else None
+        walk = Walk.of(
+            opened.model,
+            opened.batch if share == 1 else first(opened.batch, share),
+            opened.adapter,
+            blocks=self.blocks,
+            micro_batch=self.settings.micro_batch,
+            folder=folder,
+        )
+        half = find_compute_dtype(self.settings.compute_dtype, walk.device)
+        return replace(walk, half=half, progress=progress)
+
+    def weight(self, block: Block, linear: Linear) -> Tensor:
+        """Return the weight of a linear, on the device."""
+        with here(block.module):
+            return linear.weight.clone()
 
 
-def compare(job: Job, wanted: list[Run]) -> list[Report]:
+def compare(job: Job, runs: list[Run]) -> list[Report]:
     """Carry out runs one after the other, on the same samples and gradients of the dense model.
 
     A run's result is in its folder before the next run starts.
     """
-    for run in wanted:
+    for run in runs:
         check(job.blocks, run.method, run.pattern)
     # A single run needs no way back to the dense model, and an offloaded one has its own.
-    several = len(wanted) > 1 and not job.opened.offload
-    parameters = [own for block in job.blocks for own in block.module.parameters() if several]
-    dense = [own.detach().clone() for own in parameters]
-    found = job.work.settings(job) if job.work else {}
-    journals = {run.label: job.work.journal(run, found) if job.work else None for run in wanted}
+    several = len(runs) > 1 and not job.opened.offload
+    dense = [Snapshot(block) for block in job.blocks if several]
+    settings = job.work.settings(job) if job.work else {}
+    journals = {run.label: job.work.journal(run, settings) if job.work else None for run in runs}
     reports = []
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
@@ -223,17 +238,22 @@ def compare(job: Job, wanted: list[Run]) -> list[Report]:
             check_sound(before)
             if job.examples:
                 job.examples.before(job.opened.model)
-        lots = gradient_lots(job, wanted, found, show)
-        for run in wanted:
+        gradients = shared_gradients(job, runs, settings, show)
+        for run in runs:
+            reset_peak(job.device)
             if job.opened.offload:
                 job.opened.offload.revert()
             with torch.no_grad():
-                for own, value in zip(parameters, dense, strict=True):
-                    own.copy_(value)
-            lot = lots.get(run.method.share if needed(run.method, run.pattern) else 0, Lot())
-            reports.append(perform(job, run, lot, before, show, journals[run.label]))
+                for snapshot in dense:
+                    snapshot.write()
+            share = run.method.share if needed(run.method, run.pattern) else 0
+            own = gradients.get(share, DenseGradients())
+            pruning = Pruning(
+                job.walk(show), run.method, run.pattern, own.sums, journals[run.label]
+            )
+            reports.append(perform(job, pruning, own, before))
             if not rank():
-                keep(job, wanted, reports, lot)
+                keep(job, runs, reports, own)
     return reports
 
 
@@ -248,17 +268,17 @@ def check_sound(before: Evaluation) -> None:
                 )
 
 
-def keep(job: Job, wanted: list[Run], reports: list[Report], lot: "Lot") -> None:
+def keep(job: Job, runs: list[Run], reports: list[Report], gradients: "DenseGradients") -> None:
     """Write the last result, where it is to go, and then its page."""
-    report, labels = reports[-1], [run.label for run in wanted]
+    report, labels = reports[-1], [run.label for run in runs]
     if output := job.settings.output:
-        folder = output / labels[len(reports) - 1] if len(wanted) > 1 else output
+        folder = output / labels[len(reports) - 1] if len(runs) > 1 else output
         report.loading = job.opened.loading(folder)
         with written_beside(folder) as beside:
             with clock(report.seconds, "save"):
                 job.opened.save(beside)
             report.write(beside)
-            job.recipe.write(beside, **wanted[len(reports) - 1].flags, **lot.flags)
+            job.recipe.write(beside, **runs[len(reports) - 1].flags, **gradients.flags)
     if job.settings.report:
         from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
 
@@ -266,88 +286,56 @@ def keep(job: Job, wanted: list[Run], reports: list[Report], lot: "Lot") -> None
 
 
 @dataclass
-class Lot:
-    """The gradients that some runs share: their sums, the seconds they took, the flags they had."""
+class DenseGradients:
+    """Gradients that some runs share: their sums, the seconds they took, the flags they had."""
 
     sums: Mapping[str, Statistics] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
 
 
-def gradient_lots(
-    job: Job, wanted: list[Run], settings: Fingerprint, show: Bars
-) -> dict[float, Lot]:
+def shared_gradients(
+    job: Job, runs: list[Run], settings: Fingerprint, show: Bars
+) -> dict[float, DenseGradients]:
     """Return the gradients that the runs need, by the share of the samples they are taken of.
 
-    So each run has those it would have alone.
+    So each run has those it would have alone. They are of a former run, or computed and kept.
     """
     needs: dict[float, frozenset[str]] = {}
-    for run in wanted:
-        if own := needed(run.method, run.pattern):
-            needs[run.method.share] = needs.get(run.method.share, frozenset()) | own
-    lots = {}
+    for run in runs:
+        if names := needed(run.method, run.pattern):
+            needs[run.method.share] = needs.get(run.method.share, frozenset()) | names
+    gradients = {}
     for share, names in needs.items():
-        lots[share] = Lot()
-        with clock(lots[share].seconds, "gradients"):
-            lots[share].sums = dense_gradients(job, names, share, lots[share], settings, show)
-    return lots
+        own = gradients[share] = DenseGradients()
+        with clock(own.seconds, "gradients"):
+            folder = job.work.gradients(settings, names, share) if job.work else None
+            stored = (
+                folder.stored(must=job.work.former is not None) if folder and job.work else None
+            )
+            if stored is not None:
+                own.sums = stored
+                continue
+            sums, backward = sweep(job.walk(show, share), names, job.settings.backward, folder)
+            own.flags["backward"] = backward
+            own.sums = folder.finish() if folder else sums
+    return gradients
 
 
-def dense_gradients(
-    job: Job, needs: frozenset[str], share: float, lot: Lot, settings: Fingerprint, show: Bars
-) -> Mapping[str, Statistics]:
-    """Return sums of gradients of the dense model: of a former run, or computed and kept."""
-    folder = job.work.gradients(settings, needs, share) if job.work else None
-    if folder and job.work and (stored := folder.stored(must=job.work.former is not None)):
-        return stored
-    sums = gradient_sums(
-        job.opened.model,
-        job.opened.batch,
-        needs,
-        adapter=job.opened.adapter,
-        blocks=job.blocks,
-        micro_batch=job.settings.micro_batch,
-        backward=job.settings.backward,
-        share=share,
-        keep=folder,
-        chose=lambda backward: lot.flags.update(backward=backward),
-        spill=job.spill,
-        progress=lambda done, total: show("gradients", done, total),
-    )
-    return folder.finish() if folder else sums
-
-
-def perform(
-    job: Job,
-    run: Run,
-    lot: Lot,
-    before: Evaluation,
-    show: Bars,
-    journal: Journal | None,
-) -> Report:
-    """Prune the dense model by one run, and evaluate it: the run's report, but for its saving."""
-    report = prune(
-        job.opened.model,
-        job.opened.batch,
-        run.method,
-        run.pattern,
-        adapter=job.opened.adapter,
-        blocks=job.blocks,
-        gradients=lot.sums,
-        micro_batch=job.settings.micro_batch,
-        journal=journal,
-        spill=job.spill,
-        progress=show,
-    )
-    report.seconds = {**job.seconds, **lot.seconds, **report.seconds}
+def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evaluation) -> Report:
+    """Prune the dense model, and evaluate it: the run's report, but for its saving."""
+    report, settings, opened = pruning.run(), job.settings, job.opened
+    report.seconds = {**job.seconds, **gradients.seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
-        after = job.opened.evaluate(show)
+        after = opened.evaluate(pruning.walk.progress)
         if job.examples:
-            report.examples_note, report.examples = job.examples.after(job.opened.model)
+            report.examples_note, report.examples = job.examples.after(opened.model)
     report.evaluation = merged(before, after)
-    settings, opened = job.settings, job.opened
     report.model, report.seed, report.notes = str(settings.model), settings.seed, opened.notes
     report.calibration, report.compute_dtype = opened.calibration, settings.compute_dtype
-    report.masks = masks(report, job.blocks) if settings.output or settings.report else {}
-    report.peak_memory_bytes = peak_memory(next(opened.model.parameters()).device)
+    if settings.output or settings.report:
+        linears = [(block, linear) for block in job.blocks for linear in block.linears]
+        weights = {linear.name: partial(job.weight, block, linear) for block, linear in linears}
+        report.masks = masks(report, weights)
+    report.peak_memory_bytes = peak_memory(job.device)
     return report

@@ -22,7 +22,8 @@ from rich.table import Table
 
 from gblm.base import GblmError, one_of
 from gblm.machine.device import COMPUTE_DTYPES, DTYPES
-from gblm.machine.offload import OFFLOADS, write_beside
+from gblm.machine.files import write_text
+from gblm.machine.offload import OFFLOADS
 from gblm.machine.processes import world
 from gblm.maths import patterns
 from gblm.maths.allocation import ALLOCATIONS
@@ -337,7 +338,7 @@ class Recipe:
             f"processes: {world()}, threads of each: {torch.get_num_threads()}.",
         ]
         text = "".join(f"# {line}\n" for line in head) + "\n" + tomli_w.dumps(self.flags | run)
-        write_beside(folder / NAME, lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_text(folder / NAME, text)
 
 
 def recipe(app: App, settings: Settings, names: Collection[str]) -> Recipe:

@@ -9,19 +9,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gblm.command.estimate import Look, Machine, Task, estimate, measure
+from gblm.command.estimate import Task, estimate
 from gblm.command.job import Opened, Run
 from gblm.command.settings import Settings
 from gblm.machine.device import free_memory
 from gblm.machine.offload import find_offload
 from gblm.machine.processes import rank, world
+from gblm.machine.speed import Machine, measure
 from gblm.maths.allocation import ALLOCATIONS
 from gblm.methods import METHODS, SOLVERS
 from gblm.report import Report
 from gblm.report.wording import short, size, time
 from gblm.walk.prune import check
-from gblm.walk.survey import choose, micro_batch
+from gblm.walk.sight import Sight
+from gblm.walk.survey import choose
 from gblm.walk.survey import size as size_of
+from gblm.walk.walk import micro_batch_for
 
 ASIDE = {"acc_norm"}  # metrics that stand in the report alone
 
@@ -132,17 +135,17 @@ def shown(entry: dict[str, Any], when: str) -> str:
 # The plan of a dry run.
 
 
-def plan(title: str, opened: Opened, runs: list[Run], look: Look, device: torch.device) -> None:
+def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torch.device) -> None:
     """Print the plan of a command, in process 0 alone; nothing is run and nothing written.
 
     Raises `GblmError` where a run cannot have its pattern, or `--include` and `--exclude` leave
     nothing.
     """
     settings = opened.settings
-    choose(look.blocks, list(settings.include), list(settings.exclude))
+    choose(sight.blocks, list(settings.include), list(settings.exclude))
     for run in runs:
-        check(look.blocks, run.method, run.pattern)
-    offload = find_offload(settings.offload, look.weights, device) != "none"
+        check(sight.blocks, run.method, run.pattern)
+    offload = find_offload(settings.offload, sight.weights, device) != "none"
     folders = settings.work_dir or settings.gradients or offload
     evaluated, together = opened.evaluated()
     samples = -(-size_of(opened.batch) // world())
@@ -153,18 +156,18 @@ def plan(title: str, opened: Opened, runs: list[Run], look: Look, device: torch.
         several=len(runs) > 1,
         kept=bool(folders) or settings.gradient_dtype != "float32",
         offload=offload,
-        micro=micro_batch(look.blocks, samples, settings.micro_batch, device).samples,
+        micro=micro_batch_for(sight.blocks, samples, settings.micro_batch, device).samples,
         backward="blocks" if offload else settings.backward,
     )
     if rank():
         return
     terminal = console()
-    terminal.print(_linears(title, look))
-    for line in _lines(opened, runs, look):
+    terminal.print(_linears(title, sight))
+    for line in _lines(opened, runs, sight):
         terminal.print(line, soft_wrap=True, highlight=False)
-    dtype = next(own.dtype for own in look.linears[0].module.parameters())
-    width = max(linear.shape[1] for linear in look.linears)
-    terminal.print(_costs(look, runs, task, measure(device, dtype, width)))
+    dtype = next(own.dtype for own in sight.linears[0].module.parameters())
+    width = max(linear.shape[1] for linear in sight.linears)
+    terminal.print(_costs(sight, runs, task, measure(device, dtype, width)))
     if device.type == "cpu":
         terminal.print(f"of the memory, {size(task.taken)} are those of libraries and data")
     for line in ("seconds are without reading the model and the data", *opened.notes):
@@ -172,13 +175,13 @@ def plan(title: str, opened: Opened, runs: list[Run], look: Look, device: torch.
     terminal.print("nothing was run, nothing was written")
 
 
-def _linears(title: str, look: Look) -> Table:
+def _linears(title: str, sight: Sight) -> Table:
     """Return the linears that would be pruned, by their kinds."""
     kinds: Counter[tuple[str, tuple[int, int]]] = Counter()
-    for block in look.blocks:
+    for block in sight.blocks:
         for linear in block.linears:
             kinds[linear.name.removeprefix(f"{block.name}."), linear.shape] += 1
-    names = [block.name for block in look.blocks]
+    names = [block.name for block in sight.blocks]
     heading = f"{title}: {len(names)} blocks, {names[0]} … {names[-1]}"
     table = columned(heading, "linear", "shape", "number", "weights")
     for (name, (outputs, inputs)), number in kinds.items():
@@ -187,35 +190,35 @@ def _linears(title: str, look: Look) -> Table:
     return table
 
 
-def _lines(opened: Opened, runs: list[Run], look: Look) -> list[str]:
+def _lines(opened: Opened, runs: list[Run], sight: Sight) -> list[str]:
     """Return what stays dense, and what would be written where, in a line each."""
-    pruned = sum(linear.weight.numel() for linear in look.linears)
+    pruned = sum(linear.weight.numel() for linear in sight.linears)
     why = Counter(
         (name.removeprefix(f"{block.name}."), reason)
-        for block in look.blocks
+        for block in sight.blocks
         for name, reason in block.dense.items()
     )
     times = f"{len(runs)} × " if len(runs) > 1 else ""
-    result = f"{times}{size(look.numbers * opened.stored.itemsize)}"
+    result = f"{times}{size(sight.numbers * opened.stored.itemsize)}"
     to = opened.settings.output
     return [
-        f"pruned: {pruned:,} of {look.numbers:,} weights ({pruned / look.numbers:.1%}), in "
-        f"{len(look.linears)} linears",
-        f"dense: {look.numbers - pruned:,} weights: what stands outside of the blocks, norms, "
+        f"pruned: {pruned:,} of {sight.numbers:,} weights ({pruned / sight.numbers:.1%}), in "
+        f"{len(sight.linears)} linears",
+        f"dense: {sight.numbers - pruned:,} weights: what stands outside of the blocks, norms, "
         f"biases{', and' if why else ''}",
         *(f"    {number} × {name}: {reason}" for (name, reason), number in why.items()),
         f"written: {f'{result}, to {to}' if to else f'nothing; {result} with --output'}",
     ]
 
 
-def _costs(look: Look, runs: list[Run], task: Task, machine: Machine) -> Table:
+def _costs(sight: Sight, runs: list[Run], task: Task, machine: Machine) -> Table:
     """Return the memory and the seconds of every run."""
     free = free_memory(machine.device)
     title = f"estimated for {machine.device}, of which {size(free)} are free"
     columns = ("pattern", "memory", "gradients", "prune", "evaluate", "seconds")
     table = columned(title, "method", *columns)
     for run in runs:
-        cost = estimate(look, task, run.method, run.pattern, machine, free)
+        cost = estimate(sight, task, run.method, run.pattern, machine, free)
         gradients, prune = cost.seconds.get("gradients", 0.0), cost.seconds["prune"]
         both = cost.seconds.get("evaluate dense", 0.0) + cost.seconds.get("evaluate", 0.0)
         total = cost.memory  # on a GPU that of its tensors, as a report has it

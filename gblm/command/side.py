@@ -1,7 +1,6 @@
 """A side: what a kind of models brings to the one command, and that command from flags to runs."""
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,17 +14,17 @@ from rich.logging import RichHandler
 
 from gblm.base import GblmError
 from gblm.command import show
-from gblm.command.estimate import Look, look
 from gblm.command.job import Job, Opened, Run, Work, compare, work_folder
 from gblm.command.settings import S, Settings, completion, filled, make_app, parse, recipe
 from gblm.machine.device import DTYPES, find_compute_dtype, find_device
 from gblm.machine.files import check_output, check_report
 from gblm.machine.processes import launched, rank, world
 from gblm.maths import patterns
-from gblm.methods import make
+from gblm.methods import make, refined
 from gblm.methods import parse as parse_method
 from gblm.report import check_pages, versions
-from gblm.walk.survey import choose, placed, survey
+from gblm.walk.sight import Sight, sight
+from gblm.walk.survey import choose, survey
 
 log = logging.getLogger(__name__)
 
@@ -148,17 +147,16 @@ def find_runs(settings: Settings) -> list[Run]:
     """Return the runs that settings ask for; raises `GblmError` for a value that is none."""
     if settings.resume and not settings.work_dir:
         raise GblmError("--resume goes on with a run in --work-dir; name that folder")
-    if settings.refine is not None and not 0 <= settings.refine < math.inf:
-        raise GblmError(f"--refine {settings.refine:g} is no number of passes; 1 is the usual one")
     usual = {name: value for name in ("alpha", "norm") if (value := getattr(settings, name))}
-    over: dict[str, Any] = {"allocation": settings.allocation} if settings.allocation else {}
-    if settings.refine is not None:
-        over["refine"] = settings.refine
     runs = []
     for text in settings.sparsity:
         for words in settings.method:
             name, options = parse_method(words, **usual)
-            method = replace(make(name, **options), **over)
+            method = make(name, **options)
+            if settings.allocation:
+                method = replace(method, allocation=settings.allocation)
+            if settings.refine is not None:
+                method = refined(method, settings.refine)
             group = method.group if settings.group == "auto" else settings.group
             label = f"{words.replace(':', '-')}-{text.replace(':', 'of').replace('/', '-')}"
             pattern = patterns.parse(text, group)
@@ -182,25 +180,25 @@ def dry_run(side: Side[S], settings: S, runs: list[Run], title: str) -> None:
     device = find_device(settings.device)
     try:
         with side.sketch(settings, device) as opened:
-            sight = seen(opened)
+            shapes = seen(opened)
     except GblmError:
         raise
     except Exception as error:  # whatever the model's code had against it
         log.info("weights are read, for their shapes do not suffice: %s", error)
         here = replace(settings, offload="none")
         opened = side.load(here, torch.device("cpu"), Path(), {})
-        opened.settings, sight = settings, seen(opened)
-    show.plan(title, opened, runs, sight, device)
+        opened.settings, shapes = settings, seen(opened)
+    show.plan(title, opened, runs, shapes, device)
 
 
-def seen(opened: Opened) -> Look:
+def seen(opened: Opened) -> Sight:
     """Return what one sample of zeros tells of a model."""
     device = next(opened.model.parameters()).device
     zeros = {
         name: torch.zeros(1, *value.shape[1:], dtype=value.dtype, device=device)
         for name, value in opened.batch.items()
     }
-    return look(opened.model, zeros, opened.adapter)
+    return sight(opened.model, zeros, opened.adapter)
 
 
 def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: str) -> None:
@@ -209,7 +207,6 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: st
     opened = side.load(settings, find_device(settings.device), work.scratch, seconds)
     size = sum(parameter.nbytes for parameter in opened.model.parameters())
     check_folders(settings, size * len(runs))
-    opened.batch = placed(opened.batch, opened.model)
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), list(settings.exclude))
     settled = with_choices(opened)

@@ -17,7 +17,7 @@ CONV1D = Kind(lambda module: module.get_parameter("weight").T)
 
 def adapter(model: nn.Module) -> Adapter:
     """Return the adapter of a causal language model: its blocks are found, not listed."""
-    return Adapter(blocks, trunk, loss, kind)
+    return Adapter(blocks, trunk, loss, kind, unpad)
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -39,25 +39,66 @@ def kind(module: nn.Module) -> Kind | None:
     return CONV1D if isinstance(module, Conv1D) else None
 
 
+def unpad(batch: Batch) -> list[Batch] | None:
+    """Return the windows of a batch one by one, cut to the tokens that `attention_mask` is 1 for.
+
+    None where no token is masked. A window with a gap keeps the places of its tokens. Raises
+    `GblmError` where a window holds no token.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or bool(mask.all()):
+        return None
+    windows = []
+    for i, keep in enumerate(mask.bool()):
+        places = keep.nonzero().flatten()
+        if not len(places):
+            raise GblmError(f"sample {i} of the batch holds no token but padding; remove it")
+        window = {
+            name: value[i : i + 1, keep] if value.shape[1:2] == keep.shape else value[i : i + 1]
+            for name, value in batch.items()
+            if name != "attention_mask"
+        }
+        if int(places[-1] - places[0]) >= len(places):
+            window.setdefault("position_ids", places[None] - places[0])
+        windows.append(window)
+    return windows
+
+
 def trunk(model: nn.Module, batch: Batch) -> Tensor:
     """Return what the head takes: the base model's last hidden state `[n, t, hidden]`."""
-    hidden: Tensor = _base(model)(**batch, use_cache=False).last_hidden_state
+    hidden: Tensor = _base(model)(**_inputs(batch), use_cache=False).last_hidden_state
     return hidden
 
 
 def loss(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
-    """Return the mean loss `[n]` of every window over its t − 1 targets, from the hidden state."""
+    """Return the mean loss `[n]` of every window over its targets, from the hidden state."""
     with _replay(_base(model), hidden):
-        logits = model(**batch, use_cache=False).logits
-    return window_loss(logits, batch["input_ids"])
+        logits = model(**_inputs(batch), use_cache=False).logits
+    return window_loss(logits, batch.get("labels", batch["input_ids"]))
 
 
-def window_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Return the mean loss `[n]` of windows `input_ids [n, t]` from logits `[n, t, vocabulary]`."""
+def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss `[n]` of windows from logits `[n, t, vocabulary]`.
+
+    labels: `[n, t]`, each the target of the position before it; −100 is none.
+    """
+    targets = labels[:, 1:].long()
     losses = cross_entropy(
-        wide(logits[:, :-1].flatten(0, 1)), input_ids[:, 1:].flatten(), reduction="none"
+        wide(logits[:, :-1].flatten(0, 1)), targets.flatten(), ignore_index=-100, reduction="none"
     )
-    return losses.view(len(input_ids), -1).mean(dim=1)
+    counts = (targets != -100).sum(dim=1)
+    if (counts == targets.shape[1]).all():
+        return losses.view(len(labels), -1).mean(dim=1)
+    return losses.view(len(labels), -1).sum(dim=1) / counts
+
+
+def _inputs(batch: Batch) -> Batch:
+    """Return what the model takes of a batch; ids of any whole number, as torch's embedding not."""
+    return {
+        name: value.long() if name == "input_ids" else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
 
 
 def _base(model: nn.Module) -> nn.Module:

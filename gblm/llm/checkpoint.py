@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from gblm.base import GblmError
+from gblm.machine.files import write_json, write_tensors
 
 SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")  # a file, and no way to one
 
@@ -157,10 +157,10 @@ def reshard(folder: Path, shards: dict[str, str]) -> None:
                 name: tensors.get_tensor(name) for name in sorted(names) if shards[name] == shard
             }
             total += sum(tensor.nbytes for tensor in part.values())
-            save_file(part, folder / shard, metadata={"format": "pt"})
+            write_tensors(folder / shard, part)
     index = {
         "metadata": {"total_size": total},
         "weight_map": {name: shards[name] for name in sorted(names)},
     }
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
     whole.unlink()

@@ -1,9 +1,8 @@
 """Load and save causal language models with their tokenizers, as transformers does."""
 
 import copy
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from gblm.llm.checkpoint import (
     tensor_files,
 )
 from gblm.machine.device import find_device, find_dtype
+from gblm.machine.files import write_json, write_tensors, written_into
 from gblm.machine.offload import (
     Disk,
     Offload,
@@ -42,7 +42,6 @@ from gblm.machine.offload import (
     offload_of,
     offloaded,
     read_when_used,
-    write_tensors,
 )
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -59,9 +58,8 @@ def load(
     """Load a causal language model and its tokenizer from a local folder or a hub name.
 
     dtype, device: see `gblm.machine.device`; "auto" is that of the checkpoint, and the GPU where
-    there is one.
-    Code that comes with a model runs only with `trust_remote_code`, weights other than safetensors
-    are read only with `allow_pickle`.
+    there is one. Code that comes with a model runs only with `trust_remote_code`, weights other
+    than safetensors are read only with `allow_pickle`.
 
     Raises `GblmError` where anything is missing, damaged or does not fit.
     """
@@ -284,32 +282,24 @@ def save(
 
     `like` is the folder or the hub name the model was loaded from.
     """
-    folder = Path(folder)
-    shards = read_index(like)
-    if (offload := offload_of(model)) and isinstance(offload.store, Disk):
-        tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-        return _save_units(offload, offload.store, dict(model.named_parameters()), folder)
-    if offload:
-        with offload.home():
-            return _save(model, tokenizer, folder, like, shards)
-    return _save(model, tokenizer, folder, like, shards)
+    offload, shards = offload_of(model), read_index(like)
+    with written_into(Path(folder)) as beside:
+        tokenizer.save_pretrained(beside)
+        if offload and isinstance(offload.store, Disk):
+            model.config.save_pretrained(beside)
+            if model.can_generate():
+                model.generation_config.save_pretrained(beside)
+            _save_units(offload, offload.store, dict(model.named_parameters()), beside)
+            return
+        with offload.home() if offload else nullcontext():
+            _save(model, beside, like, shards)
 
 
-def _save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    like: str,
-    shards: dict[str, str],
-) -> None:
+def _save(model: PreTrainedModel, folder: Path, like: str, shards: dict[str, str]) -> None:
     dtype = checkpoint_dtype(like)
     if dtype not in (None, model.dtype):
         model = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
     model.save_pretrained(folder, max_shard_size="100TB")
-    tokenizer.save_pretrained(folder)
     if shards:
         reshard(folder, shards)
 
@@ -333,4 +323,4 @@ def _save_units(
         total += sum(value.nbytes for value in tensors.values())
         found |= dict.fromkeys(tensors, shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(found.items()))}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)

@@ -9,10 +9,16 @@ from torch.overrides import TorchFunctionMode
 
 SCORES = 1 << 21  # at a time, which the caches of a CPU still hold
 
+WRITES = {Tensor.__setitem__, Tensor.index_put_, Tensor.index_add_, Tensor.index_copy_}
+WRITES |= {Tensor.index_put, Tensor.index_add, Tensor.index_copy, torch.index_add}
+WRITES |= {Tensor.scatter_, Tensor.scatter_add_, Tensor.masked_scatter_}
 
-class PlainAttention(TorchFunctionMode):
-    """A context where attention in bfloat16 on a CPU is made of products and a softmax.
 
+class HalfProducts(TorchFunctionMode):
+    """A context for autocast: attention of a CPU by plain products, and writes that cast.
+
+    What is written into a tensor by index takes its dtype, for products are narrower there than the
+    tensors that a model has made to hold them. Attention in bfloat16 on a CPU is
     softmax(QKᵀ·scale)V of some samples at a time, with scores in bfloat16. For short samples that
     takes two thirds of the time of torch's fused kernel, and with its backward one third. Samples
     with many scores, a mask that is not the causal one, dropout and other dtypes are left to torch.
@@ -22,8 +28,16 @@ class PlainAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = _plain(*args, **kwargs) if func is F.scaled_dot_product_attention else None
-        return func(*args, **kwargs) if found is None else found
+        if func in WRITES and args[0].is_floating_point():
+            args = tuple(
+                x.to(args[0].dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in args
+            )
+        if func is F.scaled_dot_product_attention:
+            output = _plain(*args, **kwargs)
+            if output is not None:
+                return output
+        return func(*args, **kwargs)
 
 
 def _plain(

@@ -1,13 +1,15 @@
 """The device: which one, what it is quick with, what memory it has left."""
 
 import logging
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 
 from gblm.base import GblmError, one_of
 from gblm.machine import processes
-from gblm.machine.attention import PlainAttention
+from gblm.machine.attention import HalfProducts
 
 log = logging.getLogger(__name__)
 
@@ -88,24 +90,36 @@ def _cpu_has(name: str) -> bool:
 
 
 @contextmanager
-def halved(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Have products of an fp32 module in a dtype, attention among them: see `find_compute_dtype`.
-
-    dtype: that of "auto" where None.
-    """
-    some = next(module.parameters())
-    dtype = dtype or find_compute_dtype("auto", some.device)
-    if some.dtype != torch.float32 or dtype == torch.float32:
+def halved(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have products of an fp32 module in a narrower dtype, attention among them, for a time."""
+    parameter = next(module.parameters())
+    if parameter.dtype != torch.float32 or dtype == torch.float32:
         yield
         return
     # Without the cache, for weights change in between.
-    with torch.autocast(some.device.type, dtype, cache_enabled=False), PlainAttention():
+    with torch.autocast(parameter.device.type, dtype, cache_enabled=False), HalfProducts():
         yield
 
 
-def exact(device: torch.device) -> torch.autocast:
-    """Return a context whose products are in the dtype of their operands."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Have products in the dtype of their operands, all of its bits: no autocast, no TF32."""
+    backends: Any = torch.backends
+    products = backends.cuda.matmul, backends.mkldnn.matmul
+    precision, precisions = "", []
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the backends alone
+        precisions = [kind.fp32_precision for kind in products]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision:
+            torch.set_float32_matmul_precision(precision)
+        for kind, before in zip(products, precisions, strict=False):
+            kind.fp32_precision = before
 
 
 @dataclass
@@ -115,8 +129,10 @@ class MicroBatch:
     samples: int
     auto: bool = False
 
-    def run(self, work: Callable[[int], T]) -> T:
+    def run(self, work: Callable[[int], T], undo: Callable[[], None] = lambda: None) -> T:
         """Return `work(samples)`, begun anew with half as many while memory does not suffice.
+
+        undo: takes back what the work had done until then.
 
         Raises `GblmError` where a single sample, or the size the user fixed, is too much.
         """
@@ -131,10 +147,10 @@ class MicroBatch:
                         f"out of memory with micro-batches of {self.samples}; use a smaller "
                         "--micro-batch, shorter samples or another device"
                     ) from error
+            undo()
             self.samples = self.samples // 2
             log.info("out of memory; on with micro-batches of %d", self.samples)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -146,9 +162,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 def free_memory(device: torch.device) -> int:
     """Return the free memory of a device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    if device.type in ("cpu", "mps", "meta"):
+        return psutil.virtual_memory().available
+    module = torch.get_device_module(device)
+    held = module.memory_reserved(device) - module.memory_allocated(device)
+    return module.mem_get_info(device)[0] + held
 
 
 def resident() -> int:
@@ -156,9 +174,21 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew: for a GPU, and for the main memory of Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process so far, in bytes: on a GPU that of its tensors."""
+    """Return the peak memory since `reset_peak`, in bytes: on a GPU that of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        if peak := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(peak[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,25 +1,202 @@
-"""The folder of a result: checked before work is spent, written beside, then renamed."""
+"""Files and folders: written beside, then renamed; checked before work; one run at a time.
 
-import fcntl
+What is written here is whole or not there, lies on the disk before its name does, and has the
+rights that the umask gives. An interruption or a failure leaves nothing behind.
+"""
+
+import errno
+import json
+import logging
 import os
 import shutil
-import tempfile
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from gblm.base import GblmError
+
+log = logging.getLogger(__name__)
+
+
+def read_tensors(
+    path: Path, names: list[str] | None = None, way: str = "fetch or write it again"
+) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, all or those of the names.
+
+    Raises `GblmError`, with the way out, where it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys() if names is None else names
+            return {name: file.get_tensor(name) for name in keys}
+    except (SafetensorError, OSError) as error:
+        raise GblmError(f"{path} cannot be read ({error}); {way}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises `GblmError` where the disk is full, or rights are missing.
+    """
+    contiguous = {name: tensor.contiguous().to("cpu") for name, tensor in tensors.items()}
+    with _beside(path, Path.touch, os.replace) as beside:
+        save_file(contiguous, beside, metadata={"format": "pt"})
+
+
+def read_json(path: Path, /, way: str = "remove its folder", **kinds: type) -> dict[str, Any]:
+    """Return the object in a JSON file, which holds a value of each of the kinds.
+
+    Raises `GblmError`, with the way out, where it does not.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise GblmError(f"{path} cannot be read ({error}); {way}") from error
+    entries = value if isinstance(value, dict) else {}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(entries.get(name), kind)]:
+        raise GblmError(f"{path} is damaged: it lacks {', '.join(wrong)}; {way}")
+    return entries
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON: see `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8.
+
+    Raises `GblmError` where the disk is full, or rights are missing.
+    """
+    with _beside(path, Path.touch, os.replace) as beside:
+        beside.write_text(text, "utf-8")
+
+
+def written_beside(folder: Path) -> AbstractContextManager[Path]:
+    """Give a folder to write to, which takes the place of `folder` and all in it once it is whole.
+
+    Raises `GblmError` where the disk is full, or rights are missing.
+    """
+    return _beside(folder, Path.mkdir, _exchange)
+
+
+def written_into(folder: Path) -> AbstractContextManager[Path]:
+    """Give a folder to write to, whose files go into `folder` once they are whole.
+
+    Others stay there. Raises `GblmError` where the disk is full, or rights are missing.
+    """
+    return _beside(folder / "new files", Path.mkdir, _unpack)
+
+
+@contextmanager
+def _beside(
+    path: Path, make: Callable[[Path], None], place: Callable[[Path, Path], None]
+) -> Iterator[Path]:
+    """Give what `make` has made beside a path; `place(beside, path)` it where nothing fails."""
+    path = Path(os.path.realpath(path))
+    # Named before it is there, so that an interruption at any time finds what to remove.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(beside)
+        rights = stat.S_IMODE(beside.stat().st_mode)
+        yield beside
+        for written in (*beside.rglob("*"), beside):
+            _settle(written, rights)
+        place(beside, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise GblmError(
+            f"{path} cannot be written ({reason}); make space, check the rights, or go elsewhere"
+        ) from error
+    finally:
+        _remove(beside)
+
+
+def _settle(path: Path, rights: int) -> None:
+    """Force what was written to the disk, with the rights of a new folder, or of a file there."""
+    if path.is_symlink():
+        return
+    _sync(path)
+    mode = rights if path.is_dir() else rights & 0o666
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors lets its owner alone read a file
+        path.chmod(mode)
+
+
+def _exchange(beside: Path, folder: Path) -> None:
+    """Rename a folder to one that may be there, which is removed once the new one is in place."""
+    old = beside.with_name(f"{beside.name}.old")
+    try:
+        if folder.is_dir():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+    finally:
+        if old.exists() and folder.exists():
+            _remove_old(old, folder)
+        elif old.exists():
+            os.replace(old, folder)
+
+
+def _remove_old(old: Path, folder: Path) -> None:
+    """Remove what a folder held before; where that fails, say where it is left."""
+    try:
+        shutil.rmtree(old)
+    except BaseException as error:
+        log.warning(
+            "%s is written; what it held before is in %s (%s); remove that", folder, old, error
+        )
+        if not isinstance(error, OSError):
+            raise
+
+
+def _unpack(beside: Path, path: Path) -> None:
+    """Move the files of a folder into the one it lies in."""
+    for file in sorted(beside.rglob("*")):
+        place = path.parent / file.relative_to(beside)
+        if file.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            os.replace(file, place)
+            _sync(place.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove what is left of a file or a folder."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that do so by themselves
+            raise
+    finally:
+        os.close(handle)
 
 
 def check_output(folder: Path, size: int, overwrite: bool) -> None:
     """Raise `GblmError` where a result of `size` bytes cannot be written to the folder.
 
-    That is where the folder holds something and `overwrite` is not given, where it is a file, where
-    rights are missing, or the disk is too full.
+    That is where the folder holds something and `overwrite` is not given, where it is a file or a
+    mount point, where rights are missing, or the disk is too full.
     """
     parent = _parent(folder, "output")
+    if folder.is_mount():
+        raise GblmError(f"output {folder} is a mount point; give a folder in it")
     if folder.is_dir():
         _writable(folder, folder, "output")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -53,7 +230,7 @@ def _parent(folder: Path, what: str) -> Path:
         raise GblmError(f"{what} {str(folder)[:60]}…: {error.strerror}; give another") from error
     if there and not folder.is_dir():
         raise GblmError(f"{what} {folder} is a file; give a folder")
-    parent = folder.absolute().parent
+    parent = Path(os.path.realpath(folder)).parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
@@ -73,60 +250,22 @@ def locked(folder: Path, file: Path) -> Iterator[None]:
     A run that is killed leaves the file, but no lock. Raises `GblmError` where another run is in
     the folder, or the file cannot be made.
     """
-    handle = _lock(folder, file)
+    lock = FileLock(file, timeout=0)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise GblmError(f"{folder} is in use by another run; wait, or go elsewhere") from None
+    except OSError as error:
+        raise GblmError(f"{folder}: {error.strerror}; give another folder") from error
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
-        handle.close()
-
-
-def _lock(folder: Path, file: Path) -> IO[str]:
-    while True:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handle = file.open("a")
-        except OSError as error:
-            raise GblmError(f"{folder}: {error.strerror}; give another folder") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.close()
-            raise GblmError(f"{folder} is in use by another run; wait, or go elsewhere") from None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(file.stat(), os.fstat(handle.fileno())):
-                return handle
-        handle.close()  # of a run that ended between our opening of its file and our lock
+        file.unlink(missing_ok=True)  # while it is ours
+        lock.release()
 
 
 def claimed(folder: Path) -> AbstractContextManager[None]:
     """Keep other runs out of an output folder for a time: see `locked`."""
-    whole = folder.absolute()
-    return locked(folder, whole.with_name(f".{whole.name}.lock"))
-
-
-@contextmanager
-def written_beside(folder: Path) -> Iterator[Path]:
-    """Give a folder to write to, which becomes `folder` once all is written, and goes if not."""
-    folder = folder.absolute()
-    # Named before it is there, so that an interruption at any time finds what to remove.
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside.mkdir(mode=0o755)
-        yield beside
-        for file in beside.iterdir():
-            file.chmod(0o644)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, old)
-            os.replace(beside, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, folder)
-    except OSError as error:
-        raise GblmError(
-            f"output {folder}: {error.strerror or error}; give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    place = Path(os.path.realpath(folder))
+    return locked(folder, place.with_name(f".{place.name}.lock"))

@@ -13,9 +13,8 @@ import ctypes
 import logging
 import os
 import sys
-import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,17 +22,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from gblm.base import GblmError
 from gblm.machine.device import free_memory
+from gblm.machine.files import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
 OFFLOADS = ("auto", "none", "cpu", "disk")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+AGAIN = "check its disk, and run again"  # where a file of our own is damaged
 Tensors = dict[str, Tensor]
 
 
@@ -97,10 +96,11 @@ class Disk:
     def read(self, name: str, names: list[str]) -> Tensors:
         """Return the tensors of a unit."""
         if name in self.units:
-            return read_tensors(self.units[name])
+            return read_tensors(self.units[name], way=AGAIN)
         found: Tensors = {}
         for file in dict.fromkeys(self.files[key] for key in names):
-            found |= read_tensors(file, [key for key in names if self.files[key] == file])
+            way = {"way": AGAIN} if file.parent == self.folder else {}
+            found |= read_tensors(file, [key for key in names if self.files[key] == file], **way)
         return found
 
     def expect(self, name: str, names: list[str]) -> None:
@@ -132,6 +132,14 @@ class Unit:
     offload: Offload
     depth: int = 0
     version: int = 0
+    hooked: bool = True  # whether it comes and goes with the runs of its module
+
+    def hook(self) -> list[RemovableHandle]:
+        """Let the parameters come when the module runs, and go when it is done."""
+        return [
+            self.module.register_forward_pre_hook(self.before, prepend=True),
+            self.module.register_forward_hook(self.after, always_call=True),
+        ]
 
     def enter(self) -> None:
         """Bring the parameters to the device, where they are not there yet."""
@@ -153,6 +161,16 @@ class Unit:
                 self.name, {name: value.detach() for name, value in self.parameters.items()}
             )
         self.forget()
+
+    def before(self, *_: object) -> None:
+        """Come to the device for a run of the module."""
+        if self.hooked:
+            self.enter()
+
+    def after(self, *_: object) -> None:
+        """Go again after it."""
+        if self.hooked:
+            self.leave()
 
     def forget(self) -> None:
         """Let the parameters hold NaN, in the memory of a single number."""
@@ -181,6 +199,7 @@ class Offload:
         self.last: Unit | None = None
         self.next: tuple[Unit, Future[Tensors]] | None = None
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gblm-read")
+        self.hooks: list[RemovableHandle] = []
         away = {own for unit in self.units for own in unit.parameters.values()}
         stays = {name: own for name, own in model.named_parameters() if own not in away}
         for name, tensor in store.read("", list(stays)).items():
@@ -189,9 +208,8 @@ class Offload:
             buffer.data = buffer.to(self.device)
         for unit in self.units:
             unit.forget()
-            KNOWN[unit.module] = unit
-            unit.module.register_forward_pre_hook(lambda *_, unit=unit: unit.enter(), prepend=True)
-            unit.module.register_forward_hook(lambda *_, unit=unit: unit.leave(), always_call=True)
+            KNOWN[id(unit.module)] = unit
+            self.hooks += unit.hook()
 
     @property
     def kind(self) -> str:
@@ -237,9 +255,13 @@ class Offload:
                 unit.forget()
 
     def close(self) -> None:
-        """End the reading of units ahead."""
+        """Leave the modules to themselves; parameters that are away hold NaN for good."""
         self.next = None
         self.reader.shutdown(cancel_futures=True)
+        for hook in self.hooks:
+            hook.remove()
+        for unit in self.units:
+            KNOWN.pop(id(unit.module), None)
 
 
 def map_large() -> None:
@@ -308,13 +330,14 @@ def read_when_used(
     return Offload(model, blocks, Disk(files, folder), device)
 
 
-KNOWN: weakref.WeakKeyDictionary[nn.Module, Unit] = weakref.WeakKeyDictionary()
+# By the id of the module, which its unit keeps alive as long as it is here itself.
+KNOWN: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
 
 
 @contextmanager
 def here(module: nn.Module) -> Iterator[None]:
     """Have the parameters of a module on the device for a time: nothing to do where they live."""
-    unit = KNOWN.get(module)
+    unit = KNOWN.get(id(module))
     if unit is None:
         yield
         return
@@ -325,9 +348,24 @@ def here(module: nn.Module) -> Iterator[None]:
         unit.leave()
 
 
+@contextmanager
+def stay_away(module: nn.Module) -> Iterator[None]:
+    """Let the parameters of a module not come and go with its runs for a time; `here` has them."""
+    unit = KNOWN.get(id(module))
+    if unit is None:
+        yield
+        return
+    unit.hooked = False
+    try:
+        yield
+    finally:
+        unit.hooked = True
+
+
 def offload_of(model: nn.Module) -> Offload | None:
     """Return how a model is offloaded, None where it is not."""
-    return next((KNOWN[module].offload for module in model.modules() if module in KNOWN), None)
+    units = (KNOWN.get(id(module)) for module in model.modules())
+    return next((unit.offload for unit in units if unit), None)
 
 
 def _units(offload: Offload, model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
@@ -347,47 +385,3 @@ def _units(offload: Offload, model: nn.Module, blocks: Mapping[str, nn.Module]) 
 def _pinned(tensor: Tensor, pinned: bool) -> Tensor:
     tensor = tensor.detach().to("cpu")
     return tensor.pin_memory() if pinned else tensor
-
-
-def read_tensors(path: Path, names: list[str] | None = None) -> Tensors:
-    """Return the tensors of a safetensors file; raises `GblmError` where it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            wanted = file.keys() if names is None else names
-            return {name: file.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise GblmError(f"{path} cannot be read ({error}); fetch or write it again") from error
-
-
-def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write a safetensors file: beside first, forced to the disk, then renamed.
-
-    Raises `GblmError` where the disk is full or the folder cannot be written to.
-    """
-    whole = {name: tensor.contiguous().to("cpu") for name, tensor in tensors.items()}
-
-    def write(beside: Path) -> None:
-        save_file(whole, beside, metadata={"format": "pt"})
-
-    write_beside(path, write)
-
-
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(path beside)` write a file, force it to the disk, then rename it.
-
-    Raises `GblmError` where the disk is full or the folder cannot be written to.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
-    try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise GblmError(
-            f"{path} cannot be written ({error}); make space, or go elsewhere"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)

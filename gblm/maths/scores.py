@@ -4,14 +4,15 @@ Each takes the weight `[out, in]` in fp32 and the statistics of its linear. Ever
 count and every alpha stands here, and nowhere else.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gblm import kernels
-from gblm.base import GblmError, Method, Pattern, Statistics
+from gblm.base import GblmError, Pattern, Solver, Statistics
 
 FUSED_WINDOW = 32  # the widest m that one kernel scores and selects
 NORMS = {"l1": "grad_abs", "l2": "grad_sq"}
@@ -41,33 +42,31 @@ Score = Callable[[Tensor, Statistics], Tensor]
 Factor = Callable[[Statistics], Terms]
 
 
-def masked(
-    name: str,
-    needs: Iterable[str],
-    score: Score,
-    group: str = "row",
-    factor: Factor | None = None,
-) -> Method:
-    """Lift a score into a method: keep what the pattern keeps of the score, leave it unchanged.
+def lift(score: Score, factor: Factor | None = None) -> Solver:
+    """Return the solver that keeps what the pattern keeps of a score, and leaves it unchanged.
 
     factor: where the score is |W|·(a_j + α·G), these terms; then one kernel does it all for n:m.
     """
+    return partial(_mask, score=score, factor=factor)
 
-    def solve(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        if factor and (n_of_m := _fused(weight, pattern)):
-            from gblm.kernels.score_mask import score_mask
 
-            terms = factor(statistics)
-            new, keep, sound = score_mask(
-                weight, terms.inputs, terms.gradient, terms.alpha, *n_of_m
-            )
-            if not sound:
-                finite(score(weight, statistics), "score")
-            return new, keep
-        keep = pattern.keep(finite(score(weight, statistics), "score"))
-        return weight * keep, keep
+def _mask(
+    weight: Tensor,
+    statistics: Statistics,
+    pattern: Pattern,
+    score: Score,
+    factor: Factor | None,
+) -> tuple[Tensor, Tensor]:
+    if factor and (n_of_m := _fused(weight, pattern)):
+        from gblm.kernels.score_mask import score_mask
 
-    return Method(name, frozenset(needs), solve, group)
+        terms = factor(statistics)
+        new, keep, sound = score_mask(weight, terms.inputs, terms.gradient, terms.alpha, *n_of_m)
+        if not sound:
+            finite(score(weight, statistics), "score")
+        return new, keep
+    keep = pattern.keep(finite(score(weight, statistics), "score"))
+    return weight * keep, keep
 
 
 def _fused(weight: Tensor, pattern: Pattern) -> tuple[int, int] | None:
@@ -154,7 +153,7 @@ def wanda_plus(weight: Tensor, statistics: Statistics, alpha: float = 100) -> Te
 
     g are the regional gradients of every sample: of the norm of its block's output.
     """
-    gradients = (statistics["grad_sq"] / statistics.samples).sqrt()
+    gradients = (statistics["grad_sq"] / statistics.differentiated).sqrt()
     return weight.abs() * (alpha * gradients + input_norm(statistics))
 
 

@@ -59,18 +59,22 @@ def grad_sq(total: Tensor, size: Tensor, dy: Tensor) -> None:
 def grad_position(total: Tensor, size: Tensor, dy: Tensor) -> None:
     """Add Σ_out dY² of one sample's output gradient `dy [positions, out]` to `total [positions]`.
 
-    A linear that sees another number of positions of every sample has none to tell apart.
+    A sample with fewer positions adds to the first of them.
     """
-    if len(total) == len(dy):
-        total += dy.square().sum(dim=1)
+    if len(dy) <= len(total):
+        total[: len(dy)] += dy.square().sum(dim=1)
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """How a statistic is summed, and the shape of its sum by outputs, inputs and positions."""
+    """How a statistic is summed, and the shape of its sum by outputs, inputs and positions.
+
+    power: the sum grows with this power of a factor on the loss.
+    """
 
     add: Callable[[Tensor, Tensor, Tensor], None]
     shape: Callable[[int, int, int], tuple[int, ...]]
+    power: int = 0
 
 
 # Of the inputs of a linear; linears that see the same input share one sum.
@@ -82,9 +86,9 @@ INPUT: Mapping[str, Statistic] = {
 
 # Of the gradient of one sample's loss by the weight, or by the outputs, of a linear.
 GRADIENT: Mapping[str, Statistic] = {
-    "grad_abs": Statistic(grad_abs, lambda outputs, inputs, positions: (outputs, inputs)),
-    "grad_sq": Statistic(grad_sq, lambda outputs, inputs, positions: (outputs, inputs)),
-    "grad_position": Statistic(grad_position, lambda outputs, inputs, positions: (positions,)),
+    "grad_abs": Statistic(grad_abs, lambda outputs, inputs, positions: (outputs, inputs), 1),
+    "grad_sq": Statistic(grad_sq, lambda outputs, inputs, positions: (outputs, inputs), 2),
+    "grad_position": Statistic(grad_position, lambda outputs, inputs, positions: (positions,), 2),
 }
 
 
@@ -117,12 +121,14 @@ def add_inputs(
     """Add the inputs `x [positions, in]` of `samples` samples to every sum of inputs.
 
     dense: what the dense model has in their place, `[positions, in]`; the same where None.
-    weights: how much each position of a sample counts, of mean 1; all alike where None.
+    weights: how much each position of a sample counts, of mean 1; all alike where None. A sample
+    with fewer positions takes the first of them.
     """
     streams = [x] if dense is None else [x, dense]
-    if weights is not None and len(x) == samples * len(weights):
+    positions = len(x) // samples
+    if weights is not None and positions * samples == len(x) and positions <= len(weights):
         streams = [wide(value) for value in streams]
-        root = weights.to(streams[0]).sqrt().repeat(samples)[:, None]
+        root = weights[:positions].to(streams[0]).sqrt().repeat(samples)[:, None]
         streams = [value * root for value in streams]
     for name, total in statistics.sums.items():
         if name in INPUT:
@@ -138,6 +144,7 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
     sample's own loss by the outputs. One sample's gradient is in memory at a time.
     """
     statistics.samples += len(x)
+    statistics.differentiated += len(x)
     statistics.positions += x.shape[0] * x.shape[1]
     names = set(statistics.sums)
     halves = x.dtype == dy.dtype and x.dtype in kernels.HALVES
@@ -152,6 +159,12 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
         for name, total in statistics.sums.items():
             GRADIENT[name].add(total, size, sample_dy)
     return None
+
+
+def unscale(statistics: Statistics, scale: float) -> None:
+    """Divide every sum of gradients by what a factor `scale` on the loss has made of it."""
+    for name, total in statistics.sums.items():
+        total /= scale ** GRADIENT[name].power
 
 
 def position_weights(gradients: Iterable[Statistics], focus: float) -> Tensor | None:

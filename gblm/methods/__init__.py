@@ -1,21 +1,44 @@
-"""Methods: a name, the statistics needed and a solve, made by a factory from its options."""
+"""Methods: a name and its steps, made by a factory from its options.
+
+A step is a class in a file beside this one; `METHODS` is the table of what there is.
+"""
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
 from torch import Tensor
 
-from gblm.base import GblmError, Method, Pattern, Statistics, one_of
+from gblm.base import GblmError, Method, Pattern, Solver, Statistics, one_of
+from gblm.machine.speed import Cost
 from gblm.maths import admm as _admm
 from gblm.maths import scores
 from gblm.maths import sparsegpt as _sparsegpt
 from gblm.maths.allocation import ALLOCATIONS
-from gblm.maths.scores import NORMS, masked
+from gblm.maths.scores import NORMS, Factor, Score, lift
+from gblm.methods.refine import Refine
+from gblm.methods.regional import Regional
+from gblm.methods.solve import Solve, SolverCost
+
+
+def masked(
+    name: str,
+    needs: Iterable[str],
+    score: Score,
+    group: str = "row",
+    factor: Factor | None = None,
+) -> Method:
+    """Return the method that keeps what the pattern keeps of a score, and leaves it unchanged.
+
+    needs: the statistics that `score(weight [out, in], statistics)` reads. group: the comparison
+    group of unstructured patterns, "row" or "layer". factor: the terms of a score
+    |W|·(a_j + α·G), which one kernel then computes and selects for n:m.
+    """
+    return Method(name, (Solve(name, frozenset(needs), lift(score, factor)),), group=group)
 
 
 def magnitude() -> Method:
@@ -69,15 +92,23 @@ def pruner_zero(norm: str = "l2") -> Method:
 def wanda_plus(factor: float = 100, rounds: int = 0, rate: float = 3e-7) -> Method:
     """Keep the largest |W|·(factor·G + ‖X‖₂) by regional gradients (Wanda++, arXiv 2503.04992).
 
-    rounds, rate: of the regional optimisation by RMSprop before (see `regional.optimise`); 5 rounds
-    are the published ones.
+    rounds, rate: of the regional optimisation by RMSprop before (see `Regional`); 5 rounds are the
+    published ones.
     """
-    score = partial(scores.wanda_plus, alpha=_factor(factor))
+    solve = lift(partial(scores.wanda_plus, alpha=_factor(factor)))
     if rounds < 0 or not 0 < rate < math.inf:
         raise GblmError(f"rounds {rounds} at rate {rate:g}; wanda++ was published with 5 at 3e-7")
     named = f"factor={_factor(factor)}" + (f", rounds={rounds}, rate={rate:g}" if rounds else "")
-    method = masked(f"wanda++({named})", {"input_sq", "grad_sq"}, score)
-    return replace(method, regional=True, rounds=rounds, rate=float(rate) if rounds else 0.0)
+    name, needs = f"wanda++({named})", frozenset({"input_sq"})
+    step = Regional(
+        name,
+        needs,
+        solve,
+        regional=frozenset({"grad_sq"}),
+        rounds=rounds,
+        rate=float(rate) if rounds else 0.0,
+    )
+    return Method(name, (step,))
 
 
 def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:
@@ -88,12 +119,15 @@ def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:
     if not (0 <= damping < math.inf and columns > 0):
         raise GblmError(f"sparsegpt needs damping ≥ 0, columns ≥ 1; not {damping:g}, {columns}")
     solve = partial(_sparsegpt.solve, damping=damping, columns=columns)
-    return Method("sparsegpt", frozenset({"input_gram"}), solve, group="layer")
+    step = Solve("sparsegpt", frozenset({"input_gram"}), solve, price=_sparsegpt_cost)
+    return Method("sparsegpt", (step,), group="layer")
 
 
 def admm() -> Method:
     """Choose mask and weights together by least squares (ALPS, arXiv 2406.07831)."""
-    return Method("admm", frozenset({"input_gram"}), _admm.solve)
+    needs = frozenset({"input_gram"})
+    step = Solve("admm", needs, _admm.solve, masks=ADMM_MASKS, price=_admm_cost)
+    return Method("admm", (step,))
 
 
 def best(
@@ -102,9 +136,9 @@ def best(
     mix: float = 0.5,
     refine: float = 0.75,
 ) -> Method:
-    """The settings gblm stands for: gradients decide where, least squares and refinement mend.
+    """Choose by gradients which weights go, and re-fit the rest by least squares.
 
-    `admm` on one group of linears after the other, each on the inputs that the mended ones before
+    `admm` on one group of linears after the other, each on the inputs that the pruned ones before
     it make, towards mix·dense + (1 − mix)·own outputs; positions weighted by their gradients
     (focus), the budget spread over the linears by them (allocation), and every block refined
     (refine: passes over the samples). Gradients are those of an eighth of the samples.
@@ -112,15 +146,32 @@ def best(
 
     Raises `GblmError` where focus or mix is outside [0, 1], refine below 0, the allocation unknown.
     """
-    _check_passes(refine)
     one_of(allocation or "auto", ["auto", *ALLOCATIONS], "allocation")
     for name, value in {"focus": focus, "mix": mix}.items():
         if not 0 <= value <= 1:
             raise GblmError(f"{name} {value:g} is outside [0, 1]; 0.5 is the usual one")
-    needs = {"input_gram", "cross_gram"} | ({"grad_position"} if focus else set())
-    solve = partial(_admm.solve, mix=mix)
-    method = Method("best", frozenset(needs), solve, "layer", focus=focus, share=0.125)
-    return replace(method, allocation=allocation, refine=float(refine))
+    step = Solve(
+        "best",
+        frozenset({"input_gram", "cross_gram"}),
+        partial(_admm.solve, mix=mix),
+        focus,
+        ADMM_MASKS,
+        _admm_cost,
+    )
+    method = Method("best", (step,), allocation, "layer", share=0.125)
+    return refined(method, refine)
+
+
+def refined(method: Method, passes: float) -> Method:
+    """Return a method whose last step refines each block, in so many passes over the samples.
+
+    Raises `GblmError` where that is no number of passes.
+    """
+    if not 0 <= passes < math.inf:
+        raise GblmError(f"refine {passes:g} is no number of passes; 1 is the usual one")
+    steps = tuple(step for step in method.steps if not isinstance(step, Refine))
+    focus = max((getattr(step, "focus", 0.0) for step in steps), default=0.0)
+    return replace(method, steps=(*steps, Refine(float(passes), focus)) if passes else steps)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -136,11 +187,35 @@ METHODS: dict[str, Callable[..., Method]] = {
     "best": best,
 }
 
+ADMM_MASKS = 40  # that it chooses of a linear, one after the other
+
+
+def _sparsegpt_cost(o: int, i: int) -> Cost:
+    return Cost(4 / 3 * i**3 + o * i**2, 512 * o * i, 4 * i)
+
+
+def _admm_cost(o: int, i: int) -> Cost:
+    # A Cholesky factor takes in³/3 operations, the inverse from it 2·in³/3.
+    return Cost(10 * i**3 + 104 * o * i**2, 1600 * o * i, 600)
+
+
+def _repair_cost(o: int, i: int) -> Cost:
+    return Cost(200 * o * i**2, 4000 * o * i, 1000)
+
+
+@dataclass(frozen=True)
+class Mend:
+    """What gives new weights to a mask, `solve(weight, statistics, pattern, keep)`; its price."""
+
+    solve: Callable[[Tensor, Statistics, Pattern, Tensor], tuple[Tensor, Tensor]]
+    price: SolverCost
+
+
 # What mends the weights of a mask that a score has chosen: METHOD+SOLVER.
-SOLVERS: dict[str, Callable[[Tensor, Statistics, Pattern, Tensor], tuple[Tensor, Tensor]]] = {
-    "repair": _admm.repair,
-    "sparsegpt": _sparsegpt.solve,
-    "admm": _admm.solve,
+SOLVERS: dict[str, Mend] = {
+    "repair": Mend(_admm.repair, _repair_cost),
+    "sparsegpt": Mend(_sparsegpt.solve, _sparsegpt_cost),
+    "admm": Mend(_admm.solve, _admm_cost),
 }
 
 
@@ -151,12 +226,21 @@ def seeded(method: Method, solver: str) -> Method:
     Raises `GblmError` where there is no such solver.
     """
     mend = SOLVERS[one_of(solver, SOLVERS, "solver")]
+    name = f"{method.name}+{solver}"
+    steps = []
+    for step in method.steps:
+        if isinstance(step, Solve):
+            solve: Solver = partial(_mended, choose=step.solve, mend=mend.solve)
+            needs = step.statistics | {"input_gram"}
+            step = replace(step, name=name, statistics=needs, solve=solve, price=mend.price)
+        steps.append(step)
+    return replace(method, name=name, steps=tuple(steps))
 
-    def solve(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        return mend(weight, statistics, pattern, method.solve(weight, statistics, pattern)[1])
 
-    needs = method.needs | {"input_gram"}
-    return replace(method, name=f"{method.name}+{solver}", needs=needs, solve=solve)
+def _mended(
+    weight: Tensor, statistics: Statistics, pattern: Pattern, choose: Solver, mend: Any
+) -> tuple[Tensor, Tensor]:
+    return mend(weight, statistics, pattern, choose(weight, statistics, pattern)[1])
 
 
 def factory(name: str) -> tuple[Callable[..., Method], str | None]:
@@ -220,11 +304,6 @@ def _factor(alpha: float | str) -> float:
     raise GblmError(
         f"alpha {alpha} is neither auto nor a number of 0 or more; 100 is the published one"
     )
-
-
-def _check_passes(refine: float) -> None:
-    if not 0 <= refine < math.inf:
-        raise GblmError(f"refine {refine:g} is no number of passes; 1 is the usual one")
 
 
 def _statistic(norm: str) -> str:

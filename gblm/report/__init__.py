@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from gblm.base import GblmError
+from gblm.machine.files import write_json
 
 PACKAGES = (
     "gblm",
@@ -153,8 +153,8 @@ class Report:
         return {**asdict(self), "sparsity": self.sparsity}
 
     def write(self, folder: Path) -> None:
-        """Write `report.json` into the folder: beside first, then renamed."""
-        write_text(folder / "report.json", json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write `report.json` into the folder."""
+        write_json(folder / "report.json", self.to_dict())
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
@@ -204,22 +204,6 @@ def check_pages() -> None:
             f"a page of a report is drawn with {' and '.join(missing)}, which is not installed; "
             "pip install 'gblm[report]', or do without --report"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it; raises `GblmError` where that cannot be."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, "utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise GblmError(
-            f"{path} cannot be written ({error.strerror or error}); make space, or go elsewhere"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from gblm.base import GblmError
-from gblm.report import Report, check_pages, write_text
+from gblm.machine.files import write_text
+from gblm.report import Report, check_pages
 
 EXAMPLES = """\
 examples:

@@ -1,32 +1,27 @@
 """Pictures of masks, taken from the zeros of the pruned weights."""
 
 import base64
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from gblm.machine.offload import here
 from gblm.report import Mask, Report
-from gblm.walk.survey import Block
 
 CELLS = 64  # of a picture, along each side at most
 
 
-def masks(report: Report, blocks: list[Block]) -> dict[str, Mask]:
+def masks(report: Report, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Mask]:
     """Return pictures of the linear with the largest error, and of its kind along the model.
 
     Those are the linears of that kind in the first, the middle and the last block. Of n:m, where
     every cell would look alike, the picture is of the first weights, one by one.
+
+    weights: for each linear by name, what gives its pruned weight `[out, in]`.
     """
-    found: dict[str, Mask] = {}
-    wanted = chosen(report)
-    for block in blocks:
-        for linear in block.linears:
-            if linear.name in wanted:
-                with here(block.module):
-                    found[linear.name] = picture(linear.weight, corner=":" in report.pattern)
-    return {name: found[name] for name in wanted if name in found}
+    corner = ":" in report.pattern
+    return {name: picture(weights[name](), corner) for name in chosen(report) if name in weights}
 
 
 def chosen(report: Report) -> list[str]:

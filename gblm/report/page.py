@@ -9,7 +9,8 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from gblm.report import Report, figures, wording, write_text
+from gblm.machine.files import write_text
+from gblm.report import Report, figures, wording
 from gblm.report.wording import Change, changes
 
 WORST = 10  # linears in the table
@@ -22,7 +23,6 @@ def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> None:
     itself; of several, each has a folder of its label, beside the comparison.
     """
     own = folder / labels[len(reports) - 1] if len(labels) > 1 else folder
-    own.mkdir(parents=True, exist_ok=True)
     reports[-1].write(own)
     write_text(own / "report.html", run_page(reports[-1]))
     if len(labels) > 1:

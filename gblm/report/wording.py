@@ -28,22 +28,27 @@ class Metric:
 METRICS = {
     "perplexity": Metric(
         "perplexity",
-        "Among how many equally likely continuations the model wavers at each step, on average.",
+        "How many equally likely continuations the model chooses between at each step, on average.",
         -1,
     ),
     "top1": Metric(
-        "top-1", "Of 100 pictures, how many get the right class as the first answer.", 1, "\u00a0%"
+        "top-1", "The share of pictures whose most likely class is the correct one.", 1, "\u00a0%"
     ),
     "top5": Metric(
-        "top-5", "Of 100 pictures, how many have the right class among five answers.", 1, "\u00a0%"
+        "top-5",
+        "The share of pictures with the correct class among the five most likely.",
+        1,
+        "\u00a0%",
     ),
     "cross_entropy": Metric(
-        "cross-entropy", "How surprised the model is at the right class, in nats.", -1
+        "cross-entropy",
+        "The mean negative logarithm of the probability of the correct class, in nats.",
+        -1,
     ),
-    "acc": Metric("accuracy", "Of 100 questions, how many are answered right.", 1, "\u00a0%", 100),
+    "acc": Metric("accuracy", "The share of questions answered correctly.", 1, "\u00a0%", 100),
     "acc_norm": Metric(
         "normalised accuracy",
-        "Of 100 questions, how many are answered right, the answers' lengths evened out.",
+        "The share of questions answered correctly, with scores divided by the answer's length.",
         1,
         "\u00a0%",
         100,
@@ -55,7 +60,7 @@ VALUES = ("dense", "pruned", "dense_stderr", "pruned_stderr")  # of an evaluatio
 
 
 def metric(name: str) -> Metric:
-    """Return what is known of a metric."""
+    """Return a metric by its name, one without a meaning where the name is unknown."""
     return METRICS.get(name, Metric(name, "", 0))
 
 
@@ -85,7 +90,7 @@ class Change:
         """How much the metric has changed: in points of a percentage, else in percent."""
         difference = self.pruned - self.dense
         if not math.isfinite(difference):
-            return "beyond measure"
+            return "not finite"
         if self.metric.unit:
             return f"{signed(difference, 1)} points"
         if not self.dense:
@@ -103,11 +108,11 @@ class Change:
         if not math.isfinite(self.pruned):
             return "broken"
         if abs(self.pruned - self.dense) < 2 * math.hypot(self.dense_error, self.pruned_error):
-            return "within the error"
+            return "no significant change"
         worse = self.metric.better * (self.dense - self.pruned) / abs(self.dense or 1)
         if worse <= 0:
             return "as good as before"
-        steps = ((0.02, "hardly worse"), (0.1, "a little worse"), (0.5, "clearly worse"))
+        steps = ((0.02, "almost unchanged"), (0.1, "slightly worse"), (0.5, "clearly worse"))
         return next((words for most, words in steps if worse <= most), "much worse")
 
     @property
@@ -115,11 +120,11 @@ class Change:
         """How the verdict is to be shown: good, fair or poor."""
         tones = {
             "": "",
-            "within the error": "",
+            "no significant change": "",
             "as good as before": "good",
-            "hardly worse": "good",
+            "almost unchanged": "good",
         }
-        return tones.get(self.verdict, "fair" if self.verdict == "a little worse" else "poor")
+        return tones.get(self.verdict, "fair" if self.verdict == "slightly worse" else "poor")
 
 
 def changes(report: Report) -> list[Change]:
@@ -153,7 +158,7 @@ def short(name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with three digits or more, never in powers of ten where it is of this world.
+    """Return a number with at least three digits; powers of ten where it is very large or small.
 
     >>> number(48.62), number(1234.5), number(0.0123), number(89.2), number(0)
     ('48.6', '1,234', '0.0123', '89.2', '0')
@@ -194,7 +199,7 @@ def count(value: int) -> str:
 
 
 def some(value: int, word: str) -> str:
-    """Return a count and its word, in the plural but for 1."""
+    """Return a count and its word, in the plural unless the count is 1."""
     return f"{value:,} {word}" if value == 1 else f"{value:,} {word}s"
 
 

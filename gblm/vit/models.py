@@ -3,8 +3,7 @@
 import copy
 import difflib
 import json
-import os
-import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 
 from gblm.base import Batch, GblmError
 from gblm.machine.device import find_dtype
+from gblm.machine.files import read_tensors, written_into
 from gblm.machine.offload import (
     Offload,
     find_offload,
     offload_of,
     offloaded,
-    read_tensors,
     read_when_used,
 )
 from gblm.vit.adapters import adapter
@@ -138,26 +137,16 @@ def sketch(name: str) -> nn.Module:
 
 
 def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `model.safetensors` and `config.json`, in a dtype: beside first, then renamed.
+    """Write `model.safetensors` and `config.json`, in a dtype, into a folder.
 
     `timm.create_model(name, checkpoint_path=…/model.safetensors)` loads the first, and
     `timm.create_model("local-dir:…", pretrained=True)` the folder.
     """
-    if offload := offload_of(model):
-        with offload.home():
-            return _save(model, folder, dtype)
-    return _save(model, folder, dtype)
-
-
-def _save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None) -> None:
-    if dtype not in (None, next(model.parameters()).dtype):
-        model = copy.deepcopy(model).to(dtype)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as beside:
-        timm.models.save_for_hf(model, beside, safe_serialization=True)
-        for file in sorted(Path(beside).iterdir()):
-            os.replace(file, folder / file.name)
+    offload = offload_of(model)
+    with written_into(Path(folder)) as beside, offload.home() if offload else nullcontext():
+        if dtype not in (None, next(model.parameters()).dtype):
+            model = copy.deepcopy(model).to(dtype)
+        timm.models.save_for_hf(model, str(beside), safe_serialization=True)
 
 
 def predicted(model: nn.Module, batch: Batch, step: int = 32) -> Batch:

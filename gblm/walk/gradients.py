@@ -1,58 +1,50 @@
 """The gradients of the dense model: per sample, summed as |g| and g², block by block.
 
-A wrapped block is one autograd function that keeps its input alone. Backward recomputes the block
-in micro-batches, and hooks on its linears turn each sample's inputs X and output gradients dY into
-that sample's weight gradient dYᵀX. Weights never get a `.grad`, and when the sweep leaves a block
-its sums are final. Where the activations of the whole model fit into memory, a plain backward with
-the same hooks does without the recomputation.
+The samples go forward through the blocks, whose inputs are kept. Then the head's loss is
+differentiated, and the blocks are, from the last to the first: each is run again, and hooks on its
+linears turn every sample's inputs X and output gradients dY into its weight gradient dYᵀX. Weights
+never get a `.grad`, and when the sweep leaves a block its sums are final. Where the activations of
+the whole model fit into memory, a plain backward with the same hooks needs no second run.
 """
+
+from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.machine import processes
 from gblm.machine.device import MicroBatch, free_memory, out_of_memory
-from gblm.machine.offload import here, offload_of, read_tensors, write_tensors
+from gblm.machine.offload import here, offload_of
 from gblm.maths import stats
-from gblm.walk.call import Call, Forward
-from gblm.walk.head import finite, head_backward, saved
-from gblm.walk.stream import check, replaced
-from gblm.walk.survey import (
-    Block,
-    Linear,
-    find_adapter,
-    hooked,
-    placed,
-    quiet,
-    size,
-    survey,
-    take,
-)
-from gblm.walk.survey import micro_batch as sized
+from gblm.walk.call import Call, part, place
+from gblm.walk.head import differentiate, finite, loss_scale, saved
+from gblm.walk.survey import Block, Linear, cut, hooked, quiet, size, take, to_device
+from gblm.walk.visit import check
+from gblm.walk.walk import Run, Walk
 
 log = logging.getLogger(__name__)
 
 FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
-Progress = Callable[[int, int], None]  # done, of how many
+Inputs = dict[str, Tensor]  # gradients on their way, by where they are
 
 
-class Keep(Protocol):
-    """Keeps the sums of blocks that a sweep has left, for a sweep that goes on from there."""
+class Store(Protocol):
+    """Keeps the sums of finished blocks, for a sweep that goes on from there."""
 
     def has(self, block: Block) -> bool: ...
-    def inputs(self, block: Block) -> dict[int, Tensor]: ...
-    def keep(self, block: Block, sums: Gradients, inputs: dict[int, Tensor]) -> None: ...
+    def on_the_way(self) -> Inputs: ...
+    def keep(self, block: Block, sums: Gradients, on_the_way: Inputs) -> None: ...
 
 
 def gradient_sums(
@@ -61,270 +53,349 @@ def gradient_sums(
     needs: Iterable[str],
     *,
     adapter: Adapter | None = None,
-    blocks: list[Block] | None = None,
     micro_batch: int | None = None,
     backward: str = "auto",
     share: float = 1.0,
-    keep: Keep | None = None,
-    chose: Callable[[str], None] = lambda backward: None,
-    spill: Path | None = None,
-    progress: Progress = lambda done, total: None,
 ) -> Gradients:
     """Return the sums of the per-sample gradients of every linear of a model, by its name.
 
     needs: which sums, of those in `stats.GRADIENT`. backward: "blocks" (one block's activations at
     a time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
-    memory. share: the part of the samples, from the first, 16 at least. blocks: what `survey` found
-    of this model and batch, where that is known. keep: takes the sums of each block as soon as they
-    are final, instead of the result, which then is empty, and has those of a sweep that was cut
-    off, which goes on from there. chose: is told which backward it is. spill: a folder for the
-    inputs of the blocks between forward and backward, in memory where None. The others are those of
+    memory. share: the part of the samples, from the first, 16 at least. The others are those of
     `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
-    one_of(backward, BACKWARDS, "backward")
-    batch = placed(batch, model)
-    batch = take(batch, slice(0, max(FEWEST, math.ceil(share * size(batch)))))
-    adapter = adapter or find_adapter(model)
-    blocks = blocks or survey(model, batch, adapter)
-    micro = sized(blocks, size(batch), micro_batch)
-    # A plain backward holds the activations of the whole model, so that it takes fewer samples.
-    fewer = MicroBatch(max(1, micro.samples // 4), auto=True) if micro.auto else micro
-    needs = frozenset(needs) & set(stats.GRADIENT)
-    batch = processes.share(batch)
-    with quiet(model), torch.enable_grad():
-        if backward == "auto" and offload_of(model):
-            backward = "blocks"
-        if backward == "auto":
-            fits = _fits(model, batch, adapter, blocks, needs, fewer)
-            backward = "model" if fits else "blocks"
-        chose(backward)
-        log.debug(
-            "gradients by %s, of %d samples: %s", backward, size(batch), ", ".join(sorted(needs))
-        )
-        if backward == "model":
-            found = whole_backward(model, batch, adapter, blocks, needs, fewer, progress)
-        else:
-            return block_backward(
-                model, batch, adapter, blocks, needs, micro, progress, keep=keep, spill=spill
-            )
-    for block in blocks:
-        own = {linear.name: found[linear.name] for linear in block.linears}
-        _finish(block, own)
-        if keep and not keep.has(block):
-            keep.keep(block, own, {})
-    return {} if keep else found
+    walk = Walk.of(model, first(batch, share), adapter, micro_batch=micro_batch)
+    return sweep(walk, needs, backward)[0]
 
 
-def whole_backward(
-    model: nn.Module,
-    batch: Batch,
-    adapter: Adapter,
-    blocks: list[Block],
-    needs: frozenset[str],
-    micro: MicroBatch,
-    progress: Progress,
-) -> Gradients:
-    """Differentiate the whole model, micro-batch by micro-batch: see `gradient_sums`."""
-    samples = size(batch)
+def first(batch: Batch, share: float) -> Batch:
+    """Return the share of the samples whose gradients are taken."""
+    return take(batch, slice(0, max(FEWEST, math.ceil(share * size(batch)))))
 
-    def sweep(step: int) -> Gradients:
-        found = zero_sums(blocks, needs)
-        for start in range(0, samples, step):
-            part = take(batch, slice(start, start + step))
-            hooks = [
-                per_sample(x, found[x.name], size(part)) for block in blocks for x in block.linears
-            ]
+
+def sweep(
+    walk: Walk, needs: Iterable[str], backward: str = "auto", store: Store | None = None
+) -> tuple[Gradients, str]:
+    """Return the sums of gradients by linear, and which backward it was: see `gradient_sums`.
+
+    store: takes the sums of each block as soon as they are final, instead of the result, which then
+    is empty, and has those of a sweep that was cut off, which goes on from there.
+    """
+    names = frozenset(needs) & set(stats.GRADIENT)
+    backward = choose(walk, names, one_of(backward, BACKWARDS, "backward"))
+    log.debug("gradients by %s, of %d samples: %s", backward, walk.samples, ", ".join(names))
+    with quiet(walk.model), torch.enable_grad():
+        work = Whole if backward == "model" else Blocks
+        return work(walk, names, store).run(), backward
+
+
+def choose(walk: Walk, needs: frozenset[str], backward: str) -> str:
+    """Return which backward is taken for "auto": plain where its activations have room."""
+    if backward != "auto":
+        return backward
+    if offload_of(walk.model):
+        return "blocks"
+    with quiet(walk.model), torch.enable_grad():
+        return "model" if _fits(walk, needs) else "blocks"
+
+
+@dataclass
+class Whole:
+    """A plain backward of the whole model, some samples at a time."""
+
+    walk: Walk
+    needs: frozenset[str]
+    store: Store | None
+
+    def run(self) -> Gradients:
+        """Return the sums of all linears."""
+        sums = fewer(self.walk).run(self._sweep)
+        for block in self.walk.blocks:
+            own = {linear.name: sums[linear.name] for linear in block.linears}
+            finish(block, own)
+            if self.store and not self.store.has(block):
+                self.store.keep(block, own, {})
+        return {} if self.store else sums
+
+    def _sweep(self, step: int) -> Gradients:
+        walk, done = self.walk, 0
+        linears = [linear for block in walk.blocks for linear in block.linears]
+        sums = zero_sums(linears, self.needs)
+        scale = loss_scale(walk.model)
+        for batch in cut(walk.batch, step, walk.adapter):
+            batch = to_device(batch, walk.device)
+            hooks = [per_sample(linear, sums[linear.name], size(batch)) for linear in linears]
             with hooked(hooks):
-                hidden = adapter.trunk(model, part)
-            finite(adapter.loss(model, hidden, part), start).sum().backward()
-            progress(min(start + step, samples), samples)
-        return found
-
-    return micro.run(sweep)
-
-
-def block_backward(
-    model: nn.Module,
-    batch: Batch,
-    adapter: Adapter,
-    blocks: list[Block],
-    needs: frozenset[str],
-    micro: MicroBatch,
-    progress: Progress,
-    keep: Keep | None = None,
-    spill: Path | None = None,
-) -> Gradients:
-    """Differentiate the model block by block, the head in micro-batches: see `gradient_sums`."""
-    found: Gradients = {}
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        progress(done, 2 * len(blocks))
-
-    def make(block: Block, own: Forward) -> Forward:
-        def differentiate(call: Call, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-            if spill:
-                _unspill(call, spill / f"{block.name}.input")
-            if keep and keep.has(block):
-                inputs = _known(call, keep.inputs(block))
-            else:
-                with here(block.module):
-                    work = partial(recompute, block, call, grads, needs)
-                    sums, inputs = micro.run(work)
-                _finish(block, sums)
-                if keep:
-                    keep.keep(block, sums, {i: x for i, x in enumerate(inputs) if x is not None})
-                else:
-                    found.update(sums)
-            advance()
-            return inputs
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            call = Call.of(block, own, size(batch), args, kwargs, spill)
-            with torch.no_grad():  # a graph would hold the activations of all samples
-                outputs, spec = tree_flatten(micro.run(call.outputs))
-            advance()
-            # The graph must reach the first block, whose input needs no gradient.
-            anchor = torch.zeros((), requires_grad=True)
-            outputs = _Block.apply(anchor, call, outputs, differentiate, *call.leaves)
-            call.leaves = [x.detach() if isinstance(x, Tensor) else x for x in call.leaves]
-            if spill:
-                _spill(call, spill / f"{block.name}.input")
-            return tree_unflatten(outputs, spec)
-
-        return run
-
-    with replaced(blocks, make):
-        hidden = adapter.trunk(model, batch)
-        gradients = head_backward(model, hidden, batch, adapter, micro)
-        pairs = zip(tree_flatten(hidden)[0], gradients, strict=True)
-        reached = [(x, gradient) for x, gradient in pairs if x.requires_grad]  # by some block
-        torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
-    return found
+                hidden = walk.adapter.trunk(walk.model, batch)
+            losses = finite(walk.adapter.loss(walk.model, hidden, batch), done)
+            (losses * scale).sum().backward()
+            done += size(batch)
+            walk.progress("gradients", done, walk.samples)
+        for statistics in sums.values():
+            stats.unscale(statistics, scale)
+        return sums
 
 
-def _finish(block: Block, sums: Gradients) -> None:
+@dataclass
+class Passed:
+    """What one micro-batch has left at a block: its call, and where its gradients come and go.
+
+    edges: of the leaves that a gradient goes on to, by their number; by output: what has come.
+    """
+
+    call: Call
+    edges: dict[int, GradientEdge]
+    arrived: list[Tensor | None] = field(default_factory=list)
+
+    def add(self, index: int, gradient: Tensor | None) -> None:
+        """Add a gradient by the output of that number."""
+        if gradient is not None:
+            placement, known = self.call.placement, self.arrived[index]
+            total = gradient if known is None else placement.wake(known) + gradient
+            self.arrived[index] = placement.rest(total)
+
+
+class Hand(torch.autograd.Function):
+    """Gives an output to the model's code, and its gradient to where the block's are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, passed: Passed, index: int, output: list) -> Tensor:
+        ctx.passed, ctx.index = passed, index
+        ctx.set_materialize_grads(False)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.passed.add(ctx.index, gradients[0])
+        return None, None, None, None
+
+
+class Blocks:
+    """A backward block by block: what is between them is the model's own graph."""
+
+    def __init__(self, walk: Walk, needs: frozenset[str], store: Store | None) -> None:
+        self.walk, self.needs, self.store = walk, needs, store
+        self.passed: list[list[Passed]] = []  # by block and micro-batch
+        self.scale = loss_scale(walk.model)
+        self.head: int | None = None  # samples of the head at a time
+        self.done = 0
+
+    def run(self) -> Gradients:
+        """Return the sums of all linears."""
+        sums: Gradients = {}
+        with self.walk.runs(to_file=True) as (runs,):
+            for block in self.walk.blocks:
+                self._forward(block, runs)
+            if not self._resumed():
+                for start, run in zip(_starts(runs), runs, strict=True):
+                    self._differentiate_head(run, start)
+            for index in reversed(range(len(self.walk.blocks))):
+                sums |= self._backward(index)
+        return sums
+
+    def _advance(self) -> None:
+        self.done += 1
+        self.walk.progress("gradients", self.done, 2 * len(self.walk.blocks))
+
+    def _forward(self, block: Block, runs: list[Run]) -> None:
+        """Take all micro-batches through a block, and keep what they leave there."""
+        self.passed.append([])
+        with here(block.module):
+            for run in runs:
+                call = run.at(block)
+                with torch.no_grad():
+                    outputs = self.walk.micro.run(call.outputs)
+                passed = Passed(call, _edges(call, run))
+                self.passed[-1].append(passed)
+                run.go_on(_handed(passed, outputs))
+        self._advance()
+
+    def _differentiate_head(self, run: Run, start: int) -> None:
+        """Give the last of the model's graph the gradients of the samples' losses."""
+        leaves = tree_flatten(run.hidden)[0]
+        gradients, self.head = self.walk.micro.run(
+            lambda step: differentiate(self.walk, run, start, self.scale, self.head or 0, step)
+        )
+        reached = [(x, g) for x, g in zip(leaves, gradients, strict=True) if x.requires_grad]
+        torch.autograd.backward([x for x, _ in reached], [g for _, g in reached], retain_graph=True)
+        run.hidden = None
+
+    def _resumed(self) -> bool:
+        """Put the gradients in place that a former sweep was on its way with, if there are any."""
+        if not self.store or not self.store.has(self.walk.blocks[-1]):
+            return False
+        for name, gradient in self.store.on_the_way().items():
+            block, micro, output = map(int, name.split("."))
+            self.passed[block][micro].add(output, self.walk.placement.wake(gradient))
+        return True
+
+    def _backward(self, index: int) -> Gradients:
+        """Return the sums of a block, unless the store takes them; passes the gradients on."""
+        block = self.walk.blocks[index]
+        passed = self.passed.pop()
+        if self.store and self.store.has(block):
+            self._advance()
+            return {}
+        with here(block.module):
+            sums, gradients = self.walk.micro.run(lambda step: self._recompute(block, passed, step))
+        for own, by_leaf in zip(passed, gradients, strict=True):
+            if by_leaf:
+                edges = [own.edges[i] for i in by_leaf]
+                torch.autograd.backward(edges, list(by_leaf.values()), retain_graph=True)
+        for statistics in sums.values():
+            stats.unscale(statistics, self.scale)
+        finish(block, sums)
+        if self.store:
+            self.store.keep(block, sums, self._on_the_way())
+        self._advance()
+        return {} if self.store else sums
+
+    def _on_the_way(self) -> Inputs:
+        """Return the gradients that have come to the outputs of blocks yet to be left."""
+        return {
+            f"{block}.{micro}.{output}": gradient
+            for block, calls in enumerate(self.passed)
+            for micro, own in enumerate(calls)
+            for output, gradient in enumerate(own.arrived)
+            if gradient is not None
+        }
+
+    def _recompute(
+        self, block: Block, passed: list[Passed], step: int
+    ) -> tuple[Gradients, list[dict[int, Tensor]]]:
+        """Run a block again: return its sums, and the gradients by the leaves of each call."""
+        sums = zero_sums(block.linears, self.needs)
+        if any(linear.routed for linear in block.linears):
+            step = 1  # rows of several samples could not be told apart
+        return sums, [recompute(own, sums, step) for own in passed]
+
+
+def _starts(runs: list[Run]) -> list[int]:
+    """Return the number of the first sample of every run."""
+    starts = [0]
+    for run in runs[:-1]:
+        starts.append(starts[-1] + size(run.batch))
+    return starts
+
+
+def _edges(call: Call, run: Run) -> dict[int, GradientEdge]:
+    """Return where the gradients of a call's leaves go on to, and let the call hold no graph."""
+    edges = {}
+    away = {id(rest): tensor for tensor, rest in run.away}
+    for i, leaf in enumerate(call.leaves):
+        tensor = away.get(id(leaf), leaf)
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            edges[i] = get_gradient_edge(tensor)
+        if isinstance(leaf, Tensor):
+            call.leaves[i] = leaf.detach()
+    return edges
+
+
+def _handed(passed: Passed, outputs: Any) -> Any:
+    """Return a block's outputs for the model's code, which hand their gradients to `passed`."""
+    leaves, spec = tree_flatten(outputs)
+    anchor = torch.zeros((), requires_grad=True)
+    passed.arrived = [None] * len(leaves)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaves[i] = Hand.apply(anchor, passed, i, [leaf])
+    return tree_unflatten(leaves, spec)
+
+
+def recompute(passed: Passed, sums: Gradients, step: int) -> dict[int, Tensor]:
+    """Run a block again on one of its calls, and add the gradients of its linears to the sums.
+
+    Returns the gradients by the leaves that have an edge.
+    """
+    call, block = passed.call, passed.call.block
+    totals: dict[int, Tensor] = {}
+    for piece in call.pieces(step):
+        samples = piece.stop - piece.start
+        leaves = call.arguments(piece)
+        for i in passed.edges:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        hooks = [per_sample(linear, sums[linear.name], samples) for linear in block.linears]
+        with torch.enable_grad(), hooked(hooks):
+            outputs = tree_flatten(call.run(leaves))[0]
+        _backward_piece(call, piece, outputs, passed.arrived)
+        for i in passed.edges:
+            if leaves[i].grad is not None:
+                _add(totals, call, i, piece, leaves[i].grad)
+    return totals
+
+
+def _backward_piece(
+    call: Call, piece: slice, outputs: list[Any], arrived: Sequence[Tensor | None]
+) -> None:
+    tensors, gradients = [], []
+    for i, (output, gradient) in enumerate(zip(outputs, arrived, strict=True)):
+        if gradient is not None and output.requires_grad:
+            gradient = call.placement.wake(gradient)
+            at = place(call.block.outputs, i, gradient, call.samples)
+            tensors.append(output)
+            gradients.append(part(gradient, at, piece, call.samples))
+    torch.autograd.backward(tensors, gradients)
+
+
+def _add(totals: dict[int, Tensor], call: Call, index: int, piece: slice, gradient: Tensor) -> None:
+    """Add the gradient by a leaf of a piece to that of the whole call."""
+    whole = call.leaves[index]
+    if gradient.shape == whole.shape and index not in totals:
+        totals[index] = gradient
+        return
+    if index not in totals:
+        totals[index] = torch.zeros(whole.shape, dtype=whole.dtype, device=gradient.device)
+    part(totals[index], call.carried[index], piece, call.samples).add_(gradient)
+
+
+def finish(block: Block, sums: Gradients) -> None:
     """Make the sums of a block those of all processes, and check them."""
     processes.add_statistics([sums[linear.name] for linear in block.linears])
     for linear in block.linears:
         check(linear, sums[linear.name])
 
 
-def _known(call: Call, inputs: dict[int, Tensor]) -> list[Tensor | None]:
-    """Return the gradients by what a finished block was called with: zeros but where known.
+class _PerSample:
+    """Adds the gradient of every sample of a linear once backward reaches its output."""
 
-    Those of all finished blocks but the last go to finished blocks, which do not look at them.
-    """
-    return [
-        (inputs[i].to(leaf) if i in inputs else torch.zeros_like(leaf)) if wanted else None
-        for i, (leaf, wanted) in enumerate(zip(call.leaves, call.wanted, strict=True))
-    ]
+    def __init__(self, linear: Linear, sums: Statistics, samples: int) -> None:
+        self.linear, self.sums, self.samples = linear, sums, samples
 
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = self._by_sample(args[0].detach())
+        leaf = not output.requires_grad  # nothing before this linear needs a gradient
+        output.requires_grad_()
+        output.register_hook(lambda dy: stats.add_gradients(self.sums, x, self._by_sample(dy)))
+        return output.clone() if leaf else output  # a leaf could not be changed in place
 
-def _spill(call: Call, path: Path) -> None:
-    """Write what carries the samples of a call into a file, and keep its device alone."""
-    carried = {str(i): x for i, x in enumerate(call.leaves) if call.carries[i]}
-    write_tensors(path, carried)
-    call.leaves = [x.device if call.carries[i] else x for i, x in enumerate(call.leaves)]
-
-
-def _unspill(call: Call, path: Path) -> None:
-    """Read what `_spill` has written, and remove the file."""
-    for i, value in read_tensors(path).items():
-        call.leaves[int(i)] = value.to(call.leaves[int(i)])
-    path.unlink()
-
-
-class _Block(torch.autograd.Function):
-    """A block as one node of the graph, which keeps its input alone and recomputes the rest."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, call: Call, outputs: list[Any], differentiate: Any, *leaves: Any
-    ) -> tuple[Any, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.call, ctx.differentiate = call, differentiate
-        call.wanted = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        inputs = ctx.differentiate(ctx.call, grads)
-        ctx.call = None  # frees the block's input
-        return None, None, None, None, *inputs
-
-
-def recompute(
-    block: Block, call: Call, grads: Sequence[Tensor | None], needs: frozenset[str], step: int
-) -> tuple[Gradients, list[Tensor | None]]:
-    """Run a block again in micro-batches and differentiate it.
-
-    `grads` are the gradients by its outputs. Returns the gradient sums of its linears, and the
-    gradients by the leaves it was called with, None where none is wanted.
-    """
-    sums = zero_sums([block], needs)
-    totals = [
-        torch.zeros_like(leaf) if wanted else None
-        for leaf, wanted in zip(call.leaves, call.wanted, strict=True)
-    ]
-    for piece in call.pieces(step):
-        samples = piece.stop - piece.start
-        leaves = [
-            leaf.detach().requires_grad_() if wanted else leaf
-            for leaf, wanted in zip(call.arguments(piece), call.wanted, strict=True)
-        ]
-        hooks = [per_sample(linear, sums[linear.name], samples) for linear in block.linears]
-        with torch.enable_grad(), hooked(hooks):
-            outputs, _ = tree_flatten(call.run(leaves))
-        tensors, parts = [], []
-        for output, grad in zip(outputs, grads, strict=True):
-            if grad is not None and grad.ndim and output.requires_grad:
-                carried = len(output) // samples
-                tensors.append(output)
-                parts.append(grad[piece.start * carried : piece.stop * carried])
-        torch.autograd.backward(tensors, parts)
-        for i, total in enumerate(totals):
-            if total is not None and leaves[i].grad is not None:
-                total[call.part(i, piece)] += leaves[i].grad
-    return sums, totals
+    def _by_sample(self, value: Tensor) -> Tensor:
+        rows = self.linear.rows(value)
+        if self.samples > 1 and (self.linear.routed or rows.shape[:-1].numel() % self.samples):
+            raise GblmError(
+                f"{self.linear} does not see the same number of inputs of every "
+                "sample, so that its gradients cannot be told apart; use --micro-batch 1"
+            )
+        return rows.reshape(self.samples, -1, rows.shape[-1])
 
 
 def per_sample(linear: Linear, sums: Statistics, samples: int) -> Any:
     """Hook a linear: the gradient of every sample is added once backward reaches its output."""
-
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        x = _by_sample(linear, args[0].detach(), samples)
-        leaf = not output.requires_grad  # nothing before this linear needs a gradient
-        output.requires_grad_()
-        output.register_hook(
-            lambda dy: stats.add_gradients(sums, x, _by_sample(linear, dy, samples))
-        )
-        return output.clone() if leaf else output  # a leaf could not be changed in place
-
-    return linear.module.register_forward_hook(hook)
+    return linear.module.register_forward_hook(_PerSample(linear, sums, samples))
 
 
-def _by_sample(linear: Linear, value: Tensor, samples: int) -> Tensor:
-    rows = linear.rows(value)
-    if samples > 1 and rows.shape[:-1].numel() != samples * linear.positions:
-        raise GblmError(
-            f"{linear} does not see the same number of inputs of every "
-            "sample, so that its gradients cannot be told apart; use --micro-batch 1"
-        )
-    return rows.reshape(samples, -1, rows.shape[-1])
+def zero_sums(linears: list[Linear], needs: frozenset[str]) -> Gradients:
+    """Return the sums of no samples, of every linear."""
+    return {linear.name: stats.zeros(needs, linear.weight, linear.positions) for linear in linears}
 
 
-def zero_sums(blocks: list[Block], needs: frozenset[str]) -> Gradients:
-    """Return the sums of no samples, of every linear of the blocks."""
-    return {
-        linear.name: stats.zeros(needs, linear.weight, linear.positions)
-        for block in blocks
-        for linear in block.linears
-    }
+def fewer(walk: Walk) -> MicroBatch:
+    """Return the micro-batch of a plain backward, which holds all activations of the model."""
+    if any(linear.routed for block in walk.blocks for linear in block.linears):
+        return MicroBatch(1)
+    micro = walk.micro
+    return MicroBatch(max(1, micro.samples // 4), auto=True) if micro.auto else micro
 
 
 def activations(
@@ -342,21 +413,15 @@ def activations(
     return trunk, head
 
 
-def _fits(
-    model: nn.Module,
-    batch: Batch,
-    adapter: Adapter,
-    blocks: list[Block],
-    needs: frozenset[str],
-    micro: MicroBatch,
-) -> bool:
+def _fits(walk: Walk, needs: frozenset[str]) -> bool:
     """Say whether a plain backward takes at most half of the free memory, from one sample's."""
+    one = to_device(cut(take(walk.batch, slice(0, 1)), 1, walk.adapter)[0], walk.device)
     try:
-        kept = sum(activations(model, take(batch, slice(0, 1)), adapter, blocks))
+        kept = sum(activations(walk.model, one, walk.adapter, walk.blocks))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             return False
         raise
-    linears = [linear for block in blocks for linear in block.linears]
+    linears = [linear for block in walk.blocks for linear in block.linears]
     sums = sum(4 * linear.weight.numel() * len(needs) for linear in linears)
-    return kept * micro.samples + sums <= free_memory(linears[0].weight.device) / 2
+    return kept * fewer(walk).samples + sums <= free_memory(walk.device) / 2

@@ -1,73 +1,80 @@
-"""The head and the loss in micro-batches, and what a forward pass keeps for backward."""
+"""The head and the loss, some samples at a time, and what a forward pass keeps for backward."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gblm.base import Adapter, Batch, GblmError
-from gblm.machine.device import MicroBatch
+from gblm.base import GblmError
 from gblm.machine.offload import offload_of
 from gblm.walk.survey import size, take
 
+if TYPE_CHECKING:
+    from gblm.walk.walk import Run, Walk
+
 HEAD = 2**27  # bytes that the head keeps for backward, at most but for a single sample
+FP16_SCALE = 2.0**14  # of a loss, whose gradients would sink below the numbers of float16
 
 
-def head_backward(
-    model: nn.Module, hidden: Any, batch: Batch, adapter: Adapter, micro: MicroBatch
-) -> list[Tensor]:
-    """Return the gradients of the samples' losses by the leaves of what the head takes.
+def differentiate(
+    walk: Walk, run: Run, start: int, scale: float, known: int, step: int
+) -> tuple[list[Tensor], int]:
+    """Return the gradients of the losses of a run's samples, by the leaves of what the head takes.
 
-    The head runs in micro-batches.
+    start: the number of its first sample. scale: what the losses are multiplied by. known: how
+    many samples the head takes at a time, 0 where the first sample has to tell; returned, too.
     """
-    leaves, spec = tree_flatten(hidden)
+    leaves, spec = tree_flatten(run.hidden)
     leaves = [leaf.detach() for leaf in leaves]
     gradients = [torch.zeros_like(leaf) for leaf in leaves]  # a head need not use them all
-
-    def differentiate(start: int, step: int) -> int:
-        part = slice(start, start + step)
-        parts = [leaf[part].requires_grad_() for leaf in leaves]
-        with saved(model) as storages:
-            losses = adapter.loss(model, tree_unflatten(parts, spec), take(batch, part))
-        finite(losses, start).sum().backward()
+    at = 0
+    while at < size(run.batch):
+        # The first sample says how many at a time: the logits of many are the largest tensor.
+        piece = slice(at, at + (min(known, step) if known else 1))
+        parts = [leaf[piece].requires_grad_() for leaf in leaves]
+        with saved(walk.model) as storages:
+            losses = walk.adapter.loss(
+                walk.model, tree_unflatten(parts, spec), take(run.batch, piece)
+            )
+        (finite(losses, start + at) * scale).sum().backward()
         for x, gradient in zip(parts, gradients, strict=True):
             if x.grad is not None:
-                gradient[part] = x.grad
-        return sum(storages.values())
+                gradient[piece] = x.grad
+        at = piece.stop
+        known = known or max(1, min(step, HEAD // max(1, sum(storages.values()))))
+    return gradients, known
 
-    def sweep(step: int) -> None:
-        # The first sample says how many at a time: the logits of many are the largest tensor.
-        step = max(1, min(step, HEAD // max(1, differentiate(0, 1))))
-        for start in range(1, size(batch), step):
-            differentiate(start, step)
 
-    # Of its own: a head that is short of memory says nothing about the blocks.
-    MicroBatch(micro.samples, micro.auto).run(sweep)
-    return gradients
+def loss_scale(model: nn.Module) -> float:
+    """Return what the losses of a model are multiplied by, which its sums are divided by again."""
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    return FP16_SCALE if half else 1.0
 
 
 @contextmanager
 def saved(model: nn.Module) -> Iterator[dict[int, int]]:
     """Give the bytes of every storage that a forward pass saves for backward, but for weights."""
-
-    def places() -> set[int]:
-        return {own.untyped_storage()._cdata for own in model.parameters()}
-
-    weights = None if offload_of(model) else places()  # those that come and go are asked anew
+    weights = None if offload_of(model) else _places(model)  # those that come and go are asked anew
     storages: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage._cdata not in (weights or places()):  # which fake tensors have, too
+        if storage._cdata not in (weights or _places(model)):  # which fake tensors have, too
             storages[storage._cdata] = storage.nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         yield storages
+
+
+def _places(model: nn.Module) -> set[int]:
+    return {own.untyped_storage()._cdata for own in model.parameters()}
 
 
 def finite(losses: Tensor, start: int) -> Tensor:

@@ -1,10 +1,11 @@
-"""The work folder of a run: the gradients, the finished blocks and the stream after the last one.
+"""The work folder of a run: the gradients of the dense model and the finished blocks.
 
     gradients/gradients.json, LINEAR.safetensors   sums of the dense model, for any run
     gradients/sweep.json, sweep-N.safetensors      while they are made: after how many blocks
     RUN/journal.json                               settings, finished blocks, their reports
     RUN/BLOCK.safetensors                          a pruned block
-    RUN/stream-N.safetensors                       what goes into block N
+
+A run that goes on gives the finished blocks their weights and takes the samples through them again.
 
 Every file is written beside its place, forced to the disk and renamed, the journal last: whenever a
 run is cut off, the journal and what it names are whole.
@@ -16,21 +17,21 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import Batch, GblmError, Statistics
-from gblm.machine.offload import here, read_tensors, write_beside, write_tensors
+from gblm.machine.files import read_json, read_tensors, write_json, write_tensors
 from gblm.machine.processes import rank, wait, world
 from gblm.report import LinearReport, Report
-from gblm.walk.call import Call
-from gblm.walk.survey import Block, size
+from gblm.walk.survey import Block, parameters, size
 
 Settings = dict[str, Any]
+WAY = "remove its folder"  # out, where a file is damaged
 
 
 class StoredGradients(Mapping[str, Statistics]):
@@ -43,7 +44,7 @@ class StoredGradients(Mapping[str, Statistics]):
     def __getitem__(self, name: str) -> Statistics:
         if name not in self.linears:
             raise KeyError(name)
-        found = read_tensors(_file(self.folder, name))
+        found = read_tensors(_file(self.folder, name), way=WAY)
         sums = {k: v.float() if v.dtype.itemsize < 4 else v for k, v in found.items()}
         return Statistics(sums, self.samples, self.positions)
 
@@ -80,18 +81,16 @@ class GradientFolder:
         """Say whether the sums of a block are here."""
         return block.name in self.finished
 
-    def inputs(self, block: Block) -> dict[int, Tensor]:
-        """Return the gradients by the inputs of the last finished block, nothing for others."""
-        if block.name != self.finished[-1]:
-            return {}
-        return {int(i): x for i, x in read_tensors(self._inputs(len(self.finished))).items()}
+    def on_the_way(self) -> dict[str, Tensor]:
+        """Return the gradients that the sweep had passed on when it left the last block."""
+        return read_tensors(self._inputs(len(self.finished)), way=WAY)
 
     def keep(
-        self, block: Block, sums: Mapping[str, Statistics], inputs: Mapping[int, Tensor]
+        self, block: Block, sums: Mapping[str, Statistics], on_the_way: dict[str, Tensor]
     ) -> None:
         """Write the sums of a block, in the dtype of the folder where one is set.
 
-        inputs: the gradients by what the block was called with, from which a sweep goes on.
+        on_the_way: the gradients passed on to the blocks before, from which a sweep goes on.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.finished or rank()):
@@ -108,7 +107,7 @@ class GradientFolder:
         self.finished.append(block.name)
         count = len(self.finished)
         if self.journal:
-            write_tensors(self._inputs(count), {str(i): x for i, x in inputs.items()})
+            write_tensors(self._inputs(count), on_the_way)
             wait()  # until all processes have written theirs
             if not rank():
                 own = {**self._found(), "settings": self._settings(), "finished": self.finished}
@@ -162,7 +161,7 @@ class GradientFolder:
 
 
 class Journal:
-    """The finished blocks of a run and the stream after the last of them, to go on from."""
+    """The finished blocks of a run, to go on from."""
 
     def __init__(self, folder: Path, settings: Settings, resume: bool) -> None:
         """Open a folder; raises `GblmError` where it holds another run, or one to be resumed."""
@@ -171,7 +170,6 @@ class Journal:
         self.finished: list[str] = []
         self.entries: list[dict[str, Any]] = []
         self.report: Report | None = None
-        self.last = ""  # block, after which there is no stream
         if not self.path.is_file():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +188,7 @@ class Journal:
 
         Raises `GblmError` where these are not the first blocks of the model.
         """
-        self.report, self.last = report, blocks[-1].name
+        self.report = report
         try:
             report.linears = [LinearReport(**entry) for entry in self.entries]
         except TypeError as error:
@@ -202,67 +200,40 @@ class Journal:
         """Say whether a block is finished."""
         return block.name in self.finished
 
-    def outputs(self, block: Block, call: Call) -> Any:
-        """Give a finished block its weights; return its outputs: all of them after the last one.
+    def restore(self, block: Block) -> None:
+        """Give a finished block its weights."""
+        parameters = dict(block.module.named_parameters())
+        stored = read_tensors(_file(self.folder, block.name), list(parameters), way=WAY)
+        for name, parameter in parameters.items():
+            parameter.detach().copy_(stored[name])
 
-        Those of the blocks before are empty of values, for nobody looks at them.
-        """
-        own = dict(block.module.named_parameters())
-        stored = read_tensors(_file(self.folder, block.name), list(own))
-        with torch.no_grad(), here(block.module):
-            for name, parameter in own.items():
-                parameter.copy_(stored[name])
-            leaves, spec = tree_flatten(call.run(call.arguments(slice(0, 1))))
-        values: dict[str, Tensor] = {}
-        if block.name == self.finished[-1] and block.name != self.last:
-            values = read_tensors(self._stream(len(self.finished)))
-        for i, leaf in enumerate(leaves):
-            if str(i) in values:
-                leaves[i] = values[str(i)].to(leaf.device)
-            elif isinstance(leaf, Tensor) and leaf.ndim:
-                shape = (len(leaf) * call.samples, *leaf.shape[1:])
-                leaves[i] = leaf.new_zeros(()).expand(shape)
-        return tree_unflatten(leaves, spec)
-
-    def finish(self, block: Block, outputs: Any) -> None:
-        """Write a block, its outputs, and last the journal that names them."""
+    def finish(self, block: Block) -> None:
+        """Write a block, and last the journal that names it."""
         assert self.report is not None
-        count = len(self.finished) + 1
-        own = {name: value.detach() for name, value in block.module.named_parameters()}
         if not rank():
+            own = {name: value.detach() for name, value in block.module.named_parameters()}
             write_tensors(_file(self.folder, block.name), own)
-        if outputs is not None:
-            leaves = enumerate(tree_flatten(outputs)[0])
-            stream = {str(i): x for i, x in leaves if isinstance(x, Tensor) and x.ndim}
-            write_tensors(self._stream(count), stream)
         self.finished.append(block.name)
-        found = {"settings": self.settings, "finished": self.finished}
-        found["linears"] = [asdict(entry) for entry in self.report.linears]
-        wait()  # until all streams are written
         if not rank():
+            linears = [asdict(entry) for entry in self.report.linears]
+            found = {"settings": self.settings, "finished": self.finished, "linears": linears}
             write_json(self.path, found)
         wait()
-        self._stream(count - 1).unlink(missing_ok=True)
-
-    def _stream(self, count: int) -> Path:
-        of = f"-of-process-{rank()}" if world() > 1 else ""
-        return self.folder / f"stream-{count}{of}.safetensors"
 
 
 def fingerprint(model: nn.Module, batch: Batch, blocks: list[Block]) -> Settings:
     """Return what tells a model and a calibration batch apart, as hashes.
 
-    The model: names, shapes and some values of all parameters, 64 of each, as they are now. The
-    batch: all of it, so that its source, seed, number and length of samples count.
+    The model: names, shapes and some values of all parameters and buffers, 64 of each, as they are
+    now. The batch: all of it, so that its source, seed, number and length of samples count.
     """
     weights, data = hashlib.sha256(), hashlib.sha256()
-    for block in blocks:
-        with here(block.module):
-            for name, value in block.module.named_parameters():
-                weights.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-                flat = value.detach().reshape(-1)
-                some = flat[:: max(1, len(flat) // 64)].to("cpu", torch.float64)
-                weights.update(some.numpy().tobytes())
+    own = parameters(model, [block.module for block in blocks])
+    for name, value in chain(own, model.named_buffers()):
+        weights.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        flat = value.detach().reshape(-1)
+        values = flat[:: max(1, len(flat) // 64)].to("cpu", torch.float64)
+        weights.update(values.numpy().tobytes())
     for name, samples in sorted(batch.items()):
         data.update(f"{name} {list(samples.shape)} {samples.dtype}".encode())
         flat = samples.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -283,23 +254,6 @@ def refuse_others(folder: Path, theirs: Settings, ours: Settings) -> None:
     if other:
         said = ", ".join(f"{n} ({theirs.get(n)}, here {ours.get(n)})" for n in other[:3])
         raise GblmError(f"{folder} is of a run with another {said}; give another folder")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file: beside first, then renamed."""
-    write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def read_json(path: Path, **kinds: type) -> dict[str, Any]:
-    """Return the object in a JSON file; raises `GblmError` where it lacks a value of each kind."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise GblmError(f"{path} cannot be read ({error}); remove its folder") from error
-    own = found if isinstance(found, dict) else {}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(own.get(name), kind)]:
-        raise GblmError(f"{path} is damaged: it lacks {', '.join(wrong)}; remove its folder")
-    return own
 
 
 def _file(folder: Path, name: str) -> Path:

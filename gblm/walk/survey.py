@@ -1,35 +1,48 @@
-"""What runs of one and two samples tell of a model: its blocks, linears, and the order of use."""
+"""What short runs tell of a model: its blocks, linears, and the order of use.
+
+A run of one sample shows the blocks in their order and the linears that each uses. A run of the
+same sample twice shows along which dimension tensors hold the samples. Runs of other samples show
+which linears see only some of the positions, as those of routed experts do.
+"""
 
 import fnmatch
 import importlib.metadata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch, GblmError, Kind
-from gblm.machine import processes
 from gblm.machine.device import MicroBatch
 from gblm.machine.offload import here
 
-# A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
-POSITIONS = {"cpu": 2048, "cuda": 32768}
+OTHERS = 16  # samples at most that are tried until every linear of a block has been used,
+FRUITLESS = 3  # and the fewest before one that brings nothing new is the last
+
+# Where a tensor holds its samples: the dimension, and how many entries of it each sample has.
+Carried = tuple[int, int] | None
 
 
 @dataclass
 class Linear:
-    """One prunable weight, seen as a matrix `[out, in]`."""
+    """One prunable weight, seen as a matrix `[out, in]`.
+
+    positions: input vectors of one sample, the most where samples differ. routed: whether it sees
+    only those positions that the model sends to it.
+    """
 
     name: str
     module: nn.Module
     kind: Kind
-    positions: int = 0  # input vectors of one sample
+    positions: int = 0
+    routed: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -57,15 +70,16 @@ class Block:
     """The repeated unit of a model.
 
     `groups` are its linears in the order of use, those that see the same input together; `dense`
-    names the linears that stay dense, and why. `leading` holds the first dimension of every tensor
-    the block is called with, None for other values.
+    names the linears that stay dense, and why. `arguments` and `outputs` say of every leaf of what
+    the block is called with, and of what it gives, where that holds the samples.
     """
 
     name: str
     module: nn.Module
     groups: list[list[Linear]] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
-    leading: list[int | None] = field(default_factory=list)
+    arguments: list[Carried] = field(default_factory=list)
+    outputs: list[Carried] = field(default_factory=list)
 
     @property
     def linears(self) -> list[Linear]:
@@ -91,9 +105,9 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
-def take(batch: Batch, chosen: slice) -> Batch:
-    """Return the chosen samples of a batch."""
-    return {name: value[chosen] for name, value in batch.items()}
+def take(batch: Batch, samples: slice) -> Batch:
+    """Return some samples of a batch."""
+    return {name: value[samples] for name, value in batch.items()}
 
 
 def size(batch: Batch) -> int:
@@ -101,12 +115,35 @@ def size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def placed(batch: Batch, model: nn.Module) -> Batch:
-    """Return the batch on the model's device; raises `GblmError` where it holds no sample."""
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def check_samples(batch: Batch) -> None:
+    """Raise `GblmError` where a batch holds no sample, or its tensors other numbers of them."""
     if not batch or not size(batch):
         raise GblmError("the calibration batch holds no sample; give one or more")
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}
+    if wrong := [name for name, value in batch.items() if len(value) != size(batch)]:
+        raise GblmError(
+            f"the calibration batch holds {size(batch)} samples, but {len(batch[wrong[0]])} of "
+            f"{wrong[0]}; every tensor has the samples first"
+        )
+
+
+def cut(batch: Batch, most: int, adapter: Adapter) -> list[Batch]:
+    """Return a batch as micro-batches of at most so many samples, without padding.
+
+    Samples of one shape stand together, in their order.
+    """
+    singles = adapter.unpad(batch)
+    if singles is None:
+        return [take(batch, slice(i, i + most)) for i in range(0, size(batch), most)]
+    alike: dict[tuple, list[Batch]] = defaultdict(list)
+    for single in singles:
+        alike[tuple(value.shape for value in single.values())].append(single)
+    parts = [same[i : i + most] for same in alike.values() for i in range(0, len(same), most)]
+    return [{name: torch.cat([one[name] for one in part]) for name in part[0]} for part in parts]
 
 
 @contextmanager
@@ -138,7 +175,7 @@ def hooked(hooks: Iterable[Any]) -> Iterator[None]:
 
 
 def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
-    """Return the blocks of the model in the order of use, as runs of one and two samples find them.
+    """Return the blocks of the model in the order of use, as short runs find them.
 
     Raises `GblmError` where the model has no blocks or no linears in them that can be pruned, uses
     a block more than once, or has a NaN or an Inf in a parameter.
@@ -148,41 +185,113 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
         raise GblmError(
             f"no blocks found in {type(model).__name__}; pass an Adapter that names them"
         )
-    linears = {module: _linears(name, module, adapter) for module, name in names.items()}
     _check_finite(model, names)
-    first = take(batch, slice(0, 1))
-    twice = {name: torch.cat([value, value]) for name, value in first.items()}
-    once = _visits(model, first, adapter, names, linears)
-    again = _visits(model, twice, adapter, names, linears)
-    # The parameter, not its memory: that of an offloaded block is elsewhere now.
-    owners = Counter(linear.parameter for found in linears.values() for linear in found)
-    blocks = []
-    for visit, other in zip(once, again, strict=True):
-        block = Block(names[visit.module], visit.module, leading=visit.leading)
-        grown = {use.linear.name: use.positions for use in other.uses}
-        uses = Counter(use.linear.name for use in visit.uses)
-        for linear in linears[visit.module]:
-            if not uses[linear.name]:
-                block.dense[linear.name] = "not used by its block"
-            elif uses[linear.name] > 1:
-                block.dense[linear.name] = "used more than once by its block"
-            elif owners[linear.parameter] > 1:
-                block.dense[linear.name] = "shares its weight with another linear"
-        groups: dict[int, list[Linear]] = {}
-        for use in visit.uses:
-            if use.linear.name in block.dense:
-                continue
-            if grown.get(use.linear.name) == use.positions:
-                block.dense[use.linear.name] = "sees no samples"
-                continue
-            use.linear.positions = use.positions
-            groups.setdefault(use.group, []).append(use.linear)
-        block.groups = list(groups.values())
+    blocks = {module: Block(name, module) for module, name in names.items()}
+    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[parameter].append(name)
+    linears = {module: _linears(block, adapter, owners) for module, block in blocks.items()}
+    runs = _runs(model, batch, adapter, blocks, linears)
+    once, twice, others = runs[0], runs[1], [runs[0], *runs[2:]]
+    ordered = [blocks[visit.module] for visit in once]
+    for i, block in enumerate(ordered):
+        block.arguments = _carried(once[i].arguments, twice[i].arguments)
+        block.outputs = _carried(once[i].outputs, twice[i].outputs)
+        visits = [visit for run in others for visit in run if visit.module is block.module]
+        _group(
+            block,
+            linears[block.module],
+            visits,
+            {use.linear.name: use.positions for use in twice[i].uses},
+        )
         block.dense.update(_experts(block))
-        blocks.append(block)
-    if not any(block.groups for block in blocks):
+    if not any(block.groups for block in ordered):
         raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
-    return blocks
+    return ordered
+
+
+def _runs(
+    model: nn.Module,
+    batch: Batch,
+    adapter: Adapter,
+    blocks: dict[nn.Module, Block],
+    linears: dict[nn.Module, list[Linear]],
+) -> list[list["_Visit"]]:
+    """Return the visits of runs of the longest sample, of it twice, and of others.
+
+    One other at least, and more while some linear has not been used and each brings news.
+    """
+    device = next(model.parameters()).device
+    singles = sorted(cut(batch, 1, adapter), key=lambda x: -sum(v.numel() for v in x.values()))
+    first, *others = [to_device(single, device) for single in singles[: OTHERS + 1]]
+    double = {name: torch.cat([value, value]) for name, value in first.items()}
+    runs = [_visits(model, samples, adapter, blocks, linears) for samples in (first, double)]
+    unused = {linear.name for within in linears.values() for linear in within}
+    unused -= _used(runs[0])
+    for i, other in enumerate(others):
+        runs.append(_visits(model, other, adapter, blocks, linears))
+        new = unused & _used(runs[-1])
+        unused -= new
+        if not unused or (i >= FRUITLESS and not new):
+            break
+    return runs
+
+
+def _used(run: list["_Visit"]) -> set[str]:
+    return {use.linear.name for visit in run for use in visit.uses}
+
+
+def _carried(one: list[torch.Size | None], two: list[torch.Size | None]) -> list[Carried]:
+    """Return where the leaves hold the samples: along the one dimension that has doubled."""
+    found: list[Carried] = []
+    for shape, double in zip(one, two, strict=False):
+        grown = [
+            (dim, shape[dim])
+            for dim in range(len(shape or ()))
+            if shape and double and len(shape) == len(double) and double[dim] == 2 * shape[dim]
+        ]
+        found.append(grown[0] if len(grown) == 1 else None)
+    return found
+
+
+def _group(
+    block: Block, linears: list[Linear], visits: list["_Visit"], doubled: dict[str, int]
+) -> None:
+    """Group the linears of a block by their inputs, in the order of use; name those left dense."""
+    single = {use.linear.name: use.positions for use in visits[0].uses}
+    for linear in linears:
+        counts = [Counter(use.linear.name for use in visit.uses)[linear.name] for visit in visits]
+        uses = [use for visit in visits for use in visit.uses if use.linear is linear]
+        linear.positions = max((use.positions for use in uses), default=0)
+        linear.routed = 0 in counts or _differ(visits, linear)
+        if not uses:
+            block.dense[linear.name] = "not used by its block"
+        elif max(counts) > 1:
+            block.dense[linear.name] = "used more than once by its block"
+        elif linear.name in doubled and doubled[linear.name] == single.get(linear.name):
+            block.dense[linear.name] = "sees no samples"
+    placed: dict[str, list[Linear]] = {}
+    for visit in visits:
+        last = -1
+        for group in visit.groups():
+            fresh = [x for x in group if x.name not in block.dense and x.name not in placed]
+            known = [placed[x.name] for x in group if x.name in placed]
+            if known:
+                last = block.groups.index(known[0])
+            if fresh:
+                last += 1
+                block.groups.insert(last, fresh)
+                placed |= dict.fromkeys((x.name for x in fresh), fresh)
+
+
+def _differ(visits: list["_Visit"], linear: Linear) -> bool:
+    """Whether samples of one shape show a linear different numbers of positions."""
+    by_shape: dict[tuple, set[int]] = defaultdict(set)
+    for visit in visits:
+        for use in visit.uses:
+            if use.linear is linear:
+                by_shape[tuple(visit.arguments)].add(use.positions)
+    return any(len(positions) > 1 for positions in by_shape.values())
 
 
 def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
@@ -219,49 +328,74 @@ class _Use:
 
 @dataclass
 class _Visit:
-    """One call of a block: the first dimensions of its arguments, the uses of its linears."""
+    """One call of a block: the shapes of its arguments and outputs, the uses of its linears."""
 
     module: nn.Module
-    leading: list[int | None]
+    arguments: list[torch.Size | None]
+    outputs: list[torch.Size | None] = field(default_factory=list)
     uses: list[_Use] = field(default_factory=list)
+
+    def groups(self) -> list[list[Linear]]:
+        """Return the linears by their inputs, in the order of use."""
+        groups: dict[int, list[Linear]] = defaultdict(list)
+        for use in self.uses:
+            groups[use.group].append(use.linear)
+        return list(groups.values())
+
+
+class _Watch:
+    """Notes what a run of the model does with its blocks and linears."""
+
+    def __init__(self, blocks: dict[nn.Module, Block]) -> None:
+        self.blocks = blocks
+        self.visits: list[_Visit] = []
+        self.inputs: list[Tensor] = []  # of every group of the block that runs now
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if any(visit.module is module for visit in self.visits):
+            name = self.blocks[module].name
+            raise GblmError(f"block {name} is used more than once; it cannot be pruned")
+        self.visits.append(_Visit(module, _shapes((args, kwargs))))
+        self.inputs.clear()
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.visits[-1].outputs = _shapes(output)
+
+    def use(self, linear: Linear, x: Tensor) -> None:
+        group = next((i for i, other in enumerate(self.inputs) if other is x), len(self.inputs))
+        if group == len(self.inputs):
+            self.inputs.append(x)
+        positions = linear.rows(x).shape[:-1].numel()
+        self.visits[-1].uses.append(_Use(linear, group, positions))
 
 
 def _visits(
     model: nn.Module,
     batch: Batch,
     adapter: Adapter,
-    names: dict[nn.Module, str],
+    blocks: dict[nn.Module, Block],
     linears: dict[nn.Module, list[Linear]],
 ) -> list[_Visit]:
     """Return what a run of the model does with its blocks and linears."""
-    visits: list[_Visit] = []
-    inputs: list[Tensor] = []  # of every group of the block that runs now
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if any(visit.module is module for visit in visits):
-            raise GblmError(f"block {names[module]} is used more than once; it cannot be pruned")
-        leaves, _ = tree_flatten((args, kwargs))
-        leading = [len(v) if isinstance(v, Tensor) and v.ndim else None for v in leaves]
-        visits.append(_Visit(module, leading))
-        inputs.clear()
-
-    def see(linear: Linear) -> Any:
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0]
-            group = next((i for i, other in enumerate(inputs) if other is x), len(inputs))
-            if group == len(inputs):
-                inputs.append(x)
-            positions = linear.rows(x).shape[:-1].numel()
-            visits[-1].uses.append(_Use(linear, group, positions))
-
-        return linear.module.register_forward_pre_hook(hook)
-
-    with quiet(model), torch.no_grad(), ExitStack() as stack:
-        hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
-        hooks += [see(linear) for found in linears.values() for linear in found]
-        stack.enter_context(hooked(hooks))
+    watch = _Watch(blocks)
+    hooks: list[Any] = []
+    for module in blocks:
+        hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(watch.leave))
+    for linear in (linear for within in linears.values() for linear in within):
+        hooks.append(
+            linear.module.register_forward_pre_hook(
+                lambda module, args, linear=linear: watch.use(linear, args[0])
+            )
+        )
+    with quiet(model), torch.no_grad(), hooked(hooks):
         MicroBatch(size(batch)).run(lambda samples: adapter.trunk(model, batch))
-    return visits
+    return watch.visits
+
+
+def _shapes(value: Any) -> list[torch.Size | None]:
+    leaves = tree_flatten(value)[0]
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def _experts(block: Block) -> dict[str, str]:
@@ -273,47 +407,62 @@ def _experts(block: Block) -> dict[str, str]:
     }
 
 
-def micro_batch(
-    blocks: list[Block], samples: int, fixed: int | None, device: torch.device | None = None
-) -> MicroBatch:
-    """Return the micro-batch the user fixed, None for one of about `POSITIONS` positions.
-
-    device: that of the blocks where None.
-    """
-    if fixed is not None:
-        if fixed < 1:
-            raise GblmError(f"micro-batches of {fixed} samples are none; use 1 or more, or auto")
-        return MicroBatch(fixed)
-    linears = [linear for block in blocks for linear in block.linears]
-    device = device or linears[0].weight.device
-    wanted = POSITIONS.get(device.type, POSITIONS["cuda"])
-    wanted //= max(linear.positions for linear in linears)
-    # Processes that begin anew by themselves would wait for each other in different places.
-    return MicroBatch(max(1, min(samples, wanted)), auto=processes.world() == 1)
-
-
 def valueless(tensor: Tensor) -> bool:
     """Say whether a tensor is a shape alone: on the meta device, or fake."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def _linears(name: str, block: nn.Module, adapter: Adapter) -> list[Linear]:
-    return [
-        Linear(f"{name}.{inner}" if inner else name, module, kind)
-        for inner, module in block.named_modules()
-        if (kind := adapter.kind(module))
-    ]
+def _linears(block: Block, adapter: Adapter, owners: dict[nn.Parameter, list[str]]) -> list[Linear]:
+    """Return the linears of a block that can be pruned; names the others as dense."""
+    linears = []
+    for inner, module in block.module.named_modules():
+        if kind := adapter.kind(module):
+            name = f"{block.name}.{inner}" if inner else block.name
+            linear = Linear(name, module, kind)
+            if why := _unfit(block, linear, owners):
+                block.dense[name] = why
+            else:
+                linears.append(linear)
+    return linears
+
+
+def _unfit(block: Block, linear: Linear, owners: dict[nn.Parameter, list[str]]) -> str:
+    """Return why a linear cannot be pruned, nothing where it can.
+
+    Raises `GblmError` where its kind copies the weight, so that nothing could be written to it.
+    """
+    module = linear.module
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is computed from other parameters"
+    weight = module.get_parameter("weight")
+    if type(weight.data) is not Tensor and not isinstance(weight.data, FakeTensor):
+        return f"its weight is a {type(weight.data).__name__}"
+    if not weight.is_floating_point() or weight.itemsize < 2:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    with here(block.module):
+        seen = linear.kind.weight(module)
+        if not valueless(seen) and seen.data_ptr() != weight.data_ptr():
+            raise GblmError(
+                f"{linear.name}: its Kind copies the weight, so that no mask could be written to "
+                "it; return a view"
+            )
+    others = [name for name in owners[weight] if name != f"{linear.name}.weight"]
+    return f"shares its weight with {others[0]}" if others else ""
+
+
+def parameters(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter of a model with its name, on the device meanwhile."""
+    within = {module for block in blocks for module in block.modules()} - set(blocks)
+    for name, module in model.named_modules():
+        if module not in within:
+            with here(module):  # all of a block at once, of another module what is its own
+                yield from module.named_parameters(name, recurse=module in blocks)
 
 
 def _check_finite(model: nn.Module, blocks: Collection[nn.Module]) -> None:
     """Raise `GblmError` where a parameter holds a NaN or an Inf, within the blocks or outside."""
-    within = {module for block in blocks for module in block.modules()} - set(blocks)
-    for name, module in model.named_modules():
-        if module in within:
-            continue
-        with here(module):  # all of a block at once, of another module what is its own
-            for own, value in module.named_parameters(name, recurse=module in blocks):
-                if not valueless(value) and not torch.isfinite(value).all():
-                    raise GblmError(
-                        f"{own} {list(value.shape)} holds a NaN or an Inf; load a sound checkpoint"
-                    )
+    for name, value in parameters(model, blocks):
+        if not valueless(value) and not torch.isfinite(value).all():
+            raise GblmError(
+                f"{name} {list(value.shape)} holds a NaN or an Inf; load a sound checkpoint"
+            )

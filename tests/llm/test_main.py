@@ -393,7 +393,8 @@ def test_a_report_is_a_page_of_the_run(folder: Path, text: Path, tmp_path: Path,
     assert len(found["examples"]) == 3
     assert all(example["given"] and example["dense"] for example in found["examples"])
     page = (report / "report.html").read_text()
-    assert "tiny, pruned by gblm" in page
+    assert "tiny, pruned to" in page
+    assert "sparsity with the method gblm" in page
     assert "<code>--output DIR</code>" in page  # it was not kept
     assert main(command(folder, text, *more)) == 2
     assert "is there already" in capsys.readouterr().err

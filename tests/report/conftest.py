@@ -64,5 +64,5 @@ def vision() -> Report:
         model="vit_tiny",
         evaluation={"val top1": accuracy, "val cross_entropy": {**accuracy, "metric": "nats"}},
         examples=[Example("goldfish", "goldfish", "tench", picture())],
-        examples_note="1 of 60 images is classified otherwise:",
+        examples_note="1 of 60 images changed class:",
     )

@@ -23,7 +23,7 @@ def runs(make_report, vision, tmp_path: Path) -> Path:
 def test_one_run_gets_its_page(runs: Path, tmp_path: Path, capsys):
     page = tmp_path / "one.html"
     assert main([str(runs / "a"), "--output", str(page)]) == 0
-    assert "tiny-llama, pruned by" in page.read_text()
+    assert "tiny-llama, pruned to" in page.read_text()
     assert str(page) in capsys.readouterr().out
 
 
@@ -40,7 +40,7 @@ def test_a_folder_of_runs_is_compared(runs: Path, tmp_path: Path):
 def test_a_run_named_twice_counts_once(runs: Path, tmp_path: Path):
     page = tmp_path / "one.html"
     assert main([str(runs / "a"), str(runs / "a"), "--output", str(page)]) == 0
-    assert "pruned by" in page.read_text()
+    assert "pruned to" in page.read_text()
 
 
 def damaged(runs: Path, **values: object) -> Path:

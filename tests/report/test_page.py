@@ -54,26 +54,26 @@ def said(page: str) -> Said:
 def test_a_run_is_told(make_report):
     text = said(run_page(make_report()))
     for words in (
-        "tiny-llama, pruned by gblm(alpha=100, norm=l1) to 50.0 % sparsity:",
-        "perplexity 48.6 → 49.3 (+1.4 %), hardly worse",
+        "tiny-llama, pruned to 50.0 % sparsity with the method gblm(alpha=100, norm=l1):",
+        "perplexity 48.6 → 49.3 (+1.4 %), almost unchanged",
         "Measured on notes.txt. Lower is better.",
         "12,288 weights are zero, 0.2 % of the model's 5.83 million",
-        "12 linears pruned, in 6 blocks",
-        "1 linear: excluded (layers.0.mlp.up_proj)",
+        "12 linear layers pruned, in 6 blocks",
+        "embeddings, head, norms, biases; 1 linear layer: excluded (layers.0.mlp.up_proj)",
         "16 windows of 256 from notes.txt",
-        "1.23 GB of memory at the peak",
+        "1.23 GB peak memory",
         "Once upon",
         "a time there lived",
         "python -m gblm.llm --model models/tiny-llama",
         "Seed 7",
-        "the same command with --output DIR writes it",
+        "Add --output DIR to the command",
     ):
         assert words in text
 
 
 def test_the_worst_linears_come_first(make_report):
     page = run_page(make_report())
-    table = page[page.index("The worst linears</h2>") :].split("</table>")[0]
+    table = page[page.index("Layers with the largest error</h2>") :].split("</table>")[0]
     errors = [float(x) for x in re.findall(r'%">([\d.]+)\u00a0%', table)]
     assert len(errors) == 10
     assert errors == sorted(errors, reverse=True)
@@ -84,15 +84,15 @@ def test_vision_shows_images_and_all_metrics(vision):
     page = Parsed(run_page(vision))
     assert page.tags.count("img") == 1
     text = said(run_page(vision))
-    assert "top-1 89.2 % → 82.6 % (−6.6 points), a little worse" in text
+    assert "top-1 89.2 % → 82.6 % (−6.6 points), slightly worse" in text
     assert "dense: goldfish ✓ pruned: tench" in text
-    assert "Did it hurt?" in text
+    assert "Quality before and after" in text
 
 
 def test_standard_errors_are_shown(make_report):
     value = {"metric": "acc", "dense": 0.62, "pruned": 0.6, "dense_stderr": 0.011}
     text = said(run_page(make_report(evaluation={"boolq acc": value})))
-    assert "accuracy 62.0 ± 1.1 % → 60.0 % (−2.0 points), within the error" in text
+    assert "accuracy 62.0 ± 1.1 % → 60.0 % (−2.0 points), no significant change" in text
 
 
 def test_a_result_says_how_it_is_loaded(make_report):
@@ -102,18 +102,18 @@ def test_a_result_says_how_it_is_loaded(make_report):
 
 def test_an_uneven_allocation_is_told(make_report):
     report = make_report(allocation="owl(m=5, lam=0.08)")
-    assert "the same share of every linear" in said(run_page(report))
+    assert "the same sparsity in every layer" in said(run_page(report))
     report.linears[0].sparsity, report.linears[3].sparsity = 0.3, 0.7
     text = said(run_page(report))
-    assert "from 30.0 % of layers.0.self_attn.q_proj to 70.0 % of layers.1.mlp.down_proj" in text
+    assert "from 30.0 % in layers.0.self_attn.q_proj to 70.0 % in layers.1.mlp.down_proj" in text
 
 
 def test_little_is_enough(make_report):
     empty = {"evaluation": {}, "masks": {}, "examples": [], "examples_note": ""}
     report = make_report(**empty, model="", seconds={}, parameters=0)
     report.blocks = []
-    assert "--evaluate names a data set" in said(run_page(report))
-    assert "--evaluate names a data set" in said(comparison_page({"a": report}))
+    assert "Add --evaluate with a data set" in said(run_page(report))
+    assert "Add --evaluate with a data set" in said(comparison_page({"a": report}))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0, 1e30])
@@ -183,7 +183,7 @@ def test_runs_are_compared(make_report):
     }
     page = comparison_page(runs, {"a": "a/report.html"})
     text = said(page)
-    assert "4 runs of tiny-llama: best comes out ahead, perplexity 48.6 → 50.0 (+2.9 %)" in text
+    assert "4 runs of tiny-llama: the method best leads, perplexity 48.6 → 50.0 (+2.9 %)" in text
     rows = re.findall(r"<tr(?: class=\"(\w+)\")?>\s*<th scope=\"row\">", page)
     assert rows == ["dense", "", "front", "front", ""]
     assert Parsed(page).links == ["a/report.html"]
@@ -195,13 +195,13 @@ def test_models_are_told_apart(make_report):
     runs = {name: make_report(model=name) for name in ("small", "large")}
     page = comparison_page(runs)
     assert page.count('<tr class="dense">') == 2
-    assert "comes out ahead" in page
+    assert "leads, " in page
     assert ">small, dense</text>" in page
 
 
 def test_what_was_measured_otherwise_is_not_ranked(make_report, vision):
     page = comparison_page({"a": make_report(), "b": vision})
-    assert "comes out ahead" not in page
+    assert "leads, " not in page
     assert ">dense</text>" in page
     assert "tiny-llama, dense" not in page  # one model in a plot needs no name there
 

@@ -1,0 +1,158 @@
+"""Solve: give every linear of a block a mask, and the weights that a solver finds for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gblm.base import GblmError, Pattern, Solver, Statistics, Step
+from gblm.machine import processes
+from gblm.machine.speed import Cost
+from gblm.maths import stats
+from gblm.report import LinearReport
+from gblm.walk.sight import Sight
+from gblm.walk.survey import Linear
+from gblm.walk.visit import Inputs, Visit
+
+# The cost of a linear [out, in] for a solver, beside its mask.
+SolverCost = Callable[[int, int], Cost]
+
+
+def by_score(outputs: int, inputs: int) -> Cost:
+    """Return the cost of a score and its mask."""
+    return Cost(0, 40 * outputs * inputs, 20)
+
+
+@dataclass(frozen=True)
+class Solve(Step):
+    """Prunes each linear by `solve(weight, statistics, pattern)`.
+
+    name: of the method, for errors. statistics: what it needs. focus: the part of a position's
+    weight in the statistics of inputs that its gradients decide. masks: how often it chooses a
+    mask. price: what it costs beside.
+    """
+
+    name: str
+    statistics: frozenset[str]
+    solve: Solver
+    focus: float = 0.0
+    masks: int = 1
+    price: SolverCost = by_score
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.statistics | ({"grad_position"} if self.focus else set())
+
+    def visit(self, visit: Visit) -> None:
+        visit.reports += visit.attempt(lambda: self.linears(visit))
+
+    def linears(self, visit: Visit) -> list[LinearReport]:
+        """Solve the linears of a block, and write their weights; return what became of them."""
+        reports = []
+        for groups in visit.inputs(self.needs, self.focus):
+            reports += self.groups(groups, visit.patterns, visit.gradients)
+        return reports
+
+    def groups(
+        self,
+        groups: list[Inputs],
+        patterns: Mapping[str, Pattern],
+        gradients: Mapping[str, Statistics],
+    ) -> list[LinearReport]:
+        """Solve the linears of some groups, then write the weights of all.
+
+        Each process solves some of them and sends what it found.
+        """
+        linears = [(linear, inputs) for inputs in groups for linear in inputs.group]
+        solved: dict[int, tuple[Tensor, LinearReport]] = {}
+        for i, (linear, inputs) in enumerate(linears):
+            if i % processes.world() == processes.rank():
+                gradient = gradients.get(linear.name)
+                solved[i] = self.linear(linear, inputs, patterns.get(linear.name), gradient)
+        reports: dict[int, LinearReport] = {}
+        for part in processes.gathered({i: report for i, (_, report) in solved.items()}):
+            reports |= part
+        for i, (linear, _) in enumerate(linears):
+            weight = solved[i][0] if i in solved else torch.empty_like(linear.weight)
+            linear.weight.copy_(processes.sent(weight, i % processes.world()))
+        return [reports[i] for i in range(len(linears))]
+
+    def linear(
+        self,
+        linear: Linear,
+        inputs: Inputs,
+        pattern: Pattern | None,
+        gradient: Statistics | None = None,
+    ) -> tuple[Tensor, LinearReport]:
+        """Return the new weight of a linear, in its own dtype, and what became of it.
+
+        Without a pattern the linear stays dense.
+        """
+        start = time.perf_counter()
+        if pattern is None:
+            return linear.weight, LinearReport(linear.name, list(linear.shape), 0.0, 0.0, 0.0)
+        dense = stats.wide(linear.weight)
+        statistics = together(inputs.statistics, gradient, dense.device)
+        where = f"{linear}, {self.name}, {pattern.name}"
+        try:
+            weight, keep = self.solve(dense, statistics, pattern)
+        except GblmError as error:
+            raise GblmError(f"{where}: {error}") from None
+        weight = weight.masked_fill(~keep, 0).to(linear.weight.dtype)
+        if not torch.isfinite(weight).all():
+            raise GblmError(f"{where}: the new weight holds a NaN or an Inf; use a wider dtype")
+        off = relative_error(dense, weight, inputs.examples)
+        sparsity = (weight == 0).float().mean().item()
+        seconds = time.perf_counter() - start
+        return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
+
+    def cost(self, sight: Sight) -> Cost:
+        """Forward passes for statistics and outputs, Gram matrices, masks, errors, solutions."""
+        n, beside = sight.samples, "cross_gram" in self.needs
+        grams = len({"input_gram", "cross_gram"} & self.needs)
+        total = Cost(n * 2 * sight.trunk)
+        statistics = []
+        for block in sight.blocks:
+            for group in block.groups:
+                inputs, rows = group[0].shape[1], n * group[0].positions
+                total += Cost(bytes=8 * rows * inputs)
+                total += Cost((1.1 * bool(grams) + 2 * beside) * inputs**2 * rows)
+            squares = [4 * group[0].shape[1] ** 2 * grams for group in block.groups] or [0]
+            statistics.append(max(squares) if beside else sum(squares))
+        solving = 0
+        for linear in sight.linears:
+            outputs, inputs = linear.shape
+            total += Cost(4 * outputs * inputs * min(n * linear.positions, 2048))
+            total += self.price(outputs, inputs)
+            total += Cost(seconds=self.masks * sight.keep * outputs * inputs)
+            solving = max(solving, 16 * (outputs * inputs + grams * inputs**2))
+        stream = n * sight.stream * 2
+        if beside:  # all of both streams wait before a group
+            stream = 2 * n * (2 * sight.stream + sight.widest)
+        work = max(solving, sight.micro * sight.kept // len(sight.blocks))
+        return total + Cost(memory=stream + max(statistics) + work)
+
+
+def together(inputs: Statistics, gradient: Statistics | None, device: torch.device) -> Statistics:
+    """Return the statistics of inputs with those of gradients, which may be elsewhere."""
+    if gradient is None:
+        return inputs
+    sums = {name: total.to(device) for name, total in gradient.sums.items()}
+    count = gradient.differentiated or gradient.samples
+    return Statistics({**inputs.sums, **sums}, inputs.samples, inputs.positions, count)
+
+
+def relative_error(dense: Tensor, weight: Tensor, examples: list[Tensor]) -> float:
+    """Return ‖(W − Ŵ)X‖ / ‖WX‖ on some inputs, 0 for none and for 0 / 0.
+
+    Weights are `[out, in]`, examples `[positions, in]` each.
+    """
+    if not examples:
+        return 0.0
+    x, weight = stats.wide(torch.cat(examples)), stats.wide(weight)
+    difference = torch.linalg.norm(x @ (dense - weight).T)
+    return (difference / torch.linalg.norm(x @ dense.T)).nan_to_num(0).item()
