@@ -49,8 +49,8 @@ class Value:
     """What a flag takes, and the converter by which cyclopts reads it.
 
     read: the value of a text, or `ValueError`. meaning, types: what it is in words, and in a TOML
-    file. offers: what a shell completes it by: "folder", "file", or words. several: whether it is
-    several texts with commas. closed: whether it is one of what is offered.
+    file. offers: "folder" or "file", by which a shell completes it, or words, of which it is one.
+    several: whether it is texts with commas between, of those words or others.
     """
 
     read: Callable[[str], Any] = _text
@@ -58,7 +58,10 @@ class Value:
     types: tuple[type, ...] = (str,)
     offers: str | Collection[str] = ()
     several: bool = False
-    closed: bool = False
+
+    @property
+    def words(self) -> Collection[str]:
+        return () if isinstance(self.offers, str) else self.offers
 
     def __call__(self, hint: Any, given: Sequence[Any]) -> Any:
         """Return the value of the last text given for a flag, or of all where it takes several."""
@@ -69,8 +72,8 @@ class Value:
             texts = given if source else [last]
             return tuple(dict.fromkeys(part for text in texts for part in listed(text.value)))
         try:
-            if self.closed:
-                return one_of(last.value, self.offers, name.replace("-", " "))
+            if self.words:
+                return one_of(last.value, self.words, name.replace("-", " "))
             return self.read(last.value)
         except ValueError:
             text = f"{name} {last.value[:40]!r} is not {self.meaning}; see --help"
@@ -81,7 +84,7 @@ class Value:
 
 def one(words: Collection[str]) -> Value:
     """Return what takes one of some words."""
-    return Value(offers=words, closed=True)
+    return Value(offers=words)
 
 
 def _count(text: str) -> int:
@@ -373,18 +376,17 @@ def _absolute(value: Value | None, text: str, names: Collection[str]) -> str:
 def completion(app: App, shell: str) -> str:
     """Return the script that completes the flags of a command, `gblm-llm` say, in a shell."""
     parser = argparse.ArgumentParser(app.name[0].split()[-1].replace(".", "-"))
+    places = {"folder": shtab.DIRECTORY, "file": shtab.FILE}
     for key, flag in flags(app).items():
-        value = _value_of(flag)
-        kind: dict[str, Any] = {} if value else {"action": "store_true"}
+        value, kind = _value_of(flag), dict[str, Any]()
+        if not value:
+            kind["action"] = "store_true"
+        elif value.words and not value.several:
+            kind["choices"] = value.words
         action = parser.add_argument(*flag.names, help=flag.parameter.help, **kind)
-        if value and value.closed:
-            action.choices = value.offers
-        elif value and value.offers:
-            places = {"folder": shtab.DIRECTORY, "file": shtab.FILE}
-            offers = value.offers
-            action.complete = (  # type: ignore[attr-defined]
-                places[offers] if isinstance(offers, str) else _words(key, offers)
-            )
+        if value and value.offers and not kind:
+            complete = _words(key, value.words) if value.words else places[str(value.offers)]
+            action.complete = complete  # type: ignore[attr-defined]
     return shtab.complete(parser, shell)
 
 

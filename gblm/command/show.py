@@ -38,24 +38,8 @@ def methods() -> list[tuple[str, str]]:
         options = inspect.signature(METHODS[name]).parameters.values()
         named = ":".join(f"{option.name}={option.default}" for option in options)
         lines.append((name, f"{text} [:{named}]" if named else text))
-    return lines + [
-        (f"METHOD+{name}", f"the mask of any of these, mended by {name}") for name in SOLVERS
-    ]
-
-
-def allocations() -> list[tuple[str, str]]:
-    """Return the name of every allocation, and what it does."""
-    return _first_sentences(ALLOCATIONS)
-
-
-def pattern_forms() -> list[tuple[str, str]]:
-    """Return the forms that a pattern has, and what each means."""
-    return [
-        ("0.5", "half of the weights go, compared where --group says"),
-        ("0.5/row", "half of the weights of every output"),
-        ("0.5/layer", "half of the weights of every linear"),
-        ("2:4", "two of every four neighbouring weights stay; any n:m"),
-    ]
+    mended = "the mask of any of these, mended by"
+    return lines + [(f"METHOD+{name}", f"{mended} {name}") for name in SOLVERS]
 
 
 def _first_sentences(factories: Mapping[str, Callable[..., Any]]) -> list[tuple[str, str]]:
@@ -63,7 +47,17 @@ def _first_sentences(factories: Mapping[str, Callable[..., Any]]) -> list[tuple[
     return [(name, " ".join(text.partition("\n\n")[0].split())) for name, text in docs.items()]
 
 
-LISTS = {"methods": methods, "patterns": pattern_forms, "allocations": allocations}
+PATTERNS = [
+    ("0.5", "half of the weights go, compared where --group says"),
+    ("0.5/row", "half of the weights of every output"),
+    ("0.5/layer", "half of the weights of every linear"),
+    ("2:4", "two of every four neighbouring weights stay; any n:m"),
+]
+LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "methods": methods,
+    "patterns": lambda: PATTERNS,
+    "allocations": lambda: _first_sentences(ALLOCATIONS),
+}
 
 
 def listing(what: str) -> None:
