@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gblm.machine import attention
-from gblm.machine.attention import PlainAttention
+from gblm.machine.attention import HalfProducts
 
 
 def drawn(
@@ -42,7 +42,7 @@ def test_it_is_the_attention_of_torch(heads, length, others, causal, scale, scor
     inputs = drawn(*heads, length, others)
     options = {"is_causal": causal, "scale": scale, "enable_gqa": heads[1] > 1}
     wanted = results([x.double().detach().requires_grad_() for x in inputs], **options)
-    with pytest.MonkeyPatch.context() as patch, PlainAttention():
+    with pytest.MonkeyPatch.context() as patch, HalfProducts():
         patch.setattr(attention, "SCORES", scores)
         found = results(inputs, **options)
     for own, other in zip(found, (x.detach() for x in wanted), strict=True):

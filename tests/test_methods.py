@@ -9,13 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gblm import methods
-from gblm.base import GblmError, Method, Statistics
-from gblm.maths import patterns, scores, stats
+from gblm.base import DENSE_OUTPUTS, GblmError, Method, Statistics
+from gblm.maths import patterns, stats
 
 REPAIR = {"sparsegpt", "admm", "best"}  # these change the weights that stay
 PATTERNS = ["0.5", "0.29", "0.5/layer", "2:4", "1:4", "4:8"]
 OUT, IN = 7, 16
 few = settings(deadline=None, max_examples=5)
+
+
+def solver_needs(method: Method) -> frozenset[str]:
+    """Return the statistics that the solver of a method reads, those of its own block too."""
+    regional = (getattr(step, "regional", frozenset()) for step in method.steps)
+    return method.needs.union(*regional) - {DENSE_OUTPUTS}
 
 
 def draw(
@@ -27,11 +33,11 @@ def draw(
     x = torch.randn(9, 4, IN, generator=made, dtype=torch.float64).to(dtype)
     x = x + x.roll(1, dims=-1)  # correlated
     dy = torch.randn(9, 4, OUT, generator=made, dtype=torch.float64).to(dtype)
-    inputs = stats.zeros(method.needs & set(stats.INPUT), weight)
-    gradients = stats.zeros(method.needs & set(stats.GRADIENT), weight, positions=4)
+    inputs = stats.zeros(solver_needs(method) & set(stats.INPUT), weight)
+    gradients = stats.zeros(solver_needs(method) & set(stats.GRADIENT), weight, positions=4)
     stats.add_inputs(inputs, x.flatten(0, 1), len(x))
     stats.add_gradients(gradients, x, dy)
-    return weight, Statistics({**inputs.sums, **gradients.sums}, len(x), 4 * len(x))
+    return weight, Statistics({**inputs.sums, **gradients.sums}, len(x), 4 * len(x), len(x))
 
 
 def check_solved(name: str, pattern: str, weight: Tensor, new: Tensor, keep: Tensor) -> None:
@@ -116,6 +122,7 @@ def test_permuting_rows_permutes_the_result(name, pattern, seed, data):
         {k: v[order] if v.shape == weight.shape else v for k, v in statistics.sums.items()},
         statistics.samples,
         statistics.positions,
+        statistics.differentiated,
     )
     new, keep = method.solve(weight, statistics, allowed)
     new_permuted, keep_permuted = method.solve(weight[order], permuted, allowed)
@@ -127,7 +134,7 @@ def test_permuting_rows_permutes_the_result(name, pattern, seed, data):
 def test_a_method_says_what_it_is_and_needs(name):
     method = methods.make(name)
     assert method.name.startswith(name)
-    assert method.needs <= {*stats.INPUT, *stats.GRADIENT}
+    assert solver_needs(method) <= {*stats.INPUT, *stats.GRADIENT}
     assert method.group in patterns.GROUPS
 
 
@@ -137,7 +144,7 @@ def test_make_hands_on_the_options_a_method_takes():
 
 
 def test_a_score_of_ones_own_is_a_method():
-    method = scores.masked("smallest", {"input_sq"}, lambda weight, found: -weight.abs())
+    method = methods.masked("smallest", {"input_sq"}, lambda weight, found: -weight.abs())
     weight, statistics = draw(method)
     new, keep = method.solve(weight, statistics, patterns.parse("0.5"))
     check_solved("smallest", "0.5", weight, new, keep)

@@ -1,7 +1,7 @@
 """The dense stream beside the pruned one, and the refinement towards it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -9,12 +9,11 @@ from torch import nn
 
 import gblm
 from gblm import methods
-from gblm.base import GblmError
-from gblm.machine.device import MicroBatch
+from gblm.base import GblmError, Method, Solver
 from gblm.maths import stats
-from gblm.walk import stream
-from gblm.walk.refine import refine
-from gblm.walk.survey import find_adapter, survey
+from gblm.methods.refine import Refine
+from gblm.walk.visit import Inputs, Visit, forward
+from gblm.walk.walk import Walk
 
 
 def inputs_of(model: nn.Module, batch: dict, names: list[str]) -> dict[str, torch.Tensor]:
@@ -33,11 +32,19 @@ def inputs_of(model: nn.Module, batch: dict, names: list[str]) -> dict[str, torc
     return found
 
 
-def halve(block, found, call):
-    """Visit a group: halve its weights, which the groups after it must see."""
-    for inputs in found:
-        for linear in inputs.group:
-            linear.weight.mul_(0.5)
+def groups_of(visit: Visit, needs: set[str]) -> Iterator[Inputs]:
+    """Yield what the groups of a block see, as the last step of a method has it."""
+    visit.last = True
+    for groups in visit.inputs(frozenset(needs)):
+        yield from groups
+
+
+def solved_by(method: Method, solve: Solver) -> tuple[Solver, Method]:
+    """Return the solver of a method, and the method with another in its place."""
+    steps = tuple(
+        replace(step, solve=solve) if hasattr(step, "solve") else step for step in method.steps
+    )
+    return method.solve, replace(method, steps=steps)
 
 
 @pytest.mark.parametrize("step", [1, 3, 7])
@@ -45,15 +52,16 @@ def test_each_group_sees_what_those_before_it_have_made(make_llama, batch, step)
     model, dense, done = (make_llama(torch.float64) for _ in range(3))
     seen: dict[str, stats.Statistics] = {}
 
-    def visit(block, found, call):
-        seen.update({inputs.group[0].name: inputs.statistics for inputs in found})
-        halve(block, found, call)
+    def halve(visit: Visit) -> None:
+        """Halve the weights of each group, which the groups after it must see."""
+        for inputs in groups_of(visit, {"input_gram", "cross_gram"}):
+            seen[inputs.group[0].name] = inputs.statistics
+            for linear in inputs.group:
+                linear.weight.mul_(0.5)
 
-    blocks = survey(model, batch, find_adapter(model))
-    needs = frozenset({"input_gram", "cross_gram"})
-    micro = MicroBatch(step)
-    stream.forward(model, batch, find_adapter(model), blocks, needs, visit, micro, beside=True)
-    groups = [[linear.name for linear in group] for block in blocks for group in block.groups]
+    walk = Walk.of(model, batch, micro_batch=step)
+    forward(walk, halve, beside=True)
+    groups = [[linear.name for linear in group] for block in walk.blocks for group in block.groups]
     assert len(groups) == 4 * 3  # query, key, value; output; gate, up; down
     theirs = inputs_of(dense, batch, [group[0] for group in groups])
     for group in groups:
@@ -71,20 +79,19 @@ def test_halved_streams_leave_sums_and_solves_exact(llama, batch, monkeypatch):
     made: list[torch.dtype] = []
     sums: list[torch.Tensor] = []
 
-    def visit(block, found, call):
-        assert not torch.is_autocast_enabled("cpu")
-        sums.extend(inputs.statistics["input_gram"] for inputs in found)
+    def work(visit: Visit) -> None:
+        for inputs in groups_of(visit, {"input_gram"}):
+            assert not torch.is_autocast_enabled("cpu")
+            sums.append(inputs.statistics["input_gram"])
 
-    blocks = survey(llama, batch, find_adapter(llama))
-    linear = blocks[0].linears[0].module
+    walk = Walk.of(llama, batch, micro_batch=3)
+    linear = walk.blocks[0].linears[0].module
     hook = linear.register_forward_hook(lambda module, args, output: made.append(output.dtype))
-    needs = frozenset({"input_gram"})
-    forward = partial(stream.forward, llama, batch, find_adapter(llama), blocks, needs, visit)
-    forward(MicroBatch(3), beside=True)
+    forward(walk, work, beside=True)
     assert set(made) == {torch.bfloat16}
     assert not torch.is_autocast_enabled("cpu")
     halved, sums = sums, []
-    forward(MicroBatch(3))
+    forward(walk, work)
     hook.remove()
     # What the first group sees comes from the embedding alone, and no product has rounded it.
     torch.testing.assert_close(halved[0], sums[0], rtol=1e-6, atol=1e-6)
@@ -106,10 +113,11 @@ def test_a_block_that_fails_in_the_middle_is_as_it_was(llama, batch, made, fails
         calls.append(1)
         if len(calls) > fails_at:
             raise GblmError("planted")
-        return made.solve(weight, statistics, pattern)
+        return solver(weight, statistics, pattern)
 
+    solver, planted = solved_by(made, solve)
     with pytest.raises(GblmError, match="planted"):
-        gblm.prune(llama, batch, replace(made, solve=solve), "0.5")
+        gblm.prune(llama, batch, planted, "0.5")
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
     assert not any(module._forward_pre_hooks for module in llama.modules())
     assert all(own.requires_grad and own.grad is None for own in llama.parameters())
@@ -133,7 +141,7 @@ def test_refinement_brings_the_model_nearer_and_keeps_the_mask(
     batch, dense = make_batch(64), make_llama()
     models = [make_llama() for _ in range(2)]
     for model, passes in zip(models, (0, 40), strict=True):
-        made = replace(methods.make(method), refine=passes)
+        made = methods.refined(methods.make(method), passes)
         report = gblm.prune(model, batch, made, pattern)
         assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     plain, refined = models
@@ -146,27 +154,11 @@ def test_refinement_brings_the_model_nearer_and_keeps_the_mask(
     assert not any(parameter.grad is not None for parameter in refined.parameters())
 
 
-def test_a_refinement_that_does_not_help_is_taken_back(llama, batch):
-    blocks = survey(llama, batch, find_adapter(llama))
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_refinement_that_does_not_help_is_taken_back(llama, batch, beside):
     before = {name: value.clone() for name, value in llama.state_dict().items()}
-
-    def again(block, call, target, step):  # the dense block already is where it should go
-        refine(block, call, target, step, passes=3)
-
-    def visit(block, found, call):
-        pass
-
-    stream.forward(
-        llama,
-        batch,
-        find_adapter(llama),
-        blocks,
-        frozenset({"input_sq"}),
-        visit,
-        MicroBatch(7),
-        beside=True,
-        refine=again,
-    )
+    # The dense block already is where it should go.
+    forward(Walk.of(llama, batch), Refine(passes=3).visit, beside=beside)
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
 
 

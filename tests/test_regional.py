@@ -9,22 +9,22 @@ from torch import nn
 import gblm
 from gblm import methods
 from gblm.base import GblmError
-from gblm.machine.device import MicroBatch
-from gblm.walk import stream
-from gblm.walk.regional import regional_sums
-from gblm.walk.survey import find_adapter, survey
+from gblm.maths.patterns import parse
+from gblm.methods.regional import regional_sums
+from gblm.walk.prune import Pruning
+from gblm.walk.visit import Visit, forward
+from gblm.walk.walk import Walk
 
 
 def test_regional_gradients_are_those_of_the_blocks_own_norm(llama64, batch):
-    blocks = survey(llama64, batch, find_adapter(llama64))
     found = {}
 
-    def visit(block, inputs, call):
-        found.update(regional_sums(block, call, {"grad_sq"}, MicroBatch(3)))
+    def work(visit: Visit) -> None:
+        found.update(regional_sums(visit.block, visit.calls, {"grad_sq"}, 2))
 
-    needs = frozenset({"input_sq"})
-    stream.forward(llama64, batch, find_adapter(llama64), blocks, needs, visit, MicroBatch(3))
-    first, linear = blocks[0], blocks[0].linears[0]
+    walk = Walk.of(llama64, batch, micro_batch=3)
+    forward(walk, work)
+    first, linear = walk.blocks[0], walk.blocks[0].linears[0]
     weight = linear.module.weight
     total = torch.zeros_like(weight)
     for sample in batch["input_ids"]:
@@ -37,6 +37,7 @@ def test_regional_gradients_are_those_of_the_blocks_own_norm(llama64, batch):
         (gradient,) = torch.autograd.grad(output.norm(), weight)
         total += gradient.square()
     torch.testing.assert_close(found[linear.name]["grad_sq"], total)
+    assert {sums.differentiated for sums in found.values()} == {len(batch["input_ids"])}
 
 
 def block_calls(model: nn.Module, batch: dict) -> list:
@@ -98,9 +99,9 @@ def plainly_optimised(model: nn.Module, batch: dict, rounds: int, rate: float) -
 
 def test_regional_optimisation_is_the_published_algorithm(make_llama, batch):
     model, plain = make_llama(torch.float64), make_llama(torch.float64)
-    blocks = survey(model, batch, find_adapter(model))[:1]
-    method = methods.wanda_plus(rounds=3, rate=1e-3)
-    gblm.prune(model, batch, method, "0.5", blocks=blocks)
+    walk = Walk.of(model, batch, micro_batch=2)
+    walk.blocks = walk.blocks[:1]
+    Pruning(walk, methods.wanda_plus(rounds=3, rate=1e-3), parse("0.5")).run()
     plainly_optimised(plain, batch, rounds=3, rate=1e-3)
     changed = 0
     for name, value in plain.model.layers[0].state_dict().items():

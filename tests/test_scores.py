@@ -32,7 +32,7 @@ def statistics_of(weight: Tensor, x: Tensor, dy: Tensor) -> Statistics:
     inputs, gradients = stats.zeros(stats.INPUT, weight), stats.zeros(stats.GRADIENT, weight)
     stats.add_inputs(inputs, x.flatten(0, 1), len(x))
     stats.add_gradients(gradients, x, dy)
-    return Statistics({**inputs.sums, **gradients.sums}, len(x), inputs.positions)
+    return Statistics({**inputs.sums, **gradients.sums}, len(x), inputs.positions, len(x))
 
 
 def keep(method: methods.Method, weight: Tensor, statistics: Statistics, pattern: str) -> Tensor:
@@ -235,7 +235,8 @@ def test_a_score_is_0_or_more_and_knows_no_order_of_rows_and_columns(name, seed,
         for key, value in found.sums.items()
     }
     permuted = FORMULAS[name](
-        weight[rows][:, columns], Statistics(sums, found.samples, found.positions)
+        weight[rows][:, columns],
+        Statistics(sums, found.samples, found.positions, found.differentiated),
     )
     torch.testing.assert_close(permuted, score[rows][:, columns])
 
@@ -278,7 +279,7 @@ def test_an_alpha_of_auto_takes_means_where_medians_are_0():
 
 def test_a_lifted_score_drops_to_exactly_0_and_compares_rows_unless_said():
     weight, found = draw(1)
-    method = scores.masked("own", {"input_sq"}, scores.wanda)
+    method = methods.masked("own", {"input_sq"}, scores.wanda)
     assert (method.name, method.needs, method.group) == ("own", {"input_sq"}, "row")
     new, keep = method.solve(weight, found, patterns.parse("0.5"))
     assert torch.equal(new, torch.where(keep, weight, 0))

@@ -37,8 +37,12 @@ def check_additive(name: str, of, x: Tensor, dy: Tensor, cut: int) -> None:
     whole = of(name, x, dy)
     parts = of(name, x[:cut], dy[:cut]) + of(name, x[cut:], dy[cut:])
     torch.testing.assert_close(parts[name], whole[name], rtol=1e-12, atol=1e-12)
-    assert (parts.samples, parts.positions) == (whole.samples, whole.positions)
-    assert (whole.samples, whole.positions) == (len(x), len(x) * POSITIONS)
+    assert counts(parts) == counts(whole)
+    assert counts(whole) == (len(x), len(x) * POSITIONS, len(x) * (name in stats.GRADIENT))
+
+
+def counts(statistics: Statistics) -> tuple[int, int, int]:
+    return statistics.samples, statistics.positions, statistics.differentiated
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -62,7 +66,7 @@ def test_the_checker_sees_a_mean(name):
 def test_no_samples_are_zero(name):
     found = stats.zeros([name], torch.empty(OUT, IN))
     assert not found[name].any()
-    assert (found.samples, found.positions) == (0, 0)
+    assert counts(found) == (0, 0, 0)
 
 
 FORMULAS = {
@@ -188,13 +192,17 @@ def test_samples_and_gradients_come_in_pairs():
         stats.add_gradients(stats.zeros(["grad_sq"], torch.empty(OUT, IN)), x, dy[:2])
 
 
-def test_another_number_of_positions_has_none_to_tell_apart():
+def test_a_sample_with_fewer_positions_adds_to_the_first_and_one_with_more_to_none():
     x, dy = draw(0, 3)
     found = stats.zeros(["grad_position"], torch.empty(OUT, IN, dtype=x.dtype), POSITIONS + 1)
     stats.add_gradients(found, x, dy)
-    assert not found["grad_position"].any()
-    one = stats.zeros(["grad_position"], torch.empty(OUT, IN, dtype=x.dtype))
-    assert one["grad_position"].shape == (0,)
+    torch.testing.assert_close(found["grad_position"][:POSITIONS], dy.square().sum(dim=(0, 2)))
+    assert found["grad_position"][POSITIONS] == 0
+    fewer = stats.zeros(["grad_position"], torch.empty(OUT, IN, dtype=x.dtype), POSITIONS - 1)
+    stats.add_gradients(fewer, x, dy)
+    assert not fewer["grad_position"].any()
+    none = stats.zeros(["grad_position"], torch.empty(OUT, IN, dtype=x.dtype))
+    assert none["grad_position"].shape == (0,)
 
 
 def test_weights_of_positions_count_for_the_dense_inputs_too_and_for_no_gradient():
@@ -213,8 +221,21 @@ def test_weights_of_positions_count_for_the_dense_inputs_too_and_for_no_gradient
     torch.testing.assert_close(alone["cross_gram"], torch.einsum("spi,spj,p->ij", x, x, weights))
 
 
-def test_weights_of_another_number_of_positions_are_left_aside():
+def test_fewer_positions_take_the_first_weights_and_more_take_none():
     x, _ = draw(0, 3)
+    for number in (POSITIONS - 1, POSITIONS, POSITIONS + 1):
+        weights = torch.arange(1, number + 1, dtype=x.dtype)
+        found = stats.zeros(["input_sq"], torch.empty(OUT, IN, dtype=x.dtype))
+        stats.add_inputs(found, x.flatten(0, 1), 3, weights=weights)
+        taken = weights[:POSITIONS] if number >= POSITIONS else torch.ones(POSITIONS).to(x)
+        expected = torch.einsum("spi,spi,p->i", x, x, taken)
+        torch.testing.assert_close(found["input_sq"], expected)
+
+
+def test_positions_that_no_sample_has_in_full_have_no_weights():
+    """As those of an expert, which sees the positions it is sent."""
+    x, _ = draw(0, 3)
+    some = x.flatten(0, 1)[:7]
     found = stats.zeros(["input_sq"], torch.empty(OUT, IN, dtype=x.dtype))
-    stats.add_inputs(found, x.flatten(0, 1), 3, weights=torch.ones(POSITIONS + 1) * 7)
-    torch.testing.assert_close(found["input_sq"], x.square().sum(dim=(0, 1)))
+    stats.add_inputs(found, some, 3, weights=torch.full((POSITIONS,), 7.0))
+    torch.testing.assert_close(found["input_sq"], some.square().sum(dim=0))

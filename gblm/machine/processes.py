@@ -91,10 +91,14 @@ def add_statistics(found: list[Statistics]) -> None:
         return
     tensors = [tensor for statistics in found for tensor in statistics.sums.values()]
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    counts = [torch.tensor([s.samples, s.positions], device=device) for s in found]
+    counts = [torch.tensor(_counts(statistics), device=device) for statistics in found]
     add_up(tensors + counts)
     for statistics, count in zip(found, counts, strict=True):
-        statistics.samples, statistics.positions = count.tolist()
+        statistics.samples, statistics.positions, statistics.differentiated = count.tolist()
+
+
+def _counts(statistics: Statistics) -> list[int]:
+    return [statistics.samples, statistics.positions, statistics.differentiated]
 
 
 def sent(value: Tensor, source: int) -> Tensor:

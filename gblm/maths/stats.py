@@ -125,7 +125,7 @@ def add_inputs(
     with fewer positions takes the first of them.
     """
     streams = [x] if dense is None else [x, dense]
-    positions = len(x) // samples
+    positions = len(x) // max(1, samples)
     if weights is not None and positions * samples == len(x) and positions <= len(weights):
         streams = [wide(value) for value in streams]
         root = weights[:positions].to(streams[0]).sqrt().repeat(samples)[:, None]

@@ -25,6 +25,8 @@ POSITIONS = 512  # about so many in a step
 JUDGED = 4  # steps whose samples tell whether it was worth it
 ENERGY = 64  # entries of the goal whose size is measured at a time
 
+Part = tuple[int, slice]  # the number of a call, and some of its samples
+
 
 @dataclass(frozen=True)
 class Refine(Step):
@@ -182,8 +184,8 @@ class _Learning:
 class Fit:
     """How far a block is from its goals: for each call, the output `which` of the dense block.
 
-    pieces: the samples of a step each, as (number of a call, slice of its samples). step: samples
-    in memory at a time. weights: how much each position counts, `[positions]`; None for alike.
+    pieces: the samples of a step each, in parts. step: samples in memory at a time. weights: how
+    much each position counts, `[positions]`; None for alike.
     """
 
     def __init__(self, visit: Visit, which: int, weights: Tensor | None, step: int) -> None:
@@ -191,34 +193,50 @@ class Fit:
         self.goals = [tree_flatten(output)[0][which] for output in visit.dense_outputs()]
         positions = max(linear.positions for linear in visit.block.linears)
         each = max(1, POSITIONS // processes.world() // positions)
-        self.pieces = [
-            (i, piece) for i, call in enumerate(self.calls) for piece in call.pieces(each)
-        ]
+        self.pieces = _together(self.calls, each)
         rows = sum(len(goal) for goal in self.goals)
         energy = sum(_error(x, weights).item() * len(x) for x in _chunks(self.goals))
         self.scale = _mean(energy / rows) or 1.0
 
-    def losses(self, number: int, piece: slice) -> Iterator[Tensor]:
+    def losses(self, piece: list[Part]) -> Iterator[Tensor]:
         """Yield the loss of a piece in parts that memory has room for; they add up to it."""
-        call, goal = self.calls[number], self.goals[number]
-        at = place(call.block.outputs, self.which, goal, call.samples)
-        for start in range(piece.start, piece.stop, self.step):
-            samples = slice(start, min(start + self.step, piece.stop))
-            wanted = call.placement.wake(part(goal, at, samples, call.samples))
-            output = tree_flatten(call.run(call.arguments(samples), half=True))[0][self.which]
-            share = (samples.stop - samples.start) / (piece.stop - piece.start)
-            yield share * _error(output - wanted, self.weights) / self.scale
+        count = sum(samples.stop - samples.start for _, samples in piece)
+        for number, of_call in piece:
+            call, goal = self.calls[number], self.goals[number]
+            at = place(call.block.outputs, self.which, goal, call.samples)
+            for start in range(of_call.start, of_call.stop, self.step):
+                samples = slice(start, min(start + self.step, of_call.stop))
+                wanted = call.placement.wake(part(goal, at, samples, call.samples))
+                output = tree_flatten(call.run(call.arguments(samples), half=True))[0][self.which]
+                share = (samples.stop - samples.start) / count
+                yield share * _error(output - wanted, self.weights) / self.scale
 
-    def differentiate(self, piece: tuple[int, slice]) -> None:
+    def differentiate(self, piece: list[Part]) -> None:
         """Add the gradients of a piece's loss to those of the parameters."""
         with torch.enable_grad():
-            for loss in self.losses(*piece):
+            for loss in self.losses(piece):
                 loss.backward()
 
-    def judge(self, pieces: list[tuple[int, slice]]) -> float:
+    def judge(self, pieces: list[list[Part]]) -> float:
         """Return the mean loss of some pieces, the same in all processes."""
         with torch.no_grad():
-            return _mean(sum(loss.item() for piece in pieces for loss in self.losses(*piece)))
+            return _mean(sum(loss.item() for piece in pieces for loss in self.losses(piece)))
+
+
+def _together(calls: list[Call], each: int) -> list[list[Part]]:
+    """Return all samples, so many together: micro-batches decide on no step."""
+    pieces: list[list[Part]] = []
+    room = 0
+    for number, call in enumerate(calls):
+        start = 0
+        while start < call.samples:
+            if not room:
+                pieces.append([])
+                room = each
+            stop = min(start + room, call.samples)
+            pieces[-1].append((number, slice(start, stop)))
+            room, start = room - (stop - start), stop
+    return pieces
 
 
 def _chunks(goals: list[Tensor]) -> Iterator[Tensor]:

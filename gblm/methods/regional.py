@@ -60,7 +60,7 @@ class Regional(Solve):
         linears = [(linear, inputs.examples) for inputs in groups for linear in inputs.group]
         now = [linear.weight.clone() for linear, _ in linears]
         with visit.before.back():
-            dense = [stats.wide(linear.weight) for linear, _ in linears]
+            dense = [stats.wide(linear.weight).clone() for linear, _ in linears]
         for i, (_, examples) in enumerate(linears):
             reports[i].relative_error = relative_error(dense[i], now[i], examples)
 

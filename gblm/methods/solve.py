@@ -16,7 +16,7 @@ from gblm.maths import stats
 from gblm.report import LinearReport
 from gblm.walk.sight import Sight
 from gblm.walk.survey import Linear
-from gblm.walk.visit import Inputs, Visit
+from gblm.walk.visit import Inputs, Visit, together
 
 # The cost of a linear [out, in] for a solver, beside its mask.
 SolverCost = Callable[[int, int], Cost]
@@ -135,15 +135,6 @@ class Solve(Step):
             stream = 2 * n * (2 * sight.stream + sight.widest)
         work = max(solving, sight.micro * sight.kept // len(sight.blocks))
         return total + Cost(memory=stream + max(statistics) + work)
-
-
-def together(inputs: Statistics, gradient: Statistics | None, device: torch.device) -> Statistics:
-    """Return the statistics of inputs with those of gradients, which may be elsewhere."""
-    if gradient is None:
-        return inputs
-    sums = {name: total.to(device) for name, total in gradient.sums.items()}
-    count = gradient.differentiated or gradient.samples
-    return Statistics({**inputs.sums, **sums}, inputs.samples, inputs.positions, count)
 
 
 def relative_error(dense: Tensor, weight: Tensor, examples: list[Tensor]) -> float:

@@ -37,6 +37,7 @@ FEWEST = 16  # samples whose gradients are taken, where a share of them is asked
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
 Inputs = dict[str, Tensor]  # gradients on their way, by where they are
+SAMPLES = "samples"  # and beside them, how many samples each micro-batch has
 
 
 class Store(Protocol):
@@ -180,15 +181,18 @@ class Blocks:
         self.passed: list[list[Passed]] = []  # by block and micro-batch
         self.scale = loss_scale(walk.model)
         self.head: int | None = None  # samples of the head at a time
+        self.resumed = False  # whether a former sweep has left the last blocks
         self.done = 0
 
     def run(self) -> Gradients:
         """Return the sums of all linears."""
         sums: Gradients = {}
         with self.walk.runs(to_file=True) as (runs,):
+            self.samples = torch.tensor([size(run.batch) for run in runs])
             for block in self.walk.blocks:
                 self._forward(block, runs)
-            if not self._resumed():
+            self.resumed = self._resume()
+            if not self.resumed:
                 for start, run in zip(_starts(runs), runs, strict=True):
                     self._differentiate_head(run, start)
             for index in reversed(range(len(self.walk.blocks))):
@@ -222,11 +226,17 @@ class Blocks:
         torch.autograd.backward([x for x, _ in reached], [g for _, g in reached], retain_graph=True)
         run.hidden = None
 
-    def _resumed(self) -> bool:
-        """Put the gradients in place that a former sweep was on its way with, if there are any."""
+    def _resume(self) -> bool:
+        """Put the gradients in place that a former sweep was on its way with.
+
+        Say whether there are any, of micro-batches as they are now.
+        """
         if not self.store or not self.store.has(self.walk.blocks[-1]):
             return False
-        for name, gradient in self.store.on_the_way().items():
+        gradients = self.store.on_the_way()
+        if not torch.equal(gradients.pop(SAMPLES, torch.empty(0)), self.samples):
+            return False
+        for name, gradient in gradients.items():
             block, micro, output = map(int, name.split("."))
             self.passed[block][micro].add(output, self.walk.placement.wake(gradient))
         return True
@@ -235,7 +245,8 @@ class Blocks:
         """Return the sums of a block, unless the store takes them; passes the gradients on."""
         block = self.walk.blocks[index]
         passed = self.passed.pop()
-        if self.store and self.store.has(block):
+        kept = self.store is not None and self.store.has(block)
+        if kept and self.resumed:
             self._advance()
             return {}
         with here(block.module):
@@ -247,20 +258,21 @@ class Blocks:
         for statistics in sums.values():
             stats.unscale(statistics, self.scale)
         finish(block, sums)
-        if self.store:
+        if self.store and not kept:
             self.store.keep(block, sums, self._on_the_way())
         self._advance()
         return {} if self.store else sums
 
     def _on_the_way(self) -> Inputs:
         """Return the gradients that have come to the outputs of blocks yet to be left."""
-        return {
+        gradients = {
             f"{block}.{micro}.{output}": gradient
             for block, calls in enumerate(self.passed)
             for micro, own in enumerate(calls)
             for output, gradient in enumerate(own.arrived)
             if gradient is not None
         }
+        return {**gradients, SAMPLES: self.samples}
 
     def _recompute(
         self, block: Block, passed: list[Passed], step: int

@@ -71,11 +71,13 @@ class Snapshot:
     def __init__(self, block: Block) -> None:
         self.parameters = [own.detach() for own in block.module.parameters()]
         self.values = [own.clone() for own in self.parameters]
+        self.versions = [own._version for own in self.parameters]
 
     def write(self) -> None:
-        """Give the parameters their values of then."""
-        for parameter, value in zip(self.parameters, self.values, strict=True):
-            parameter.copy_(value)
+        """Give the parameters their values of then; those that nobody has written stay."""
+        for i, (parameter, value) in enumerate(zip(self.parameters, self.values, strict=True)):
+            if parameter._version != self.versions[i]:
+                parameter.copy_(value)
 
     @contextmanager
     def back(self) -> Iterator[None]:
@@ -349,6 +351,16 @@ def _joined(calls: list[Call], pieces: list[list[_Piece]]) -> list[Output]:
 
 def _tensors(move: Callable[[Tensor], Tensor], leaf: Any) -> Any:
     return move(leaf) if isinstance(leaf, Tensor) and leaf.ndim else leaf
+
+
+def together(inputs: Statistics, gradient: Statistics | None, device: torch.device) -> Statistics:
+    """Return the statistics of inputs with those of gradients, which may be elsewhere."""
+    if gradient is None:
+        return inputs
+    sums = {name: total.to(device) for name, total in gradient.sums.items()}
+    count = gradient.differentiated or gradient.samples
+    samples, positions = inputs.samples or gradient.samples, inputs.positions
+    return Statistics({**inputs.sums, **sums}, samples, positions, count)
 
 
 def check(linear: Linear, statistics: Statistics) -> None:

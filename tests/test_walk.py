@@ -1,4 +1,4 @@
-"""The stream: micro-batches change nothing, faults leave nothing, errors name their place."""
+"""The walk: micro-batches change nothing, faults leave nothing, errors name their place."""
 
 from dataclasses import replace
 
@@ -9,10 +9,12 @@ from torch.nn.functional import cross_entropy
 
 import gblm
 from gblm import methods
-from gblm.machine.device import MicroBatch
+from gblm.base import Method, Solver
 from gblm.maths import patterns, stats
-from gblm.walk import stream, survey
-from gblm.walk.survey import find_adapter
+from gblm.walk import visit
+from gblm.walk.prune import Pruning, method_pattern
+from gblm.walk.visit import Visit, forward
+from gblm.walk.walk import Walk
 
 STATE = ("training", "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 STATE += ("_backward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
@@ -72,6 +74,14 @@ def prune(model: nn.Module, batch: dict[str, Tensor], method: str = "gblm", **op
     return gblm.prune(model, batch, methods.make(method), options.pop("pattern", "0.5"), **options)
 
 
+def solved_by(method: Method, solve: Solver) -> tuple[Solver, Method]:
+    """Return the solver of a method, and the method with another in its place."""
+    steps = tuple(
+        replace(step, solve=solve) if hasattr(step, "solve") else step for step in method.steps
+    )
+    return method.solve, replace(method, steps=steps)
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -100,20 +110,18 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
 
 
 def run_statistics(model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-    """Return every statistic of inputs, and 2:4 weights, with micro-batches of `step` samples."""
-    adapter, found = find_adapter(model), {}
-    blocks = survey.survey(model, batch, adapter)
+    """Return every statistic of inputs, with micro-batches of `step` samples."""
+    found = {}
 
-    def visit(block, groups, call):
-        for group, inputs in zip(block.groups, groups, strict=True):
-            for name, value in inputs.statistics.sums.items():
-                found[f"{group[0].name} {name}"] = value
-            found[f"{group[0].name} counts"] = torch.tensor(
-                [inputs.statistics.samples, inputs.statistics.positions]
-            )
+    def work(visit: Visit) -> None:
+        for inputs in (
+            inputs for groups in visit.inputs(frozenset(stats.INPUT)) for inputs in groups
+        ):
+            name, statistics = inputs.group[0].name, inputs.statistics
+            found.update({f"{name} {key}": value for key, value in statistics.sums.items()})
+            found[f"{name} counts"] = torch.tensor([statistics.samples, statistics.positions])
 
-    needs = frozenset(stats.INPUT)
-    stream.forward(model, batch, adapter, blocks, needs, visit, MicroBatch(step))
+    forward(Walk.of(model, batch, micro_batch=step), work)
     return found
 
 
@@ -149,7 +157,7 @@ def test_micro_batch_never_changes_gradients(llama64, batch, backward, step):
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_micro_batch_never_changes_the_result(make_llama, batch, method, pattern, step):
-    made = replace(methods.make(method), refine=0.0)
+    made = methods.refined(methods.make(method), 0)
     some, whole = make_llama(torch.float64), make_llama(torch.float64)
     gblm.prune(some, batch, made, pattern, micro_batch=step, backward="blocks")
     gblm.prune(whole, batch, made, pattern, micro_batch=7, backward="model")
@@ -238,8 +246,11 @@ def test_a_run_interrupted_between_the_blocks_leaves_nothing_behind(llama, batch
         if phase == "blocks" and done == 2:
             raise KeyboardInterrupt
 
+    walk = Walk.of(llama, batch)
+    walk.progress = progress
+    method = methods.wanda()
     with pytest.raises(KeyboardInterrupt):
-        prune(llama, batch, "wanda", progress=progress)
+        Pruning(walk, method, method_pattern(method, "0.5")).run()
     assert state(llama) == before
 
 
@@ -295,7 +306,7 @@ def test_a_fixed_micro_batch_is_never_halved(llama, batch, method, backward):
 @pytest.mark.parametrize("backward", ["blocks", "model"])
 @pytest.mark.parametrize("method", ["wanda", "gblm"])
 def test_memory_for_less_than_one_sample_is_an_error(llama, batch, method, backward):
-    short_of_memory(llama, limit=0, spare=2)  # the survey's runs of one and two samples
+    short_of_memory(llama, limit=0, spare=3)  # the survey's runs of one sample, two, and another
     before = state(llama)
     with pytest.raises(gblm.GblmError, match="out of memory with micro-batches of 1"):
         prune(llama, batch, method, backward=backward)
@@ -495,7 +506,7 @@ def test_a_pattern_that_does_not_fit_names_the_linear_before_work_starts(llama, 
 def test_relative_error_is_the_exact_ratio(make_llama, batch, method):
     model, dense = make_llama(torch.float64), make_llama(torch.float64)
     report = prune(model, batch, method, micro_batch=2)
-    assert batch["input_ids"].numel() <= stream.ERROR_POSITIONS
+    assert batch["input_ids"].numel() <= visit.ERROR_POSITIONS
     for index, block in enumerate(model.model.layers):
         pruned = weights(block)
         block.load_state_dict(dense.model.layers[index].state_dict())
@@ -515,7 +526,7 @@ def test_relative_error_is_near_the_exact_ratio_where_it_is_drawn(
 ):
     batch = make_batch(30, 20)
     exact = prune(make_llama(), batch, "wanda", micro_batch=4)
-    monkeypatch.setattr(stream, "ERROR_POSITIONS", 60)
+    monkeypatch.setattr(visit, "ERROR_POSITIONS", 60)
     drawn = prune(make_llama(), batch, "wanda", micro_batch=4)
     for one, other in zip(drawn.linears, exact.linears, strict=True):
         assert one.relative_error != other.relative_error
@@ -526,15 +537,14 @@ def test_relative_error_is_near_the_exact_ratio_where_it_is_drawn(
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_statistics_are_fp32_and_weights_keep_their_dtype(make_llama, batch, method, dtype):
     model = make_llama(dtype)
-    made = methods.make(method)
     seen: set[torch.dtype] = set()
 
     def solve(weight, statistics, pattern):
         seen.update([weight.dtype, *(value.dtype for value in statistics.sums.values())])
-        return made.solve(weight, statistics, pattern)
+        return solver(weight, statistics, pattern)
 
-    pattern = patterns.parse("0.5", "row")
-    report = gblm.prune(model, batch, replace(made, solve=solve), pattern, micro_batch=3)
+    solver, made = solved_by(methods.make(method), solve)
+    report = gblm.prune(model, batch, made, patterns.parse("0.5", "row"), micro_batch=3)
     assert seen == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert report.sparsity == pytest.approx(0.5, abs=1e-6)
