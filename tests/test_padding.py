@@ -61,7 +61,7 @@ def check_same(masks: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def uses_backward(name: str) -> bool:
     text, options = methods.parse(name)
     method = methods.make(text, **options)
-    return bool(method.needs & set(stats.GRADIENT) or method.allocation) and not method.regional
+    return bool(method.needs & set(stats.GRADIENT) or method.allocation)
 
 
 RUNS = [

@@ -131,19 +131,32 @@ def check_samples(batch: Batch) -> None:
         )
 
 
-def cut(batch: Batch, most: int, adapter: Adapter) -> list[Batch]:
-    """Return a batch as micro-batches of at most so many samples, without padding.
+@dataclass
+class Part:
+    """Samples that go together, and their numbers in the batch they come from."""
+
+    batch: Batch
+    numbers: list[int]
+
+
+def cut(batch: Batch, most: int, adapter: Adapter) -> list[Part]:
+    """Return a batch as parts of at most so many samples, without padding.
 
     Samples of one shape stand together, in their order.
     """
     singles = adapter.unpad(batch)
     if singles is None:
-        return [take(batch, slice(i, i + most)) for i in range(0, size(batch), most)]
-    alike: dict[tuple, list[Batch]] = defaultdict(list)
-    for single in singles:
-        alike[tuple(value.shape for value in single.values())].append(single)
-    parts = [same[i : i + most] for same in alike.values() for i in range(0, len(same), most)]
-    return [{name: torch.cat([one[name] for one in part]) for name in part[0]} for part in parts]
+        starts = range(0, size(batch), most)
+        parts = [take(batch, slice(start, start + most)) for start in starts]
+        return [Part(x, [*range(i, i + size(x))]) for i, x in zip(starts, parts, strict=True)]
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for i, single in enumerate(singles):
+        alike[tuple(value.shape for value in single.values())].append(i)
+    numbers = [same[i : i + most] for same in alike.values() for i in range(0, len(same), most)]
+    return [
+        Part({name: torch.cat([singles[i][name] for i in own]) for name in singles[own[0]]}, own)
+        for own in numbers
+    ]
 
 
 @contextmanager
@@ -222,7 +235,8 @@ def _runs(
     One other at least, and more while some linear has not been used and each brings news.
     """
     device = next(model.parameters()).device
-    singles = sorted(cut(batch, 1, adapter), key=lambda x: -sum(v.numel() for v in x.values()))
+    singles = [part.batch for part in cut(batch, 1, adapter)]
+    singles.sort(key=lambda single: -sum(value.numel() for value in single.values()))
     first, *others = [to_device(single, device) for single in singles[: OTHERS + 1]]
     double = {name: torch.cat([value, value]) for name, value in first.items()}
     runs = [_visits(model, samples, adapter, blocks, linears) for samples in (first, double)]
@@ -270,18 +284,35 @@ def _group(
             block.dense[linear.name] = "used more than once by its block"
         elif linear.name in doubled and doubled[linear.name] == single.get(linear.name):
             block.dense[linear.name] = "sees no samples"
-    placed: dict[str, list[Linear]] = {}
-    for visit in visits:
-        last = -1
-        for group in visit.groups():
-            fresh = [x for x in group if x.name not in block.dense and x.name not in placed]
-            known = [placed[x.name] for x in group if x.name in placed]
-            if known:
-                last = block.groups.index(known[0])
-            if fresh:
-                last += 1
-                block.groups.insert(last, fresh)
-                placed |= dict.fromkeys((x.name for x in fresh), fresh)
+    block.groups = _ordered(
+        [
+            [[x for x in group if x.name not in block.dense] for group in visit.groups()]
+            for visit in visits
+        ],
+        [linear.name for linear in linears],
+    )
+
+
+def _ordered(runs: list[list[list[Linear]]], names: list[str]) -> list[list[Linear]]:
+    """Return the groups of all runs, each before those that come after it in some run.
+
+    Where no run tells, the order is that of the names.
+    """
+    groups: dict[str, list[Linear]] = {}  # by each of its linears
+    later: dict[str, set[str]] = defaultdict(set)  # names of groups, by their first linears
+    for run in runs:
+        before: set[str] = set()
+        for group in run:
+            if new := [x for x in group if x.name not in groups]:
+                groups |= dict.fromkeys((x.name for x in new), new)
+            for name in dict.fromkeys(groups[x.name][0].name for x in group):
+                later[name] |= before - {name}
+                before.add(name)
+    ordered: list[str] = []
+    while left := [name for name in names if name in later and name not in ordered]:
+        free = [name for name in left if later[name] <= {*ordered}]
+        ordered.append((free or left)[0])
+    return [groups[name] for name in ordered]
 
 
 def _differ(visits: list["_Visit"], linear: Linear) -> bool:
@@ -462,7 +493,8 @@ def parameters(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tupl
 def _check_finite(model: nn.Module, blocks: Collection[nn.Module]) -> None:
     """Raise `GblmError` where a parameter holds a NaN or an Inf, within the blocks or outside."""
     for name, value in parameters(model, blocks):
-        if not valueless(value) and not torch.isfinite(value).all():
+        wide = value.itemsize > 1 and not valueless(value)  # narrower ones are not pruned
+        if wide and not torch.isfinite(value).all():
             raise GblmError(
                 f"{name} {list(value.shape)} holds a NaN or an Inf; load a sound checkpoint"
             )

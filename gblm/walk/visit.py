@@ -34,6 +34,10 @@ T = TypeVar("T")
 ERROR_POSITIONS = 1024
 
 
+class NotFinite(GblmError):
+    """A statistic that holds a NaN or an Inf."""
+
+
 class Stop(Exception):
     """Ends a run of a block that has given all it was run for."""
 
@@ -336,9 +340,9 @@ def _pause(index: int, linear: Linear, module: nn.Module, args: tuple) -> None:
 
 
 def _go_on(pieces: list[_Piece], index: int) -> None:
-    """Let the pieces that wait before a group go on."""
+    """Let the pieces that wait before a group, or one that is solved, go on."""
     for piece in pieces:
-        if piece.waits(index):
+        while isinstance(piece.at, _Waiting) and piece.at.index <= index:
             piece.go_on()
 
 
@@ -367,7 +371,7 @@ def check(linear: Linear, statistics: Statistics) -> None:
     """Raise `GblmError` with the linear's name where a statistic holds a NaN or an Inf."""
     for name, value in statistics.sums.items():
         if not torch.isfinite(value).all():
-            raise GblmError(
+            raise NotFinite(
                 f"{linear}: the statistic {name} holds a NaN or an Inf; "
                 "check the weights and the calibration samples, or use a wider dtype"
             )
