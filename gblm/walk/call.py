@@ -11,8 +11,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gblm.machine.device import halved
 from gblm.machine.placement import Placement
+from gblm.walk.blocks import Block, Carried
 from gblm.walk.strand import Place
-from gblm.walk.survey import Block, Carried
 
 Forward = Callable[..., Any]
 Output = Any  # what a block gives: a tensor, or a tuple, list or dict with some

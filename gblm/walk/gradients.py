@@ -25,9 +25,9 @@ from gblm.machine import processes
 from gblm.machine.device import MicroBatch, free_memory, memory_errors, out_of_memory
 from gblm.machine.offload import here, offload_of
 from gblm.maths import stats
+from gblm.walk.blocks import Block, Linear, cut, frozen, hooked, size, take, to_device
 from gblm.walk.call import Call, part, place
 from gblm.walk.head import differentiate, finite, loss_scales, saved
-from gblm.walk.survey import Block, Linear, cut, hooked, quiet, size, take, to_device
 from gblm.walk.visit import NotFinite, check
 from gblm.walk.walk import Run, Walk
 
@@ -87,7 +87,7 @@ def sweep(
     names = frozenset(needs) & set(stats.GRADIENT)
     backward = choose(walk, names, one_of(backward, BACKWARDS, "backward"))
     log.debug("gradients by %s, of %d samples: %s", backward, walk.samples, ", ".join(names))
-    with quiet(walk.model), torch.enable_grad(), memory_errors():
+    with frozen(walk.model), torch.enable_grad(), memory_errors():
         work = Whole if backward == "model" else Blocks
         for scale in loss_scales(walk.model):
             try:
@@ -104,7 +104,7 @@ def choose(walk: Walk, needs: frozenset[str], backward: str) -> str:
         return backward
     if offload_of(walk.model):
         return "blocks"
-    with quiet(walk.model), torch.enable_grad():
+    with frozen(walk.model), torch.enable_grad():
         return "model" if _fits(walk, needs) else "blocks"
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import GblmError
 from gblm.machine.offload import offload_of
-from gblm.walk.survey import size, take
+from gblm.walk.blocks import size, take
 
 if TYPE_CHECKING:
     from gblm.walk.walk import Run, Walk

@@ -23,9 +23,9 @@ from gblm.machine.device import exact
 from gblm.machine.offload import here
 from gblm.maths import stats
 from gblm.report import LinearReport
+from gblm.walk.blocks import Block, Linear, frozen, hooked
 from gblm.walk.call import Call, Output
 from gblm.walk.strand import Strand, wait
-from gblm.walk.survey import Block, Linear, hooked, quiet
 from gblm.walk.walk import Walk
 
 T = TypeVar("T")
@@ -208,7 +208,7 @@ def forward(
     What a block then gives goes on to the next, so that its statistics see the blocks before it as
     they have become. beside: carry the dense stream beside the pruned one.
     """
-    with quiet(walk.model), torch.no_grad(), walk.runs(2 if beside else 1) as streams:
+    with frozen(walk.model), torch.no_grad(), walk.runs(2 if beside else 1) as streams:
         dense, pruned = streams if beside else ([], streams[0])
         for block in walk.blocks:
             calls, beside_them = ([run.at(block) for run in runs] for runs in (pruned, dense))

@@ -23,18 +23,10 @@ from gblm.machine import processes
 from gblm.machine.device import MicroBatch, find_compute_dtype, memory_errors
 from gblm.machine.offload import absent, stay_away
 from gblm.machine.placement import Placement
+from gblm.walk.blocks import Block, Part, check_samples, cut, size, to_device
 from gblm.walk.call import Call, Forward, Output
 from gblm.walk.strand import Strand, wait
-from gblm.walk.survey import (
-    Block,
-    Part,
-    check_samples,
-    cut,
-    find_adapter,
-    size,
-    survey,
-    to_device,
-)
+from gblm.walk.survey import find_adapter, survey
 
 # A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
 POSITIONS = {"cpu": 2048}
