@@ -76,7 +76,7 @@ runs = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("micro_batch", [2, None])
+@pytest.mark.parametrize("micro_batch", [2, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", SIDES)
 @runs
 def test_padding_changes_no_mask(name, backward, side, micro_batch, make_llama):
