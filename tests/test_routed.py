@@ -219,7 +219,7 @@ def test_the_first_sample_is_as_good_as_any_other(name):
 
 def prune_halved() -> None:
     """Prune with `best`, whose refinement takes products in bfloat16 where they are quick."""
-    device.quick = lambda *of: True  # whatever this machine is quick with
+    device.has_products = lambda *of: True  # whatever this machine multiplies in
     model = Model(torch.float32)
     report = prune(model, "best")
     assert report.sparsity > 0.3
