@@ -19,7 +19,7 @@ from gblm.maths import stats
 from gblm.methods.refine import add_gradients
 from gblm.methods.solve import Solve, relative_error
 from gblm.report import LinearReport
-from gblm.walk.call import Call, made
+from gblm.walk.call import Call, made, place
 from gblm.walk.gradients import Gradients, per_sample, zero_sums
 from gblm.walk.sight import Sight
 from gblm.walk.survey import Block, hooked
@@ -111,8 +111,9 @@ def regional_sums(block: Block, calls: list[Call], needs: Iterable[str], step: i
             samples = piece.stop - piece.start
             hooks = [per_sample(linear, sums[linear.name], samples) for linear in block.linears]
             with torch.enable_grad(), hooked(hooks):
-                _, output = _output(call, call.arguments(piece))
-                output.reshape(samples, -1).norm(dim=1).sum().backward()
+                which, output = _output(call, call.arguments(piece))
+                dim, _ = place(block.outputs, which, output, samples) or (0, 0)
+                output.movedim(dim, 0).reshape(samples, -1).norm(dim=1).sum().backward()
     processes.add_statistics([sums[linear.name] for linear in block.linears])
     return sums
 

@@ -34,8 +34,8 @@ Carried = tuple[int, int] | None
 class Linear:
     """One prunable weight, seen as a matrix `[out, in]`.
 
-    positions: input vectors of one sample, the most where samples differ. routed: whether it sees
-    only those positions that the model sends to it.
+    positions: input vectors of one sample, the most where samples differ. routed: whether those of
+    several samples cannot be told apart, as where the model sends it only some of them.
     """
 
     name: str
@@ -202,7 +202,7 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
             block,
             linears[block.module],
             visits,
-            {use.linear.name: use.positions for use in twice[i].uses},
+            {use.linear.name: use.rows for use in twice[i].uses},
         )
         block.dense.update(_experts(block))
     if not any(block.groups for block in ordered):
@@ -255,20 +255,21 @@ def _carried(one: list[torch.Size | None], two: list[torch.Size | None]) -> list
 
 
 def _group(
-    block: Block, linears: list[Linear], visits: list["_Visit"], doubled: dict[str, int]
+    block: Block, linears: list[Linear], visits: list["_Visit"], doubled: dict[str, torch.Size]
 ) -> None:
     """Group the linears of a block by their inputs, in the order of use; name those left dense."""
-    single = {use.linear.name: use.positions for use in visits[0].uses}
+    single = {use.linear.name: use.rows for use in visits[0].uses}
     for linear in linears:
         counts = [Counter(use.linear.name for use in visit.uses)[linear.name] for visit in visits]
         uses = [use for visit in visits for use in visit.uses if use.linear is linear]
         linear.positions = max((use.positions for use in uses), default=0)
-        linear.routed = 0 in counts or _differ(visits, linear)
+        one, two = single.get(linear.name), doubled.get(linear.name)
+        linear.routed = 0 in counts or _differ(visits, linear) or _mixed(one, two)
         if not uses:
             block.dense[linear.name] = "not used by its block"
         elif max(counts) > 1:
             block.dense[linear.name] = "used more than once by its block"
-        elif linear.name in doubled and doubled[linear.name] == single.get(linear.name):
+        elif two is not None and two == one:
             block.dense[linear.name] = "sees no samples"
     placed: dict[str, list[Linear]] = {}
     for visit in visits:
@@ -282,6 +283,14 @@ def _group(
                 last += 1
                 block.groups.insert(last, fresh)
                 placed |= dict.fromkeys((x.name for x in fresh), fresh)
+
+
+def _mixed(one: torch.Size | None, two: torch.Size | None) -> bool:
+    """Whether the rows of two samples are not those of the first, then those of the second."""
+    if one is None or two is None or len(one) != len(two):
+        return False
+    grown = next((dim for dim in range(len(one)) if one[dim] != two[dim]), 0)
+    return one[:grown].numel() > 1
 
 
 def _differ(visits: list["_Visit"], linear: Linear) -> bool:
@@ -323,7 +332,11 @@ class _Use:
 
     linear: Linear
     group: int
-    positions: int
+    rows: torch.Size  # of its input, but for the features
+
+    @property
+    def positions(self) -> int:
+        return self.rows.numel()
 
 
 @dataclass
@@ -365,8 +378,7 @@ class _Watch:
         group = next((i for i, other in enumerate(self.inputs) if other is x), len(self.inputs))
         if group == len(self.inputs):
             self.inputs.append(x)
-        positions = linear.rows(x).shape[:-1].numel()
-        self.visits[-1].uses.append(_Use(linear, group, positions))
+        self.visits[-1].uses.append(_Use(linear, group, linear.rows(x).shape[:-1]))
 
 
 def _visits(
