@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gblm import GblmError, Method, Pattern, Statistics
 from gblm.base import one_of
-from gblm.command import cli
+from gblm.command.settings import listed
+from gblm.command.side import guarded
 from gblm.maths import patterns, scores
 
 NOVELS = "$GBLM_ASSETS/text/novels"
@@ -56,7 +57,7 @@ def sweep(args: argparse.Namespace, alphas: str, sparsities: str, figure: Path) 
 
     A last line says which alphas give the linears equal medians.
     """
-    methods = [*(f"gblm:alpha={alpha}" for alpha in cli.listed(alphas)), "gradient"]
+    methods = [*(f"gblm:alpha={alpha}" for alpha in listed(alphas)), "gradient"]
     asked = {"methods": ",".join(methods), "patterns": sparsities, "draws": 1}
     args = argparse.Namespace(**{**vars(args), **asked})
     runs = quality.wanted(args)
@@ -150,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main))
+    sys.exit(guarded(main))

@@ -21,7 +21,7 @@ import tables
 from torch.profiler import ProfilerActivity, profile
 
 import gblm
-from gblm.command import cli
+from gblm.command.settings import listed
 from gblm.methods import make
 from gblm.walk.survey import find_adapter, placed, survey
 
@@ -71,10 +71,10 @@ def main() -> None:
     args = parser.parse_args()
     bench = quality.opened(args)
     cells = {}
-    for method in cli.listed(args.methods):
+    for method in listed(args.methods):
         for name, share in shares(bench, method, args.pattern).items():
             cells[name, method] = [share]
-    columns = cli.listed(args.methods)
+    columns = listed(args.methods)
     rows = list(dict.fromkeys(row for row, _ in cells))
     whole = {(row, column): cells.get((row, column), [0.0]) for row in rows for column in columns}
     model = Path(args.model).name

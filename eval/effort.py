@@ -24,7 +24,7 @@ import tables
 
 import gblm
 from gblm.base import Batch
-from gblm.command import cli
+from gblm.command.settings import listed
 from gblm.methods import make, parse
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     add("--runs", type=int, default=3, help="rounds after one to warm up [%(default)s]")
     args = parser.parse_args()
     bench = quality.opened(args)
-    batch, methods = bench.draw(0), cli.listed(args.methods)
+    batch, methods = bench.draw(0), listed(args.methods)
     runs: dict[str, list[float]] = defaultdict(list)
     for turn in range(args.runs + 1):
         for method in methods:

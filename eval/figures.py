@@ -37,7 +37,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 import gblm
 from gblm import GblmError, Method, Pattern, Statistics
 from gblm.base import one_of
-from gblm.command import cli
+from gblm.command.settings import listed
+from gblm.command.side import guarded
 from gblm.maths import patterns
 from gblm.walk import prune as pruner
 
@@ -127,7 +128,7 @@ def draw_lines(
 
 def sparsity(args: argparse.Namespace, figure: Path) -> str:
     """Return the table and the figure of the metric against sparsity."""
-    sparsities = ",".join(sorted(cli.listed(args.sparsities), key=float))
+    sparsities = ",".join(sorted(listed(args.sparsities), key=float))
     args = changed(args, patterns=sparsities, draws=1)
     values, level = measured(args)
     text = f"{quality.described(args)}; every method in the comparison group it was published "
@@ -143,12 +144,12 @@ def against_alpha(args: argparse.Namespace, figure: Path) -> str:
 
 def samples(args: argparse.Namespace, figure: Path) -> str:
     """Return the table and the figure of the metric against the number of samples."""
-    methods = [m for m in cli.listed(args.methods) if quality.named(m, args.side)[1].needs]
-    pattern, *more = cli.listed(args.patterns)
+    methods = [m for m in listed(args.methods) if quality.named(m, args.side)[1].needs]
+    pattern, *more = listed(args.patterns)
     if more or not methods:
         raise GblmError("--figures samples takes one pattern, and methods that look at samples")
     values: dict[tuple[str, str], list[float]] = {}
-    for count in sorted(int(x) for x in cli.listed(args.counts)):
+    for count in sorted(int(x) for x in listed(args.counts)):
         own = changed(args, samples=count, methods=",".join(methods), patterns=pattern)
         found, level = measured(own)
         values |= {(row, f"{count}"): cell for (row, _), cell in found.items()}
@@ -197,7 +198,7 @@ def collect(
 
     All methods see the same statistics, those of the dense model; nothing is pruned.
     """
-    methods = dict(quality.named(text, args.side) for text in cli.listed(MASKED))
+    methods = dict(quality.named(text, args.side) for text in listed(MASKED))
     needs = frozenset().union(*(method.needs for method in methods.values()))
     pattern = patterns.parse(args.mask_pattern)
     bench = quality.OPEN[args.side](args)
@@ -228,7 +229,7 @@ def collect(
 
 def masks(args: argparse.Namespace, figure: Path) -> str:
     """Return the table and the picture of the masks, of a store and a file where they are there."""
-    cli.fill(args, samples=quality.DEFAULTS[args.side]["samples"])
+    args.samples = args.samples or quality.DEFAULTS[args.side]["samples"]
     entry = {**quality.key(args), "method": MASKS, "pattern": args.mask_pattern}
     key = tuple(entry.values())
     known = {} if args.again else quality.stored(args.store).get(key, {})
@@ -313,8 +314,8 @@ FIGURES: dict[str, Callable[[argparse.Namespace, Path], str]] = {
 def main() -> None:
     """Make one figure after the other; each stands in the file before the next begins."""
     args = parser().parse_args()
-    cli.fill(args, section=Path(args.model).name)
-    wanted = [one_of(name, FIGURES, "figure") for name in cli.listed(args.figures)]
+    args.section = args.section or Path(args.model).name
+    wanted = [one_of(name, FIGURES, "figure") for name in listed(args.figures)]
     command = tables.portable(shlex.join(["python", *sys.argv]))
     folder = args.write.parent if args.write else Path()
     for name in wanted:
@@ -328,4 +329,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main))
+    sys.exit(guarded(main))

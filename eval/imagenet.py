@@ -24,7 +24,7 @@ from typing import Any
 
 import tables
 
-from gblm.command import cli
+from gblm.command.side import guarded
 from gblm.machine.device import find_device
 
 
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main))
+    sys.exit(guarded(main))

@@ -19,7 +19,7 @@ import figures
 import quality
 import tables
 
-from gblm.command import cli
+from gblm.command.side import guarded
 
 CASES = {  # what `eval/quality.py` takes; the methods of one picture see the same samples
     "stories260K": "llm --model $GBLM_ASSETS/llama/stories260K --length 256 --draws 3 "
@@ -70,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main))
+    sys.exit(guarded(main))

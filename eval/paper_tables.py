@@ -32,7 +32,8 @@ import quality
 import tables
 
 from gblm import GblmError
-from gblm.command import cli
+from gblm.command.settings import listed
+from gblm.command.side import guarded
 from gblm.llm import zero_shot
 from gblm.llm.models import load_tokenizer
 from gblm.walk import prune as pruner
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 def lengths(text: str) -> list[int]:
     """Return the window lengths that `--length` names; raises `GblmError` where one is none."""
-    found = cli.listed(text)
+    found = listed(text)
     if not found or not all(item.isdecimal() and int(item) > 1 for item in found):
         raise GblmError(f"--length {text}: give numbers of tokens, such as 2048 or 2048,4096")
     return [int(item) for item in found]
@@ -96,7 +97,7 @@ def setting(args: argparse.Namespace, model: str, length: int) -> argparse.Names
 
 def tests(args: argparse.Namespace) -> list[Test]:
     """Return the tests: the text and every task."""
-    tasks = zero_shot.PAPER if args.tasks == "paper" else cli.listed(args.tasks.replace("none", ""))
+    tasks = zero_shot.PAPER if args.tasks == "paper" else listed(args.tasks.replace("none", ""))
     folder = f"{tables.portable(str(args.task_data))}/" if args.task_data else ""
     return [
         Test(tables.portable(args.evaluate), args.windows),
@@ -282,7 +283,7 @@ def main() -> None:
     args = parser().parse_args()
     names = [Path(model.rstrip("/")).name for model in args.models]
     labels = names if len(set(names)) == len(names) else args.models
-    cli.fill(args, section=", ".join(labels))
+    args.section = args.section or ", ".join(labels)
     command = f"    {tables.portable(shlex.join(['python', *sys.argv]))}\n"
     asked = tests(args)
     for length in lengths(args.length) if args.models else ():
@@ -304,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main))
+    sys.exit(guarded(main))

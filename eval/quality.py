@@ -32,7 +32,8 @@ from torch import nn
 import gblm
 from gblm import GblmError, Method, Pattern, methods
 from gblm.base import Batch
-from gblm.command import cli
+from gblm.command.settings import listed
+from gblm.command.side import guarded
 from gblm.machine.device import find_device
 from gblm.maths import patterns
 from gblm.methods import METHODS, make
@@ -110,17 +111,17 @@ def opened(args: argparse.Namespace) -> Bench:
 
 def wanted(args: argparse.Namespace) -> list[Run]:
     """Return the runs that the flags ask for; raises `GblmError` for a value that is none."""
-    cli.fill(args, samples=DEFAULTS[args.side]["samples"])
+    args.samples = args.samples or DEFAULTS[args.side]["samples"]
     if args.draws < 1:
         raise GblmError(f"--draws is {args.draws}; give 1 or more")
     ready = args.side == "llm" and Path(args.calibration).suffix in (".npz", ".safetensors")
     if ready and args.draws > 1:
         raise GblmError(f"{args.calibration}: ready windows are the same in every draw; --draws 1")
-    rows = dict(named(text, args.side) for text in cli.listed(args.methods))
+    rows = dict(named(text, args.side) for text in listed(args.methods))
     runs = [
         Run(row, column, method, patterns.parse(column, method.group), seed)
         for seed in range(args.draws)
-        for column in cli.listed(args.patterns)
+        for column in listed(args.patterns)
         for row, method in rows.items()
     ]
     if not runs:
@@ -374,7 +375,7 @@ def markdown(args: argparse.Namespace, runs: list[Run], found: dict[Key, dict[st
 def main() -> None:
     """Read the flags, carry out what is missing, show and write the tables."""
     args = parser().parse_args()
-    cli.fill(args, section=Path(args.model).name)
+    args.section = args.section or Path(args.model).name
     runs = wanted(args)
     text = markdown(args, runs, measure(args, runs))
     print(text)
@@ -383,4 +384,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main))
+    sys.exit(guarded(main))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gblm.base import Pattern, Statistics
-from gblm.command import cli
+from gblm.command.settings import listed
 from gblm.maths import admm, patterns, sparsegpt, stats
 from gblm.maths.scores import wanda
 from gblm.walk.stream import forward
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], tuple[list[float]
     def visit(block: Any, found: list[Any], call: Any) -> None:
         for inputs in found:
             for linear in inputs.group:
-                for name in cli.listed(args.patterns):
+                for name in listed(args.patterns):
                     pattern = patterns.parse(name, "layer")
                     for solver, solve in SOLVERS.items():
                         weight, start = stats.wide(linear.weight), time.perf_counter()

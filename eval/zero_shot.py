@@ -17,7 +17,8 @@ from pathlib import Path
 
 import tables
 
-from gblm.command import cli
+from gblm.command.settings import listed
+from gblm.command.side import guarded
 from gblm.llm import models
 from gblm.llm.zero_shot import BATCH, METRICS, Accuracy, accuracy, mean, open_tasks
 from gblm.report import versions
@@ -59,7 +60,7 @@ def table(found: Accuracy) -> str:
 def main() -> None:
     """Read the flags, measure, show the table and write it where asked."""
     args = parser().parse_args()
-    tasks = open_tasks(cli.listed(args.tasks), args.task_data, args.limit)
+    tasks = open_tasks(listed(args.tasks), args.task_data, args.limit)
     model, tokenizer = models.load(args.model, device=args.device)
     found = accuracy(model, tokenizer, tasks, args.batch_size)
     name = Path(args.model).name
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main))
+    sys.exit(guarded(main))

@@ -134,6 +134,12 @@ class Method:
         """The statistics that its steps need."""
         return frozenset().union(*(step.needs for step in self.steps))
 
+    def key(self) -> dict[str, Any]:
+        """Return what tells this method from another in the journal of a run."""
+        steps = [{type(step).__name__: step.key()} for step in self.steps]
+        own = {"allocation": self.allocation, "gradients of": self.share}
+        return {"method": self.name, "steps": steps, **own}
+
     @property
     def solve(self) -> Solver:
         """The function that prunes one linear: that of its first step that has one."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gblm
-from gblm.command import cli
+from gblm.command import side
 from gblm.llm.__main__ import main
 from gblm.machine import processes
 
@@ -39,8 +39,8 @@ def test_verbose_runs_say_a_line_a_block_and_twice_details(flags: list[str], cap
 
 
 def test_process_0_alone_says_it(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "rank", lambda: 1)
-    with cli.logged(verbose=2):
+    monkeypatch.setattr(side, "rank", lambda: 1)
+    with side.logged(verbose=2):
         logging.getLogger("gblm.walk.prune").info("a block")
         logging.getLogger("gblm.walk.prune").warning("a warning")
     said = capsys.readouterr().err
@@ -56,12 +56,12 @@ def raises(error: BaseException) -> Callable[[], None]:
 
 
 def test_exit_codes_are_those_of_the_help(capsys):
-    assert cli.guarded(lambda: None) == 0
-    assert cli.guarded(raises(gblm.GblmError("what, where, way out"))) == 2
+    assert side.guarded(lambda: None) == 0
+    assert side.guarded(raises(gblm.GblmError("what, where, way out"))) == 2
     assert capsys.readouterr().err == "error: what, where, way out\n"
-    assert cli.guarded(raises(KeyboardInterrupt())) == 130
+    assert side.guarded(raises(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):  # ours, not the user's
-        cli.guarded(raises(ZeroDivisionError()))
+        side.guarded(raises(ZeroDivisionError()))
 
 
 def test_importing_says_nothing_and_sets_no_level():

@@ -7,16 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 import gblm
-from gblm.command import config
+from gblm.command import settings
+from gblm.llm.__main__ import SIDE
 from gblm.llm.__main__ import main as llm_main
-from gblm.llm.__main__ import parser as llm_parser
 from gblm.vit.__main__ import main as vit_main
 
 
 def flags_of(tmp_path: Path, text: str, *argv: str):
     file = tmp_path / "flags.toml"
     file.write_text(text)
-    return config.parse(llm_parser(), ["--config", str(file), *argv])
+    return settings.parse(SIDE.app(), ["--config", str(file), *argv])[0]
 
 
 def test_a_file_holds_what_a_command_line_does(tmp_path: Path):
@@ -36,10 +36,9 @@ def test_a_file_holds_what_a_command_line_does(tmp_path: Path):
         "--model tiny --samples 8 --refine 1 --alpha 10 --sparsity 0.5,2:4 --method gblm,wanda "
         "--micro-batch 2 --overwrite --work-dir work"
     )
-    alone = config.parse(llm_parser(), line.split())
-    found = flags_of(tmp_path, text)
-    found.config = None
-    assert vars(found) == vars(alone)
+    alone, _ = settings.parse(SIDE.app(), line.split())
+    assert flags_of(tmp_path, text) == alone
+    assert (alone.samples, alone.refine, alone.method) == (8, 1, ("gblm", "wanda"))
 
 
 def test_the_command_line_wins(tmp_path: Path):
@@ -76,10 +75,10 @@ def test_what_is_no_flag_is_refused_with_the_file(text: str, tmp_path: Path):
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path):
     for path in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(gblm.GblmError, match="cannot be read"):
-            config.parse(llm_parser(), ["--config", str(path)])
+            settings.parse(SIDE.app(), ["--config", str(path)])
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(gblm.GblmError, match="cannot be read"):
-        config.parse(llm_parser(), ["--config", str(tmp_path / "binary.toml")])
+        settings.parse(SIDE.app(), ["--config", str(tmp_path / "binary.toml")])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,12 +114,12 @@ def test_a_run_can_be_repeated_from_beside_its_result(llm: list[str], tmp_path: 
     assert len(results) == 6
     for result in results:
         again = tmp_path / f"again-{result.name}"
-        assert llm_main(["--config", str(result / config.NAME), "--output", str(again)]) == 0
+        assert llm_main(["--config", str(result / settings.NAME), "--output", str(again)]) == 0
         assert_equal(result, again)
-        same = (again / config.NAME).read_text()
-        assert same == (result / config.NAME).read_text()
+        same = (again / settings.NAME).read_text()
+        assert same == (result / settings.NAME).read_text()
         other = tmp_path / f"other-{result.name}"
-        more = ["--config", str(result / config.NAME), "--sparsity", "0.7"]
+        more = ["--config", str(result / settings.NAME), "--sparsity", "0.7"]
         assert llm_main([*more, "--output", str(other)]) == 0
         with pytest.raises(AssertionError):
             assert_equal(result, other)
@@ -129,7 +128,7 @@ def test_a_run_can_be_repeated_from_beside_its_result(llm: list[str], tmp_path: 
 def test_a_run_on_images_can_be_repeated(vit: list[str], tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert vit_main([*vit[1:], "--workers", "1", "--method", "best", "--output", str(first)]) == 0
-    assert vit_main(["--config", str(first / config.NAME), "--output", str(second)]) == 0
+    assert vit_main(["--config", str(first / settings.NAME), "--output", str(second)]) == 0
     assert_equal(first, second)
 
 
@@ -138,8 +137,8 @@ def test_gradients_that_were_rounded_are_rounded_again(llm: list[str], tmp_path:
     rounded = ["--work-dir", str(tmp_path / "work"), "--gradient-dtype", "float16"]
     first, second = tmp_path / "first", tmp_path / "second"
     assert llm_main([*flags, *rounded, "--output", str(first)]) == 0
-    assert "work-dir" not in (first / config.NAME).read_text()
-    assert llm_main(["--config", str(first / config.NAME), "--output", str(second)]) == 0
+    assert "work-dir" not in (first / settings.NAME).read_text()
+    assert llm_main(["--config", str(first / settings.NAME), "--output", str(second)]) == 0
     assert_equal(first, second)
 
 
@@ -148,8 +147,8 @@ def test_names_of_data_sets_are_no_paths(tmp_path: Path, monkeypatch):
     for name in ("c4", "notes.txt", "tiny"):
         (tmp_path / name).mkdir()
     arguments = ["--model", "tiny", "--calibration", "c4", "--evaluate", "notes.txt,c4"]
-    parser = llm_parser()
-    found = config.recipe(parser, parser.parse_args(arguments), ["c4"]).flags
+    app = SIDE.app()
+    found = settings.recipe(app, settings.parse(app, arguments)[0], ["c4"]).flags
     assert found["model"] == str(tmp_path / "tiny")
     assert found["calibration"] == "c4"
     assert found["evaluate"] == [str(tmp_path / "notes.txt"), "c4"]

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,17 +22,12 @@ import pytest
 from packaging.requirements import Requirement
 from transformers import AutoTokenizer
 
-from gblm.command import config
+from gblm.command.settings import parse
+from gblm.llm.__main__ import SIDE as LLM
 from gblm.llm.__main__ import main as prune_llm
-from gblm.llm.__main__ import parser as llm_parser
 from gblm.report.__main__ import main as show
+from gblm.vit.__main__ import SIDE as VIT
 from gblm.vit.__main__ import main as prune_vit
-from gblm.vit.__main__ import parser as vit_parser
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -66,7 +62,7 @@ SHORT = {
     "zero_shot.py": ["--limit", "1"],
     "imagenet.py": [],
 }
-SIDES = {"gblm.llm": (prune_llm, llm_parser), "gblm.vit": (prune_vit, vit_parser)}
+SIDES = {"gblm.llm": (prune_llm, LLM), "gblm.vit": (prune_vit, VIT)}
 TASKS = {  # an item of each of the paper's tasks
     "boolq": {"question": "is it so", "passage": "It is.", "answer": True},
     "rte": {"sentence1": "It is so.", "sentence2": "It is.", "label": 0, "idx": 0},
@@ -204,7 +200,7 @@ def torchrun(words: list[str]) -> None:
     argv = shortened(program, launch.training_script_args)
     assert launch.module
     if launch.nnodes != "1:1":
-        config.parse(SIDES[program][1](), argv)
+        parse(SIDES[program][1].app(), argv)
         return
     two = ["--standalone", "--nproc-per-node", "2", "-m", program, *argv]
     start = [sys.executable, "-m", "torch.distributed.run"]

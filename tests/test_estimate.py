@@ -106,7 +106,7 @@ def test_a_machine_is_measured():
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     measure = estimate.measure
-    monkeypatch.setattr("gblm.command.plan.measure", lambda *args: measure(*args, least=0.002))
+    monkeypatch.setattr("gblm.command.show.measure", lambda *args: measure(*args, least=0.002))
 
 
 @pytest.mark.usefixtures("quick")

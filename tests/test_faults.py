@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import gblm
 from gblm import methods
+from gblm.command.settings import flags
 from gblm.llm import __main__ as llm_side
 from gblm.vit import __main__ as vit_side
 from gblm.walk.journal import Journal
@@ -32,8 +33,8 @@ WORDS = st.sampled_from(re.split(r"\s+", VALUES)) | st.text(string.printable + "
 
 
 def flags_of(side: str) -> list[str]:
-    found = [flag for action in SIDES[side].parser()._actions for flag in action.option_strings]
-    return sorted(found)
+    found = flags(SIDES[side].SIDE.app()).values()
+    return sorted({"--help", "-h"} | {name for flag in found for name in flag.names})
 
 
 @pytest.fixture
@@ -41,8 +42,9 @@ def unloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop the commands where they would load a model, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    for side in SIDES.values():
-        monkeypatch.setattr(side, "carry_out", lambda *args, **kwargs: None)
+    monkeypatch.setattr("gblm.command.side.carry_out", lambda *args, **kwargs: None)
+    # and where they would look at one, for a dry run
+    monkeypatch.setattr("gblm.command.show.plan", lambda *args, **kwargs: None)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -89,7 +89,7 @@ def test_imports_point_down(module):
         ("gblm.maths.stats", "from gblm import Statistics"),
         ("gblm.llm.data", "import gblm.vit.data"),
         ("gblm.vit.data", "from gblm.llm import data"),
-        ("gblm.command.cli", "from tests import conftest"),
+        ("gblm.command.side", "from tests import conftest"),
         ("gblm", "from gblm.llm import data"),
     ],
 )

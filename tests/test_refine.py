@@ -75,7 +75,7 @@ def test_each_group_sees_what_those_before_it_have_made(make_llama, batch, step)
 
 
 def test_halved_streams_leave_sums_and_solves_exact(llama, batch, monkeypatch):
-    monkeypatch.setattr("gblm.machine.device.quick", lambda device, dtype: True)
+    monkeypatch.setattr("gblm.machine.device.has_products", lambda device, dtype: True)
     made: list[torch.dtype] = []
     sums: list[torch.Tensor] = []
 
@@ -137,7 +137,7 @@ def block_error(model: nn.Module, dense: nn.Module, batch: dict) -> float:
 def test_refinement_brings_the_model_nearer_and_keeps_the_mask(
     make_llama, make_batch, monkeypatch, method, pattern, half
 ):
-    monkeypatch.setattr("gblm.machine.device.quick", lambda device, dtype: half)
+    monkeypatch.setattr("gblm.machine.device.has_products", lambda device, dtype: half)
     batch, dense = make_batch(64), make_llama()
     models = [make_llama() for _ in range(2)]
     for model, passes in zip(models, (0, 40), strict=True):

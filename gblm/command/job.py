@@ -1,34 +1,38 @@
 """A job: the runs of one command on one model, their gradients, their folders."""
 
-import argparse
 import math
 import shutil
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
-from gblm.command.config import Flags, Recipe
-from gblm.machine.device import DTYPES, peak_memory
+from gblm.command.settings import Recipe, Settings
+from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.files import claimed, locked, written_beside
-from gblm.machine.offload import Offload
+from gblm.machine.offload import Offload, here
 from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
-from gblm.walk.gradients import gradient_sums
-from gblm.walk.journal import GradientFolder, Journal, Settings, fingerprint
-from gblm.walk.prune import check, needed, prune
-from gblm.walk.survey import Block
+from gblm.walk.gradients import first, sweep
+from gblm.walk.journal import GradientFolder, Journal, fingerprint
+from gblm.walk.journal import Settings as Fingerprint
+from gblm.walk.prune import Pruning, check, needed
+from gblm.walk.survey import Block, Linear
+from gblm.walk.visit import Snapshot
+from gblm.walk.walk import Walk
 
-OWN = ("allocation", "focus", "refine", "share", "rounds", "rate")  # of a method, beside its solve
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
 
@@ -59,7 +63,7 @@ class Run:
     label: str  # of its row, and of its folder
     method: Method
     pattern: Pattern
-    flags: Flags = field(default_factory=dict)  # that ask for it alone
+    flags: dict[str, Any] = field(default_factory=dict)  # that ask for it alone
 
 
 @dataclass
@@ -85,24 +89,20 @@ class Work:
         """Whether the user wants anything kept, rounded, or taken from former runs."""
         return self.kept or self.former is not None or self.dtype != "float32"
 
-    def settings(self, job: "Job") -> Settings:
+    def settings(self, job: "Job") -> Fingerprint:
         """Return what tells apart the model and the samples of a job."""
-        return fingerprint(job.model, job.batch, job.blocks)
+        return fingerprint(job.opened.model, job.opened.batch, job.blocks)
 
-    def journal(self, run: Run, settings: Settings) -> Journal | None:
+    def journal(self, run: Run, settings: Fingerprint) -> Journal | None:
         """Return the journal of a run; raises `GblmError` where its folder holds another."""
         if not self.kept:
             return None
-        method = run.method
-        own = {
-            "method": method.name,
-            "options": {k: str(v) for k, v in getattr(method.solve, "keywords", {}).items()},
-            "pattern": run.pattern.name,
-            **{k: getattr(method, k) for k in OWN},
-        }
-        return Journal(self.folder / run.label, {**settings, **own}, self.resume)
+        own = {**settings, **run.method.key(), "pattern": run.pattern.name}
+        return Journal(self.folder / run.label, own, self.resume)
 
-    def gradients(self, settings: Settings, needs: frozenset[str], share: float) -> GradientFolder:
+    def gradients(
+        self, settings: Fingerprint, needs: frozenset[str], share: float
+    ) -> GradientFolder:
         """Return the folder of gradients, with what they must be."""
         own = {**settings, "needs": sorted(needs), "share": share, "dtype": self.dtype}
         name = "gradients" if share == 1 else f"gradients-{share:g}"
@@ -112,101 +112,143 @@ class Work:
 
 
 @contextmanager
-def work_folder(args: argparse.Namespace) -> Iterator[Work]:
-    """Give the work folder that the flags ask for; else one for the time of the command.
+def work_folder(settings: Settings) -> Iterator[Work]:
+    """Give the work folder that the settings name; else one for the time of the command.
 
     That one lies beside the output, where there is room for the model. Other commands are kept out
     of both the output and the work folder: raises `GblmError` where one is in it.
     """
-    given = {"former": args.gradients, "dtype": args.gradient_dtype}
+    output, named = settings.output, settings.work_dir
     with ExitStack() as stack:
-        if args.output and not rank():
-            stack.enter_context(claimed(args.output))
-        if args.work_dir:
-            if not rank():
-                stack.enter_context(locked(args.work_dir, args.work_dir / "lock"))
-            work = Work(args.work_dir, args.resume, **given)
-            shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
-        else:
-            parent = args.output.absolute().parent if args.output else None
+        if output and not rank():
+            stack.enter_context(claimed(output))
+        if named and not rank():
+            stack.enter_context(locked(named, named / "lock"))
+        if not named:
+            parent = output.absolute().parent if output else None
             if parent:
                 parent.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent)
-            work = Work(Path(stack.enter_context(folder)), kept=False, **given)
+            passing = tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent)
+        folder = named or Path(stack.enter_context(passing))
+        former, dtype = settings.gradients, settings.gradient_dtype
+        work = Work(folder, settings.resume, former, dtype, kept=named is not None)
+        shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
         work.scratch.mkdir(parents=True)
         stack.callback(shutil.rmtree, work.scratch, ignore_errors=True)
         yield work
 
 
 @dataclass
-class Job:
-    """What the runs of one command have in common.
+class Opened(ABC):
+    """A model and its data, as a side opens them; each side says what is done with them.
 
-    evaluate(model, bars): the metrics of the model as it is. save(folder): write it as it is.
-    output: the folder of a single run, of the folders of several. seconds: of the phases before.
-    offload: how the weights come to the device. work: where runs are kept, to go on from.
-    report: the folder of the pages, which show the examples. loading(folder): Python to load it.
-    recipe: the flags, written beside each result.
+    settings: those of the command, with what the side chose filled in. calibration: what the
+    samples are, in words. offload: how the weights come to the device. notes: what else a reader
+    of the report must know.
     """
 
-    name: str
+    settings: Settings
     model: nn.Module
     batch: Batch
     adapter: Adapter
-    blocks: list[Block]
-    evaluate: Callable[[nn.Module, Bars], Evaluation]
-    save: Callable[[Path], None]
-    output: Path | None = None
-    seed: int = 0
-    micro_batch: int | None = None
-    backward: str = "auto"
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    calibration: str
     offload: Offload | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @abstractmethod
+    def evaluate(self, bars: Bars) -> Evaluation:
+        """Return the metrics of the model as it is."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the model as it is."""
+
+    def loading(self, folder: Path) -> str:
+        """Return the Python that loads what was saved."""
+        return ""
+
+    def examples(self) -> Examples | None:
+        """Return what the report shows before and after."""
+        return None
+
+
+@dataclass
+class Job:
+    """What the runs of one command have in common.
+
+    settings: with all that gblm chose. seconds: of the phases before. work: where runs are kept, to
+    go on from. recipe: the flags, written beside each result.
+    """
+
+    opened: Opened
+    settings: Settings
+    blocks: list[Block]
+    recipe: Recipe
+    seconds: dict[str, float] = field(default_factory=dict)
     work: Work | None = None
-    report: Path | None = None
     examples: Examples | None = None
-    calibration: str = ""
-    loading: Callable[[Path], str] = lambda folder: ""
-    recipe: Recipe | None = None
 
     @property
-    def spill(self) -> Path | None:
-        """The folder for what fits nowhere else, where the weights do not live on the device."""
-        return self.work.scratch if self.work and self.offload else None
+    def device(self) -> torch.device:
+        return next(self.opened.model.parameters()).device
+
+    def walk(self, progress: Bars, share: float = 1.0) -> Walk:
+        """Return the walk of a share of the samples through the model."""
+        opened = self.opened
+        # Only where the weights do not live on the device is there a need of files.
+        folder = self.work.scratch if self.work and opened.offload else None
+        walk = Walk.of(
+            opened.model,
+            opened.batch if share == 1 else first(opened.batch, share),
+            opened.adapter,
+            blocks=self.blocks,
+            micro_batch=self.settings.micro_batch,
+            folder=folder,
+        )
+        half = find_compute_dtype(self.settings.compute_dtype, walk.device)
+        return replace(walk, half=half, progress=progress)
+
+    def weight(self, block: Block, linear: Linear) -> Tensor:
+        """Return the weight of a linear, on the device."""
+        with here(block.module):
+            return linear.weight.clone()
 
 
-def compare(job: Job, wanted: list[Run]) -> list[Report]:
+def compare(job: Job, runs: list[Run]) -> list[Report]:
     """Carry out runs one after the other, on the same samples and gradients of the dense model.
 
     A run's result is in its folder before the next run starts.
     """
-    for run in wanted:
+    for run in runs:
         check(job.blocks, run.method, run.pattern)
     # A single run needs no way back to the dense model, and an offloaded one has its own.
-    several = len(wanted) > 1 and not job.offload
-    parameters = [own for block in job.blocks for own in block.module.parameters() if several]
-    dense = [own.detach().clone() for own in parameters]
-    found = job.work.settings(job) if job.work else {}
-    journals = {run.label: job.work.journal(run, found) if job.work else None for run in wanted}
+    several = len(runs) > 1 and not job.opened.offload
+    dense = [Snapshot(block) for block in job.blocks if several]
+    settings = job.work.settings(job) if job.work else {}
+    journals = {run.label: job.work.journal(run, settings) if job.work else None for run in runs}
     reports = []
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
-            before = job.evaluate(job.model, show)
+            before = job.opened.evaluate(show)
             check_sound(before)
             if job.examples:
-                job.examples.before(job.model)
-        lots = gradient_lots(job, wanted, found, show)
-        for run in wanted:
-            if job.offload:
-                job.offload.revert()
+                job.examples.before(job.opened.model)
+        gradients = shared_gradients(job, runs, settings, show)
+        for run in runs:
+            reset_peak(job.device)
+            if job.opened.offload:
+                job.opened.offload.revert()
             with torch.no_grad():
-                for own, value in zip(parameters, dense, strict=True):
-                    own.copy_(value)
-            lot = lots.get(run.method.share if needed(run.method, run.pattern) else 0, Lot())
-            reports.append(perform(job, run, lot, before, show, journals[run.label]))
+                for snapshot in dense:
+                    snapshot.write()
+            share = run.method.share if needed(run.method, run.pattern) else 0
+            own = gradients.get(share, DenseGradients())
+            pruning = Pruning(
+                job.walk(show), run.method, run.pattern, own.sums, journals[run.label]
+            )
+            reports.append(perform(job, pruning, own, before))
             if not rank():
-                keep(job, wanted, reports, lot)
+                keep(job, runs, reports, own)
     return reports
 
 
@@ -221,104 +263,74 @@ def check_sound(before: Evaluation) -> None:
                 )
 
 
-def keep(job: Job, wanted: list[Run], reports: list[Report], lot: "Lot") -> None:
+def keep(job: Job, runs: list[Run], reports: list[Report], gradients: "DenseGradients") -> None:
     """Write the last result, where it is to go, and then its page."""
-    report, labels = reports[-1], [run.label for run in wanted]
-    if job.output:
-        folder = job.output / labels[len(reports) - 1] if len(wanted) > 1 else job.output
-        report.loading = job.loading(folder)
+    report, labels = reports[-1], [run.label for run in runs]
+    if output := job.settings.output:
+        folder = output / labels[len(reports) - 1] if len(runs) > 1 else output
+        report.loading = job.opened.loading(folder)
         with written_beside(folder) as beside:
             with clock(report.seconds, "save"):
-                job.save(beside)
+                job.opened.save(beside)
             report.write(beside)
-            if job.recipe:
-                job.recipe.write(beside, **wanted[len(reports) - 1].flags, **lot.flags)
-    if job.report:
+            job.recipe.write(beside, **runs[len(reports) - 1].flags, **gradients.flags)
+    if job.settings.report:
         from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
 
-        write_pages(job.report, labels, reports)
+        write_pages(job.settings.report, labels, reports)
 
 
 @dataclass
-class Lot:
-    """The gradients that some runs share: their sums, the seconds they took, the flags they had."""
+class DenseGradients:
+    """Gradients that some runs share: their sums, the seconds they took, the flags they had."""
 
     sums: Mapping[str, Statistics] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    flags: Flags = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
-def gradient_lots(job: Job, wanted: list[Run], settings: Settings, show: Bars) -> dict[float, Lot]:
+def shared_gradients(
+    job: Job, runs: list[Run], settings: Fingerprint, show: Bars
+) -> dict[float, DenseGradients]:
     """Return the gradients that the runs need, by the share of the samples they are taken of.
 
-    So each run has those it would have alone.
+    So each run has those it would have alone. They are of a former run, or computed and kept.
     """
     needs: dict[float, frozenset[str]] = {}
-    for run in wanted:
-        if own := needed(run.method, run.pattern):
-            needs[run.method.share] = needs.get(run.method.share, frozenset()) | own
-    lots = {}
+    for run in runs:
+        if names := needed(run.method, run.pattern):
+            needs[run.method.share] = needs.get(run.method.share, frozenset()) | names
+    gradients = {}
     for share, names in needs.items():
-        lots[share] = Lot()
-        with clock(lots[share].seconds, "gradients"):
-            lots[share].sums = dense_gradients(job, names, share, lots[share], settings, show)
-    return lots
+        own = gradients[share] = DenseGradients()
+        with clock(own.seconds, "gradients"):
+            folder = job.work.gradients(settings, names, share) if job.work else None
+            stored = (
+                folder.stored(must=job.work.former is not None) if folder and job.work else None
+            )
+            if stored is not None:
+                own.sums = stored
+                continue
+            sums, backward = sweep(job.walk(show, share), names, job.settings.backward, folder)
+            own.flags["backward"] = backward
+            own.sums = folder.finish() if folder else sums
+    return gradients
 
 
-def dense_gradients(
-    job: Job, needs: frozenset[str], share: float, lot: Lot, settings: Settings, show: Bars
-) -> Mapping[str, Statistics]:
-    """Return sums of gradients of the dense model: of a former run, or computed and kept."""
-    folder = job.work.gradients(settings, needs, share) if job.work else None
-    if folder and job.work and (stored := folder.stored(must=job.work.former is not None)):
-        return stored
-    sums = gradient_sums(
-        job.model,
-        job.batch,
-        needs,
-        adapter=job.adapter,
-        blocks=job.blocks,
-        micro_batch=job.micro_batch,
-        backward=job.backward,
-        share=share,
-        keep=folder,
-        chose=lambda backward: lot.flags.update(backward=backward),
-        spill=job.spill,
-        progress=lambda done, total: show("gradients", done, total),
-    )
-    return folder.finish() if folder else sums
-
-
-def perform(
-    job: Job,
-    run: Run,
-    lot: Lot,
-    before: Evaluation,
-    show: Bars,
-    journal: Journal | None,
-) -> Report:
-    """Prune the dense model by one run, and evaluate it: the run's report, but for its saving."""
-    report = prune(
-        job.model,
-        job.batch,
-        run.method,
-        run.pattern,
-        adapter=job.adapter,
-        blocks=job.blocks,
-        gradients=lot.sums,
-        micro_batch=job.micro_batch,
-        journal=journal,
-        spill=job.spill,
-        progress=show,
-    )
-    report.seconds = {**job.seconds, **lot.seconds, **report.seconds}
+def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evaluation) -> Report:
+    """Prune the dense model, and evaluate it: the run's report, but for its saving."""
+    report, settings, opened = pruning.run(), job.settings, job.opened
+    report.seconds = {**job.seconds, **gradients.seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
-        after = job.evaluate(job.model, show)
+        after = opened.evaluate(pruning.walk.progress)
         if job.examples:
-            report.examples_note, report.examples = job.examples.after(job.model)
+            report.examples_note, report.examples = job.examples.after(opened.model)
     report.evaluation = merged(before, after)
-    report.model, report.seed, report.notes = job.name, job.seed, job.notes
-    report.calibration = job.calibration
-    report.masks = masks(report, job.blocks) if job.output or job.report else {}
-    report.peak_memory_bytes = peak_memory(next(job.model.parameters()).device)
+    report.model, report.seed, report.notes = str(settings.model), settings.seed, opened.notes
+    report.calibration, report.compute_dtype = opened.calibration, settings.compute_dtype
+    if settings.output or settings.report:
+        linears = [(block, linear) for block in job.blocks for linear in block.linears]
+        weights = {linear.name: partial(job.weight, block, linear) for block, linear in linears}
+        report.masks = masks(report, weights)
+    report.peak_memory_bytes = peak_memory(job.device)
     return report

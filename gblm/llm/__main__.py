@@ -3,22 +3,24 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import shtab
+import torch
+from torch import Tensor
 
 from gblm.base import Batch, GblmError
-from gblm.command import cli, flags, plan
-from gblm.command.estimate import Sight, Task, seen
-from gblm.command.job import Bars, Job, Run, Work, compare, work_folder
+from gblm.command import side
+from gblm.command.estimate import Source, Task, seen
+from gblm.command.job import Bars, Opened
+from gblm.command.settings import CALIBRATION, EVALUATION, NUMBER, PATH, SEVERAL, WHAT, Settings
+from gblm.command.show import Outline
+from gblm.llm import demo
 from gblm.llm.sources import SOURCES
-from gblm.machine.device import find_device
-from gblm.machine.processes import launched, rank
 from gblm.report import Evaluation, Examples, clock
-from gblm.walk.survey import choose as choose_linears
-from gblm.walk.survey import placed, survey
+from gblm.report.wording import short
 
 EXAMPLES = """\
 examples:
@@ -30,113 +32,146 @@ examples:
 """
 
 
-def parser() -> flags.Parser:
-    """Return the parser of `python -m gblm.llm`."""
-    new = flags.parser(
-        "python -m gblm.llm", "Prune a causal language model, without retraining.", EXAMPLES
-    )
-    add = new.add
-    add("what", "--trust-remote-code", "run code that comes with the model", action="store_true")
-    add("what", "--allow-pickle", "read weights that are not safetensors", action="store_true")
-    add("calibration", "--length", "tokens in a window [2048 at most]", "N", type=int)
-    add("evaluation", "--evaluate-windows", "the first windows alone", "N", type=int)
-    add(
-        "evaluation",
-        "--tasks",
-        "zero-shot tasks of lm-evaluation-harness, with commas; paper: its six",
-        "TASKS",
-        type=flags.several,
-    )
-    add(
-        "evaluation",
-        "--task-data",
-        "their items, TASK_….jsonl [from the hub]",
-        "DIR",
-        type=Path,
-        complete=shtab.DIRECTORY,
-    )
-    add("evaluation", "--task-limit", "the first items of each task alone", "N", type=int)
-    return new
+@dataclass(frozen=True, kw_only=True)
+class LanguageSettings(Settings):
+    """The flags of `python -m gblm.llm`."""
+
+    trust_remote_code: Annotated[bool, WHAT()] = False
+    """run code that comes with the model"""
+    allow_pickle: Annotated[bool, WHAT()] = False
+    """read weights that are not safetensors"""
+    length: Annotated[int | None, CALIBRATION(NUMBER, "N")] = None
+    """tokens in a window [2048 at most]"""
+    evaluate_windows: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
+    """the first windows alone"""
+    tasks: Annotated[tuple[str, ...], EVALUATION(SEVERAL, "TASKS")] = ()
+    """zero-shot tasks of lm-evaluation-harness, with commas; paper: its six"""
+    task_data: Annotated[Path | None, EVALUATION(PATH, "DIR")] = None
+    """their items, TASK_….jsonl [from the hub]"""
+    task_limit: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
+    """the first items of each task alone"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    return cli.command(parser(), argv, run)
+@dataclass(kw_only=True)
+class Language(Opened):
+    """A language model with its tokenizer, its windows by data set and its zero-shot tasks."""
+
+    tokenizer: Any
+    sets: dict[str, Tensor]
+    tasks: Any
+
+    def evaluate(self, bars: Bars) -> Evaluation:
+        """Return the perplexity on every data set, the accuracy on every task and their mean."""
+        from gblm.llm import zero_shot
+        from gblm.llm.evaluate import perplexity
+
+        model: Any = self.model  # of transformers
+        bar = partial(bars, "evaluate")
+        metrics: Evaluation = {
+            name: {"perplexity": perplexity(model, windows, progress=bar)}
+            for name, windows in self.sets.items()
+        }
+        if self.tasks:
+            bar = partial(bars, "zero-shot")
+            accuracy = zero_shot.accuracy(model, self.tokenizer, self.tasks, progress=bar)
+            metrics |= zero_shot.entries(accuracy)
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        from gblm.llm import models
+
+        model: Any = self.model
+        models.save(model, self.tokenizer, folder, like=self.settings.model)
+
+    def loading(self, folder: Path) -> str:
+        from gblm.llm import models
+
+        return models.loading(folder)
+
+    def examples(self) -> Examples:
+        from gblm.llm.examples import Continuations
+
+        calibration = (self.settings.calibration, self.batch["input_ids"])
+        source, windows = next(iter(self.sets.items()), calibration)
+        return Continuations(self.tokenizer, windows, short(source))
 
 
-def run(args: Any) -> None:
-    """Draw the windows, load the model, carry out the runs, show the table."""
-    demo = args.model is None
-    if demo:
-        set_demo(args)
-    title = "the packaged demo" if demo else args.model
-    cli.fill(args, method="gblm", sparsity="0.5", alpha="100", calibration="c4", samples=128)
-    wanted = cli.runs(args)
-    micro_batch = cli.whole(args.micro_batch, "micro-batch")
-    cli.check_folders(args)
-    with launched(args.device) as args.device:
-        if args.dry_run:
-            return dry_run(args, wanted, title)
-        with work_folder(args) as work:
-            carry_out(args, wanted, micro_batch, title, work)
-
-
-def carry_out(
-    args: Any, wanted: list[Run], micro_batch: int | None, title: str, work: Work
-) -> None:
-    """Do what the flags ask for, in a work folder."""
-    seconds: dict[str, float] = {}
+def load(
+    settings: LanguageSettings,
+    device: torch.device,
+    scratch: Path,
+    seconds: dict[str, float],
+) -> Language:
+    """Draw the windows, load the model; returns both with what is done with them."""
     with clock(seconds, "data"):
         from gblm.llm import adapters, models
 
         silence()
-        device = find_device(args.device)
-        config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
-        tasks = open_tasks(args)
-        batch, sets = draw(args, config, tokenizer)
+        config, tokenizer = models.load_tokenizer(settings.model, settings.trust_remote_code)
+        tasks = open_tasks(settings)
+        batch, sets = draw(settings, config, tokenizer)
     with clock(seconds, "load"):
         model, offload = models.load_offloaded(
-            args.model,
-            args.offload,
-            work.scratch,
+            settings.model,
+            settings.offload,
+            scratch,
             device=device,
-            dtype=args.dtype,
-            trust_remote_code=args.trust_remote_code,
-            allow_pickle=args.allow_pickle,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            allow_pickle=settings.allow_pickle,
         )
-    cli.check_folders(args, cli.model_bytes(model) * len(wanted))
-
-    batch = placed(batch, model)
-    args.length = batch["input_ids"].shape[1]
-    adapter = adapters.adapter(model)
-    blocks = survey(model, batch, adapter)
-    choose_linears(blocks, cli.listed(args.include), cli.listed(args.exclude))
     samples, length = batch["input_ids"].shape
-    job = Job(
-        name=args.model,
-        model=model,
-        batch=batch,
-        adapter=adapter,
-        blocks=blocks,
-        evaluate=lambda model, show: evaluate(model, tokenizer, sets, tasks, show),
-        save=lambda folder: models.save(model, tokenizer, folder, like=args.model),
-        output=args.output,
-        seed=args.seed,
-        micro_batch=micro_batch,
-        backward=args.backward,
-        seconds=seconds,
-        offload=offload,
-        work=work if work.asked or offload else None,
-        report=args.report,
-        examples=examples(args, model, tokenizer, batch, sets),
-        calibration=f"{samples} windows of {length} tokens from {args.calibration}",
-        loading=models.loading,
-        recipe=cli.recipe(parser(), args, model, offload, SOURCES),
+    return Language(
+        replace(settings, length=length),
+        model,
+        batch,
+        adapters.adapter(model),
+        f"{samples} windows of {length} tokens from {settings.calibration}",
+        offload,
+        tokenizer=tokenizer,
+        sets=sets,
+        tasks=tasks,
     )
-    reports = compare(job, wanted)
-    metrics = "perplexity, zero-shot accuracy" if tasks else "perplexity"
-    cli.show_table(f"{title}: {metrics}, pruned with {samples} windows of {length}", reports)
-    cli.show_folders(args)
+
+
+def outline(settings: LanguageSettings, device: torch.device) -> Outline:
+    """Return what config and text tell of a run, with the calibration windows drawn."""
+    from gblm.llm import adapters, evaluate, models
+
+    silence()
+    trust = settings.trust_remote_code
+    config, tokenizer = models.load_tokenizer(settings.model, trust)
+    batch, sets = draw(settings, config, tokenizer)
+    samples, length = batch["input_ids"].shape
+    task = Task(
+        samples,
+        evaluated=sum(len(windows) for windows in sets.values()),
+        together=max(1, evaluate.POSITIONS // length),
+    )
+
+    def sight(model: Any) -> Source:
+        one = {"input_ids": torch.zeros(1, length, dtype=torch.int64)}
+        return model, one, adapters.adapter(model)
+
+    @contextmanager
+    def sketch() -> Iterator[Source]:
+        name, dtype = settings.model, settings.dtype
+        with models.sketch(name, device=device, dtype=dtype, trust_remote_code=trust) as model:
+            yield sight(model)
+
+    def whole() -> Source:
+        return sight(
+            models.load_model(
+                settings.model,
+                device=torch.device("cpu"),
+                dtype=settings.dtype,
+                allow_pickle=settings.allow_pickle,
+                trust_remote_code=trust,
+            )
+        )
+
+    unmeasured = " and without --tasks" if settings.tasks else ""
+    return Outline(seen(sketch, whole), task, models.stored_dtype(config), unmeasured)
 
 
 def silence() -> None:
@@ -147,105 +182,68 @@ def silence() -> None:
     logging.disable_progress_bar()
 
 
-def dry_run(args: Any, wanted: list[Run], title: str) -> None:
-    """Say what the runs would do and take, by the config and the text, without the weights."""
-    import torch
-
-    from gblm.llm import adapters, evaluate, models
-
-    silence()
-    device = find_device(args.device)
-    trust = {"trust_remote_code": args.trust_remote_code}
-    config, tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
-    batch, sets = draw(args, config, tokenizer)
-    samples, length = batch["input_ids"].shape
-    task = Task(
-        samples,
-        evaluated=sum(len(windows) for windows in sets.values()),
-        together=max(1, evaluate.POSITIONS // length),
-    )
-
-    def sight(model: Any) -> Sight:
-        one = {"input_ids": torch.zeros(1, length, dtype=torch.int64)}
-        return model, one, adapters.adapter(model)
-
-    @contextmanager
-    def sketch() -> Iterator[Sight]:
-        with models.sketch(args.model, device=device, dtype=args.dtype, **trust) as model:
-            yield sight(model)
-
-    def load() -> Sight:
-        kind = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, **trust}
-        return sight(models.load_model(args.model, device=torch.device("cpu"), **kind))
-
-    found = seen(sketch, load)
-    plan.show(title, args, wanted, found, task, device, models.stored_dtype(config))
-
-
-def draw(args: Any, config: Any, tokenizer: Any) -> tuple[Batch, dict[str, Any]]:
+def draw(
+    settings: LanguageSettings, config: Any, tokenizer: Any
+) -> tuple[Batch, dict[str, Tensor]]:
     """Return the calibration batch, and the evaluation windows by data set."""
     from gblm.llm import data, models
 
-    sizes = {"samples": args.samples, "length": args.length, "seed": args.seed}
-    batch = models.windows(args.calibration, config, tokenizer, **sizes)
-    length = batch["input_ids"].shape[1]
-    sets = {}
-    for source in cli.listed(args.evaluate):
-        sets[source] = data.evaluation(source, tokenizer, length, args.evaluate_windows)
+    batch = models.windows(
+        settings.calibration,
+        config,
+        tokenizer,
+        samples=settings.samples,
+        length=settings.length,
+        seed=settings.seed,
+    )
+    length, sets = batch["input_ids"].shape[1], {}
+    for source in settings.evaluate:
+        sets[source] = data.evaluation(source, tokenizer, length, settings.evaluate_windows)
         data.check_ids(sets[source], models.vocabulary(config), source)
     return batch, sets
 
 
-def open_tasks(args: Any) -> Any:
+def open_tasks(settings: LanguageSettings) -> Any:
     """Return the zero-shot tasks with their items, None where the flags name none."""
     from gblm.llm import zero_shot
 
-    if names := cli.listed(args.tasks):
-        return zero_shot.open_tasks(names, args.task_data, args.task_limit)
-    if args.task_data or args.task_limit is not None:
+    if settings.tasks:
+        names = list(settings.tasks)
+        return zero_shot.open_tasks(names, settings.task_data, settings.task_limit)
+    if settings.task_data or settings.task_limit is not None:
         raise GblmError("--task-data and --task-limit go with --tasks; name some, or paper")
     return None
 
 
-def examples(
-    args: Any, model: Any, tokenizer: Any, batch: Batch, sets: dict[str, Any]
-) -> Examples | None:
-    """Return what the report shows before and after, in process 0 where there will be one."""
-    if rank() or not cli.told(args, model):
-        return None
-    from gblm.llm.examples import Continuations
-
-    source, windows = next(iter(sets.items()), (args.calibration, batch["input_ids"]))
-    return Continuations(tokenizer, windows, cli.short(source))
-
-
-def evaluate(
-    model: Any, tokenizer: Any, sets: dict[str, Any], tasks: Any, show: Bars
-) -> Evaluation:
-    """Return the perplexity on every data set, and the accuracy on every task with their mean."""
-    from gblm.llm import zero_shot
-    from gblm.llm.evaluate import perplexity
-
-    bar = partial(show, "evaluate")
-    found = {
-        name: {"perplexity": perplexity(model, ids, progress=bar)} for name, ids in sets.items()
-    }
-    if tasks:
-        bar = partial(show, "zero-shot")
-        found |= zero_shot.entries(zero_shot.accuracy(model, tokenizer, tasks, progress=bar))
-    return found
+SIDE = side.Side(
+    program="python -m gblm.llm",
+    about="Prune a causal language model, without retraining.",
+    examples=EXAMPLES,
+    kind=LanguageSettings,
+    load=load,
+    outline=outline,
+    usual={
+        "method": ("gblm",),
+        "sparsity": ("0.5",),
+        "alpha": "100",
+        "calibration": "c4",
+        "samples": 128,
+    },
+    demo={
+        "model": str(demo.FOLDER),
+        "calibration": "demo",
+        "evaluate": ("demo",),
+        "method": ("magnitude", "gradient", "wanda", "gblm", "sparsegpt", "best"),
+        "evaluate_windows": 160,
+    },
+    alone=("calibration", "evaluate", "length"),
+    sources=SOURCES,
+)
 
 
-def set_demo(args: Any) -> None:
-    """Fill in the packaged demo where no model is named."""
-    from gblm.llm import demo
-
-    given = [flag for flag in ("calibration", "evaluate", "length") if getattr(args, flag)]
-    if given:
-        raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
-    args.model, args.calibration, args.evaluate = str(demo.FOLDER), "demo", "demo"
-    args.method = args.method or "magnitude,gradient,wanda,gblm,sparsegpt,best"
-    args.evaluate_windows = args.evaluate_windows or 160
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return side.main(SIDE, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import logging
 import re
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HALVES = (torch.bfloat16, torch.float16)
-
-
-def find_compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of products where narrower ones do."""
-    return torch.bfloat16 if quick(device, torch.bfloat16) else torch.float32
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+CPU_PRODUCTS = {  # what a CPU has that multiplies in a dtype of 16 bits, by torch's names
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -49,51 +47,53 @@ def find_device(device: str | torch.device) -> torch.device:
 def find_dtype(
     dtype: str, device: torch.device, stored: Callable[[], torch.dtype | None]
 ) -> torch.dtype | None:
-    """Return the dtype of that name; for "auto" None, that is as stored, where the device is quick.
+    """Return the dtype of that name; for "auto" None, that is as stored, where the device has it.
 
     A CPU without products in 16 bits is many times slower with them than in float32, which "auto"
-    then gives: see `quick`. `stored()` is the dtype of the checkpoint.
+    then gives: see `has_products`. `stored()` is the dtype of the checkpoint.
     Raises `GblmError` for an unknown name.
     """
     one_of(dtype, ["auto", *DTYPES], "dtype")
     if dtype != "auto" or device.type != "cpu":
         return DTYPES.get(dtype)
     found = stored()
-    return torch.float32 if found in HALVES and not quick(device, found) else None
+    return torch.float32 if found in CPU_PRODUCTS and not has_products(device, found) else None
+
+
+def find_compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of products in an fp32 block: bfloat16 for "auto" where the device has them.
+
+    Raises `GblmError` for another name than auto, float32 and bfloat16.
+    """
+    one_of(dtype, COMPUTE_DTYPES, "compute dtype")
+    if dtype == "auto":
+        return torch.bfloat16 if has_products(device, torch.bfloat16) else torch.float32
+    return DTYPES[dtype]
 
 
 @cache
-def quick(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether products in a dtype of 16 bits are quicker than in float32, by a short trial.
+def has_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a device multiplies in a dtype of 16 bits, by what it is; process 0 decides."""
+    if device.type == "cuda":
+        own = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        own = any(map(_cpu_has, CPU_PRODUCTS[dtype]))
+    else:
+        own = False
+    return processes.gathered(own)[0]
 
-    Those of a forward and a backward pass, X·Wᵀ and dY·W, the best of six of both, so that other
-    work on the machine does not decide; on a CPU by one thread, as several wait for each other
-    where others run too. Process 0 decides for all.
-    """
-    size = 256 if device.type == "cpu" else 4096  # smaller ones leave a GPU idle
 
-    def seconds(kind: torch.dtype) -> float:
-        x = torch.ones(size, size, dtype=kind, device=device)
-        found = []
-        for _ in range(6):
-            start = time.perf_counter()
-            (x @ x.T + x @ x)[0, 0].item()  # which waits for the products
-            found.append(time.perf_counter() - start)
-        return min(found)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return processes.gathered(seconds(dtype) < seconds(torch.float32))[0]
-    finally:
-        torch.set_num_threads(threads)
+def _cpu_has(name: str) -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get(name))
+    return bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)())  # before torch 2.9
 
 
 @contextmanager
 def halved(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Have products of an fp32 module in a dtype of 16 bits, attention among them; else as it is."""
+    """Have products of an fp32 module in a narrower dtype, attention among them, for a time."""
     parameter = next(module.parameters())
-    if parameter.dtype != torch.float32 or dtype not in HALVES:
+    if parameter.dtype != torch.float32 or dtype == torch.float32:
         yield
         return
     # Without the cache, for weights change in between.

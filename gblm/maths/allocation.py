@@ -24,18 +24,19 @@ STEPS = 4096  # points at most on the loss curve of a linear
 class Weighed:
     """A linear as an allocation sees it: `weight [out, in]` and statistics of the dense model.
 
-    read: brings the values of the weight, where they are elsewhere.
+    read: brings the values of both, where they are elsewhere.
     """
 
     name: str
     weight: Tensor
     statistics: Statistics
     block: str
-    read: Callable[[], Tensor] | None = None
+    read: Callable[[], tuple[Tensor, Statistics]] | None = None
 
-    def values(self) -> Tensor:
-        """Return the weight in fp32, or wider."""
-        return stats.wide(self.read() if self.read else self.weight)
+    def values(self) -> tuple[Tensor, Statistics]:
+        """Return the weight in fp32, or wider, and its statistics."""
+        weight, statistics = self.read() if self.read else (self.weight, self.statistics)
+        return stats.wide(weight), statistics
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def loss_curve(linear: Weighed, norm: str, width: int) -> Tensor:
     weights; its loss is the mean of theirs, |w|·Σ|g| ("l1") or w²·Σg² ("l2"). The curve never
     falls. Beyond `STEPS` steps it is read at as many points, evenly.
     """
-    score = scores.gradient(linear.values(), linear.statistics, norm)
+    score = scores.gradient(*linear.values(), norm)
     lowest = scores.finite(score, "score").reshape(-1, width).sort(dim=1).values
     loss = lowest if norm == "l1" else lowest.square()
     steps = min(width, STEPS)
@@ -254,7 +255,7 @@ def _counts(linears: Sequence[Weighed], shares: list[float], budget: Budget) -> 
 
 def _outliers(block: list[Weighed], m: float) -> float:
     """Return the share of the scores |W|·‖X‖₂ of a block that lie above m times their mean."""
-    found = [scores.wanda(x.values(), x.statistics).flatten() for x in block]
+    found = [scores.wanda(*x.values()).flatten() for x in block]
     size = sum(len(score) for score in found)
     threshold = m * sum(score.sum(dtype=torch.float64).item() for score in found) / size
     return sum((score > threshold).sum().item() for score in found) / size
@@ -273,7 +274,7 @@ def _budget(pattern: Pattern) -> Budget:
 def _check(allocation: Allocation, linear: Weighed, pattern: Pattern) -> None:
     """Raise `GblmError` where a linear lacks a statistic or cannot have the pattern."""
     where = f"{linear.name} {list(linear.weight.shape)}, {allocation.name}, {pattern.name}"
-    if missing := sorted(allocation.needs - set(linear.statistics.sums)):
+    if missing := sorted(allocation.needs - set(linear.statistics.sums)) if not linear.read else []:
         raise GblmError(f"{where}: no {', '.join(missing)} of it; collect what `needs` names")
     try:
         pattern.check(linear.weight.shape)

@@ -99,9 +99,16 @@ def wanda_plus(factor: float = 100, rounds: int = 0, rate: float = 3e-7) -> Meth
     if rounds < 0 or not 0 < rate < math.inf:
         raise GblmError(f"rounds {rounds} at rate {rate:g}; wanda++ was published with 5 at 3e-7")
     named = f"factor={_factor(factor)}" + (f", rounds={rounds}, rate={rate:g}" if rounds else "")
-    name, rate = f"wanda++({named})", float(rate) if rounds else 0.0
-    own = {"regional": frozenset({"grad_sq"}), "rounds": rounds, "rate": rate}
-    return Method(name, (Regional(name, frozenset({"input_sq"}), solve, **own),))
+    name, needs = f"wanda++({named})", frozenset({"input_sq"})
+    step = Regional(
+        name,
+        needs,
+        solve,
+        regional=frozenset({"grad_sq"}),
+        rounds=rounds,
+        rate=float(rate) if rounds else 0.0,
+    )
+    return Method(name, (step,))
 
 
 def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:

@@ -23,7 +23,7 @@ from gblm.walk.call import Call, made, place
 from gblm.walk.gradients import Gradients, per_sample, zero_sums
 from gblm.walk.sight import Sight
 from gblm.walk.survey import Block, hooked
-from gblm.walk.visit import Visit
+from gblm.walk.visit import Inputs, Visit
 
 SAMPLES = 32  # of a round, as published
 
@@ -51,14 +51,18 @@ class Regional(Solve):
             gradients = regional_sums(block, calls, self.regional, visit.step)
         groups = visit.inputs_of(visit.calls, self.needs)
         reports = self.groups(groups, visit.patterns, gradients)
-        if self.rounds:  # errors are those against what the block was before the rounds
-            now = [linear.weight.clone() for linear in block.linears]
-            with visit.before.back():
-                dense = [stats.wide(linear.weight).clone() for linear in block.linears]
-            examples = [inputs.examples for inputs in groups for _ in inputs.group]
-            for report, *weights in zip(reports, dense, now, examples, strict=True):
-                report.relative_error = relative_error(*weights)
+        if self.rounds:
+            self._measure(visit, groups, reports)
         return reports
+
+    def _measure(self, visit: Visit, groups: list[Inputs], reports: list[LinearReport]) -> None:
+        """Make the errors of the reports those against what the block was before the rounds."""
+        linears = [(linear, inputs.examples) for inputs in groups for linear in inputs.group]
+        now = [linear.weight.clone() for linear, _ in linears]
+        with visit.before.back():
+            dense = [stats.wide(linear.weight).clone() for linear, _ in linears]
+        for i, (_, examples) in enumerate(linears):
+            reports[i].relative_error = relative_error(dense[i], now[i], examples)
 
     def _optimise(self, visit: Visit, gradients: Gradients) -> None:
         """Let the weights follow the dense block, round by round; they end unpruned."""

@@ -16,7 +16,7 @@ from gblm.maths import stats
 from gblm.report import LinearReport
 from gblm.walk.sight import Sight
 from gblm.walk.survey import Linear
-from gblm.walk.visit import Inputs, Visit
+from gblm.walk.visit import Inputs, Visit, together
 
 # The cost of a linear [out, in] for a solver, beside its mask.
 SolverCost = Callable[[int, int], Cost]
@@ -105,10 +105,10 @@ class Solve(Step):
         weight = weight.masked_fill(~keep, 0).to(linear.weight.dtype)
         if not torch.isfinite(weight).all():
             raise GblmError(f"{where}: the new weight holds a NaN or an Inf; use a wider dtype")
-        error = relative_error(dense, weight, inputs.examples)
+        off = relative_error(dense, weight, inputs.examples)
         sparsity = (weight == 0).float().mean().item()
         seconds = time.perf_counter() - start
-        return weight, LinearReport(linear.name, list(linear.shape), sparsity, error, seconds)
+        return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
 
     def cost(self, sight: Sight) -> Cost:
         """Forward passes for statistics and outputs, Gram matrices, masks, errors, solutions."""
@@ -135,15 +135,6 @@ class Solve(Step):
             stream = 2 * n * (2 * sight.stream + sight.widest)
         work = max(solving, sight.micro * sight.kept // len(sight.blocks))
         return total + Cost(memory=stream + max(statistics) + work)
-
-
-def together(inputs: Statistics, gradient: Statistics | None, device: torch.device) -> Statistics:
-    """Return the statistics of inputs with those of gradients, which may be elsewhere."""
-    if gradient is None:
-        return inputs
-    sums = {name: total.to(device) for name, total in gradient.sums.items()}
-    count = gradient.differentiated or gradient.samples
-    return Statistics({**inputs.sums, **sums}, inputs.samples, inputs.positions, count)
 
 
 def relative_error(dense: Tensor, weight: Tensor, examples: list[Tensor]) -> float:

@@ -252,9 +252,9 @@ class Blocks:
         with here(block.module):
             sums, gradients = self.walk.micro.run(lambda step: self._recompute(block, passed, step))
         for own, by_leaf in zip(passed, gradients, strict=True):
-            pairs = [(own.edges[i], gradient) for i, gradient in by_leaf.items()]
-            if pairs:
-                torch.autograd.backward(*map(list, zip(*pairs, strict=True)), retain_graph=True)
+            if by_leaf:
+                edges = [own.edges[i] for i in by_leaf]
+                torch.autograd.backward(edges, list(by_leaf.values()), retain_graph=True)
         for statistics in sums.values():
             stats.unscale(statistics, self.scale)
         finish(block, sums)

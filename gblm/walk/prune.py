@@ -20,7 +20,7 @@ from gblm.report import Report, clock
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Journal
 from gblm.walk.survey import Block, Linear
-from gblm.walk.visit import Visit, forward
+from gblm.walk.visit import Visit, forward, together
 from gblm.walk.walk import Walk
 
 log = logging.getLogger(__name__)
@@ -170,38 +170,33 @@ class Budget:
 
     def patterns(self) -> dict[str, Pattern]:
         """Return the pattern of each linear by its name; one that is not there stays dense."""
-        self.sums = {name: dict(found.sums) for name, found in self.gradients.items()}
-        self.counts = {name: found.samples for name, found in self.gradients.items()}
+        self.inputs: dict[str, Statistics] = {}
         if self.spread.needs & set(stats.INPUT):
             forward(self.walk, self._record)
+        none = Statistics({})
         weighed = [
-            Weighed(
-                linear.name,
-                linear.weight,
-                Statistics(self.sums.get(linear.name, {}), self.counts.get(linear.name, 0)),
-                block.name,
-                partial(_weight, block, linear),
-            )
+            Weighed(own.name, own.weight, none, block.name, partial(self._read, block, own))
             for block in self.walk.blocks
-            for linear in block.linears
+            for own in block.linears
         ]
         return allocation.patterns_for(self.spread, weighed, self.pattern)
 
     def _record(self, visit: Visit) -> None:
-        for inputs in (inputs for groups in visit.inputs(self.spread.needs) for inputs in groups):
-            for linear in inputs.group:
-                self.sums.setdefault(linear.name, {}).update(inputs.statistics.sums)
-                self.counts[linear.name] = inputs.statistics.samples
+        for groups in visit.inputs(self.spread.needs):
+            for inputs in groups:
+                self.inputs |= {linear.name: inputs.statistics for linear in inputs.group}
+
+    def _read(self, block: Block, linear: Linear) -> tuple[Tensor, Statistics]:
+        with here(block.module):
+            weight = linear.weight.clone()
+        inputs = self.inputs.get(linear.name, Statistics({}))
+        gradient = self.gradients.get(linear.name)
+        return weight, together(inputs, gradient, weight.device)
 
 
 def _checksum(block: Block) -> list[float]:
     with torch.no_grad(), here(block.module):
         return [own.double().abs().sum().item() for own in block.module.parameters()]
-
-
-def _weight(block: Block, linear: Linear) -> Tensor:
-    with here(block.module):
-        return linear.weight.clone()
 
 
 def check(blocks: list[Block], method: Method, pattern: Pattern) -> None:

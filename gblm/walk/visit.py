@@ -207,9 +207,9 @@ def forward(
     with quiet(walk.model), torch.no_grad(), walk.runs(2 if beside else 1) as streams:
         dense, pruned = streams if beside else ([], streams[0])
         for block in walk.blocks:
-            calls = [[run.at(block) for run in runs] for runs in (pruned, dense)]
+            calls, beside_them = ([run.at(block) for run in runs] for runs in (pruned, dense))
             with here(block.module):
-                visit = Visit(walk, block, *calls, patterns, gradients)
+                visit = Visit(walk, block, calls, beside_them, patterns, gradients)
                 work(visit)
                 if block is walk.blocks[-1]:
                     return
@@ -351,6 +351,16 @@ def _joined(calls: list[Call], pieces: list[list[_Piece]]) -> list[Output]:
 
 def _tensors(move: Callable[[Tensor], Tensor], leaf: Any) -> Any:
     return move(leaf) if isinstance(leaf, Tensor) and leaf.ndim else leaf
+
+
+def together(inputs: Statistics, gradient: Statistics | None, device: torch.device) -> Statistics:
+    """Return the statistics of inputs with those of gradients, which may be elsewhere."""
+    if gradient is None:
+        return inputs
+    sums = {name: total.to(device) for name, total in gradient.sums.items()}
+    count = gradient.differentiated or gradient.samples
+    samples, positions = inputs.samples or gradient.samples, inputs.positions
+    return Statistics({**inputs.sums, **sums}, samples, positions, count)
 
 
 def check(linear: Linear, statistics: Statistics) -> None:

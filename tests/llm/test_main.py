@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from gblm import METHODS
-from gblm.llm.__main__ import main, parser
+from gblm.command.settings import flags
+from gblm.llm.__main__ import SIDE, main
 
 FLAGS = [
     "--allocation",
@@ -30,6 +31,7 @@ FLAGS = [
     "--backward",
     "--calibration",
     "--completion",
+    "--compute-dtype",
     "--config",
     "--device",
     "--dry-run",
@@ -105,8 +107,7 @@ def command(folder: Path, text: Path, *more: str) -> list[str]:
 
 
 def test_flags_are_frozen():
-    flags = {flag for action in parser()._actions for flag in action.option_strings}
-    assert sorted(flag for flag in flags if flag.startswith("--")) == FLAGS
+    assert sorted({f"--{key}" for key in flags(SIDE.app())} | {"--help"}) == FLAGS
 
 
 def test_result_loads_as_it_came_in(folder: Path, text: Path, tmp_path: Path):

@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from gblm import METHODS
-from gblm.llm.__main__ import parser as llm_parser
-from gblm.vit.__main__ import main, parser
+from gblm.command.settings import flags
+from gblm.llm.__main__ import SIDE as LLM
+from gblm.vit.__main__ import SIDE, main
 
 OWN = ["--checkpoint", "--evaluate-images", "--unlabelled", "--workers"]
 OF_LANGUAGE = [
@@ -26,14 +27,10 @@ OF_LANGUAGE = [
 ]
 
 
-def flags(of) -> set[str]:
-    found = {flag for action in of._actions for flag in action.option_strings}
-    return {flag for flag in found if flag.startswith("--")}
-
-
 def test_flags_are_those_of_language_but_for_each_sides_own():
-    assert flags(parser()) - flags(llm_parser()) == set(OWN)
-    assert flags(llm_parser()) - flags(parser()) == set(OF_LANGUAGE)
+    here, there = ({f"--{key}" for key in flags(side.app())} for side in (SIDE, LLM))
+    assert here - there == set(OWN)
+    assert there - here == set(OF_LANGUAGE)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,405 @@
+"""The settings of a command: one dataclass gives its flags, their help, files and completion."""
+
+import argparse
+import difflib
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import shtab
+import tomli_w
+import torch
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.argument import Argument
+from cyclopts.config import Dict
+from cyclopts.help import HelpPanel
+from rich.console import Console
+from rich.table import Table
+
+from gblm.base import GblmError, one_of
+from gblm.machine.device import COMPUTE_DTYPES, DTYPES
+from gblm.machine.files import write_text
+from gblm.machine.offload import OFFLOADS
+from gblm.machine.processes import world
+from gblm.maths import patterns
+from gblm.maths.allocation import ALLOCATIONS
+from gblm.maths.scores import NORMS
+from gblm.methods import METHODS, SOLVERS
+from gblm.report import versions
+from gblm.walk.gradients import BACKWARDS
+
+NAME = "config.toml"
+SHELLS = ("bash", "zsh", "tcsh")
+LISTS = ("methods", "patterns", "allocations")
+EXITS = "exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted"
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError
+    return text
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a flag takes, and the converter by which cyclopts reads it.
+
+    read: the value of a text, or `ValueError`. said, kinds: the same in words, and what a TOML file
+    may have for it. offers: what a shell completes it by: "folder", "file", or words.
+    """
+
+    read: Callable[[str], Any] = _text
+    said: str = "a string"
+    kinds: tuple[type, ...] = (str,)
+    offers: str | Collection[str] = ()
+    several: bool = False
+    closed: bool = False
+
+    def __call__(self, hint: Any, given: Sequence[Any]) -> Any:
+        """Return the value of the last text given for a flag, or of all where it takes several."""
+        last = given[-1]
+        source = "" if last.source == "cli" else f"{last.source}: "
+        name = (last.keyword or "").strip("-[]")
+        if self.several:
+            texts = given if source else [last]
+            return tuple(dict.fromkeys(part for text in texts for part in listed(text.value)))
+        try:
+            return self.read(last.value)
+        except ValueError:
+            text = f"{name} {last.value[:40]!r} is not {self.said}; see --help"
+            raise GblmError(f"{source}{text}") from None
+        except GblmError as error:
+            raise GblmError(f"{source}{str(error).replace('$', name.replace('-', ' '))}") from None
+
+
+def one(words: Collection[str]) -> Value:
+    """Return what takes one of some words."""
+    return Value(lambda text: one_of(text, words, "$"), offers=words, closed=True)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _whole(text: str) -> int | None:
+    return None if text == "auto" else _count(text)
+
+
+TEXT, FOLDER, FILE = Value(), Value(offers="folder"), Value(offers="file")
+PATH = Value(Path, offers="folder")
+COUNT = Value(_count, "a whole number of 1 or more", (int,))
+NUMBER = Value(int, "a whole number", (int,))
+REAL = Value(float, "a number", (int, float))
+AMOUNT = Value(said="a number or a string", kinds=(int, float, str))
+WHOLE = replace(AMOUNT, read=_whole, said="auto or a whole number of 1 or more")
+SEVERAL = Value(said="a string, or a list of them", kinds=(str, int, float, list), several=True)
+FILES = replace(SEVERAL, offers="file")
+MENDED = [f"{method}+{solver}" for method in METHODS for solver in SOLVERS]
+
+
+def listed(text: str) -> list[str]:
+    """Return the values in a text that stand between commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+GROUPS = (  # of --help, in their order
+    "what to prune",
+    "how to prune (METHODS and PATTERNS: one, or several with commas and then compared)",
+    "calibration",
+    "evaluation, before and after",
+    "memory and speed",
+    "large models, and several processes (torchrun --nproc-per-node 8 -m …)",
+    "output",
+    "help",
+)
+RECIPE = GROUPS[:6]  # those that a result depends on
+APART = ("work_dir", "resume")  # where a run works, which does not change what it gives
+
+
+def _group(title: str) -> Callable[..., Parameter]:
+    """Return a function that makes a flag of a group, by what it takes and how that is called."""
+    group = Group(title, sort_key=GROUPS.index(title))
+
+    def flag(value: Value | None = None, metavar: str | None = None, **more: Any) -> Parameter:
+        return Parameter(group=group, converter=value, metavar=metavar, **more)
+
+    return flag
+
+
+WHAT, HOW, CALIBRATION, EVALUATION, MEMORY, SCALE, OUTPUT, HELP = map(_group, GROUPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags that mean the same on every side, which adds its own in a class below this one."""
+
+    model: Annotated[str, WHAT(FOLDER, "MODEL")] = ""
+    """a folder, or a name of the hub; without it, the packaged demo"""
+    include: Annotated[tuple[str, ...], WHAT(SEVERAL, "NAMES")] = ()
+    """linears to prune, with commas, * for anything"""
+    exclude: Annotated[tuple[str, ...], WHAT(SEVERAL, "NAMES")] = ()
+    """linears to leave dense, such as '*.down_proj,model.layers.0.*'"""
+    method: Annotated[
+        tuple[str, ...], HOW(replace(SEVERAL, offers=[*METHODS, *MENDED]), "METHODS")
+    ] = ()
+    """what decides; METHOD+SOLVER mends its mask, METHOD:OPTION=VALUE; see --list methods"""
+    sparsity: Annotated[tuple[str, ...], HOW(SEVERAL, "PATTERNS")] = ()
+    """0.5, 2:4, …; see --list patterns"""
+    alpha: Annotated[str, HOW(AMOUNT, "ALPHA")] = ""
+    """factor of the gradient term, or auto: equal medians"""
+    norm: Annotated[str, HOW(one(NORMS), "NORM")] = ""
+    """of gradients over samples: l1, l2 [as published]"""
+    group: Annotated[str, HOW(one(["auto", *patterns.GROUPS]), "GROUP")] = "auto"
+    """comparison group: row, layer [as published]"""
+    allocation: Annotated[str, HOW(one(ALLOCATIONS), "NAME")] = ""
+    """spread the budget over the linears; see --list allocations"""
+    refine: Annotated[float | None, HOW(REAL, "PASSES")] = None
+    """passes over the samples that refine each block's weights"""
+    calibration: Annotated[str, CALIBRATION(FILE, "SOURCE")] = ""
+    """a data set or a local path"""
+    samples: Annotated[int, CALIBRATION(COUNT, "N")] = 0
+    """calibration samples"""
+    seed: Annotated[int, CALIBRATION(NUMBER, "N")] = 0
+    """of the calibration samples [0]"""
+    evaluate: Annotated[tuple[str, ...], EVALUATION(FILES, "SOURCES")] = ()
+    """data sets or local paths, with commas"""
+    device: Annotated[str, MEMORY(TEXT, "DEVICE")] = "auto"
+    """cpu, cuda, cuda:1, … [a GPU where there is one]"""
+    dtype: Annotated[str, MEMORY(one(["auto", *DTYPES]), "DTYPE")] = "auto"
+    """float32, bfloat16, float16 [as stored]"""
+    compute_dtype: Annotated[str, MEMORY(one(COMPUTE_DTYPES), "DTYPE")] = "auto"
+    """of products in blocks of float32: float32, bfloat16 [by the device]"""
+    micro_batch: Annotated[int | None, MEMORY(WHOLE, "N")] = None
+    """samples a block sees at a time [auto]"""
+    backward: Annotated[str, MEMORY(one(BACKWARDS), "HOW")] = "auto"
+    """gradients by blocks, or by the whole model [auto]"""
+    offload: Annotated[str, SCALE(one(OFFLOADS), "WHERE")] = "auto"
+    """weights away from the device: none, cpu, disk [auto]"""
+    work_dir: Annotated[Path | None, SCALE(PATH, "DIR")] = None
+    """for gradients, finished blocks and their journal"""
+    resume: Annotated[bool, SCALE()] = False
+    """go on with the run that --work-dir holds"""
+    gradients: Annotated[Path | None, SCALE(PATH, "DIR")] = None
+    """of a former run: the gradients in its --work-dir"""
+    gradient_dtype: Annotated[str, SCALE(one(DTYPES), "DTYPE")] = "float32"
+    """of gradients in a folder [float32]"""
+    output: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
+    """for the pruned model and its report.json"""
+    report: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
+    """for report.html, a page that shows what became of it"""
+    overwrite: Annotated[bool, OUTPUT()] = False
+    """let output and report replace what is there"""
+    dry_run: Annotated[bool, OUTPUT()] = False
+    """say what a run would do and take; nothing is run"""
+    verbose: Annotated[int, OUTPUT(name=("-v", "--verbose"), count=True, allow_repeating=None)] = 0
+    """a line for every block; twice for details"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The flags that a command line alone has: a file of flags, and what asks for an answer."""
+
+    config: Annotated[Path | None, HELP(replace(PATH, offers="file"), "FILE")] = None
+    """a TOML file of flags, such as the config.toml of a result"""
+    list: Annotated[str | None, HELP(one(LISTS), "WHAT")] = None
+    """say what there is: methods, patterns, allocations"""
+    completion: Annotated[str | None, HELP(one(SHELLS), "SHELL")] = None
+    """a script for bash, zsh or tcsh"""
+    version: Annotated[bool, HELP()] = False
+    """of gblm and of the packages it stands on"""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def flags(app: App) -> dict[str, Argument]:
+    """Return the flags of a command by their names in a file."""
+    found = app.assemble_argument_collection(parse_docstring=True)
+    return {own.names[-1].lstrip("-"): own for own in found if own.keys}
+
+
+def parse(app: App, argv: Sequence[str] | None = None) -> tuple[Any, Asked] | None:
+    """Return the flags of a command line and of the file its --config names; the former win.
+
+    None where it has asked for help, which is printed. Raises `GblmError` where a flag or a key is
+    unknown, or its value is of another type.
+    """
+    given = sys.argv[1:] if argv is None else argv
+    try:
+        found = _parsed(app, given)
+        if found and (path := found[1].config):
+            app.config = (Dict(_stored(path, flags(app)), source=str(path)),)
+            found = _parsed(app, given)
+    except CycloptsError as error:
+        said = str(error).rstrip(".").replace(". Did", "; did")
+        raise GblmError(f"{said[:1].lower()}{said[1:]}; see --help") from None
+    return found
+
+
+def _parsed(app: App, given: Sequence[str]) -> tuple[Any, Asked] | None:
+    command, bound, _ = app.parse_args(list(given), exit_on_error=False, print_error=False)
+    return command(*bound.args, **bound.kwargs)
+
+
+def make_app(program: str, text: str, kind: type[Settings]) -> App:
+    """Return the parser of a class of settings; text: what stands above the flags in the help."""
+    app = App(
+        name=program,
+        usage=f"usage: {program} [--model MODEL] \\[flags]",
+        help=text,
+        help_format="plaintext",
+        help_epilogue=EXITS,
+        help_formatter=_panel,
+        version_flags=(),
+        console=Console(width=100),
+        default_parameter=Parameter(allow_repeating=True, negative=()),
+    )
+    app["--help"].group, app["--help"].help = HELP().group, "show this"  # type: ignore[assignment]
+    flat = Parameter(name="*")
+
+    def run(
+        settings: Annotated[kind, flat] = kind(),  # type: ignore[valid-type]  # noqa: B008
+        asked: Annotated[Asked, flat] = Asked(),
+    ) -> tuple[Settings, Asked]:
+        return settings, asked
+
+    app.default(run)
+    return app
+
+
+def _panel(console: Console, options: Any, panel: HelpPanel) -> None:
+    """Print a group of flags: its title, then a line for each with its help beside it."""
+    if not panel.entries:
+        return
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(width=26)
+    for entry in panel.entries:
+        table.add_row(f"  {', '.join(entry.all_options)} {entry.metavar or ''}", entry.description)
+    console.print(f"{panel.title}:", table, "", highlight=False)
+
+
+def _stored(path: Path, known: dict[str, Argument]) -> dict[str, Any]:
+    """Return what a file of flags holds; raises `GblmError` for what no flag takes."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise GblmError(f"{path} cannot be read ({reason}); give a TOML file of flags") from error
+    alone = {key for key, flag in known.items() if _group_of(flag) == GROUPS[-1]}
+    for key, value in found.items():
+        if key in {*alone, "help"}:
+            raise GblmError(f"{path}: {key} goes on the command line alone; remove it")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise GblmError(f"{path}: no flag is called {key}{hint}; see --help")
+        takes = _value_of(known[key]) or Value(said="true or false", kinds=(bool,))
+        for part in value if isinstance(value, list) and takes.several else [value]:
+            if not isinstance(part, takes.kinds) or (
+                isinstance(part, bool) != (bool in takes.kinds)
+            ):
+                raise GblmError(f"{path}: {key} is {value!r}; give {takes.said}")
+    return {key: int(value) if key == "verbose" else value for key, value in found.items()}
+
+
+def _value_of(flag: Argument) -> Value | None:
+    return flag.parameter.converter  # type: ignore[return-value]
+
+
+def _group_of(flag: Argument) -> str:
+    return flag.parameter.group[0].name  # type: ignore[index]
+
+
+def filled(settings: S, **usual: Any) -> S:
+    """Return settings in which what was not given has the usual value."""
+    return replace(settings, **{k: value for k, value in usual.items() if not getattr(settings, k)})
+
+
+@dataclass
+class Recipe:
+    """The flags that the results of a command depend on, to be written beside each of them."""
+
+    program: str
+    flags: dict[str, Any]
+
+    def write(self, folder: Path, **own: Any) -> None:
+        """Write the flags of one run, those of its `own` in their place, into its folder."""
+        found = ", ".join(f"{name} {number}" for name, number in versions().items())
+        head = [
+            f"Repeat this run: {self.program} --config {NAME} --output DIR",
+            f"It ran with {found};",
+            f"processes: {world()}, threads of each: {torch.get_num_threads()}.",
+        ]
+        text = "".join(f"# {line}\n" for line in head) + "\n" + tomli_w.dumps(self.flags | own)
+        write_text(folder / NAME, text)
+
+
+def recipe(app: App, settings: Settings, names: Collection[str]) -> Recipe:
+    """Return the recipe of a command's settings, with local paths made absolute.
+
+    names: values that are never paths, such as those of known data sets.
+    """
+    found: dict[str, Any] = {}
+    for key, flag in flags(app).items():
+        field = flag.keys[-1]
+        value = getattr(settings, field, None)
+        if _group_of(flag) not in RECIPE or field in APART or value in (None, False, (), ""):
+            continue
+        if isinstance(value, tuple):
+            parts = [_absolute(flag, part, names) for part in value]
+            value = parts[0] if len(parts) == 1 else parts
+        elif isinstance(value, str | Path):
+            value = _absolute(flag, str(value), names)
+        found[key] = value
+    return Recipe(app.name[0], found)
+
+
+def _absolute(flag: Argument, text: str, names: Collection[str]) -> str:
+    """Return a value of a flag, absolute where it is the path of something that is there."""
+    takes, path = _value_of(flag), Path(text).expanduser()
+    offers = takes.offers if takes else ()
+    there = path.is_dir() if offers == "folder" else path.exists()
+    return (
+        os.path.abspath(path) if isinstance(offers, str) and there and text not in names else text
+    )
+
+
+def completion(app: App, shell: str) -> str:
+    """Return the script that completes the flags of a command, `gblm-llm` say, in a shell."""
+    parser = argparse.ArgumentParser(app.name[0].split()[-1].replace(".", "-"))
+    places = {"folder": shtab.DIRECTORY, "file": shtab.FILE}
+    for key, flag in flags(app).items():
+        value, takes = _value_of(flag), dict[str, Any]()
+        if value is None:
+            takes["action"] = "store_true"
+        elif value.closed:
+            takes["choices"] = value.offers
+        action = parser.add_argument(*flag.names, help=flag.parameter.help, **takes)
+        if value and isinstance(value.offers, str):
+            action.complete = places[value.offers]  # type: ignore[attr-defined]
+        elif value and value.offers and not value.closed:
+            action.complete = _words(key, value.offers)  # type: ignore[attr-defined]
+    return shtab.complete(parser, shell)
+
+
+def _words(name: str, choices: Collection[str]) -> dict[str, Any]:
+    """Return what shells offer for a flag that takes some of the choices, with commas."""
+    function, words = f"_gblm_{name}", " ".join(choices)
+    script = f"""
+{function}() {{
+  local before=""
+  [[ $1 == *,* ]] && before="${{1%,*}},"
+  compgen -P "$before" -W "{words}" -- "${{1##*,}}"
+}}"""
+    return {
+        "bash": function,
+        "zsh": f"{{_values -s , {name} {words}}}",
+        "tcsh": f"({words})",
+        "preamble": {"bash": script},
+    }

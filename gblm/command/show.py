@@ -1,0 +1,242 @@
+"""What a command prints: what there is, the plan of a dry run, the table of its runs."""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from gblm.command.estimate import Task, estimate
+from gblm.command.job import Run
+from gblm.command.settings import Settings
+from gblm.machine.device import free_memory
+from gblm.machine.offload import find_offload
+from gblm.machine.processes import rank, world
+from gblm.machine.speed import Machine, measure
+from gblm.maths.allocation import ALLOCATIONS
+from gblm.methods import METHODS, SOLVERS
+from gblm.report import Report
+from gblm.report.wording import short, size, time
+from gblm.walk.prune import check
+from gblm.walk.sight import Sight
+from gblm.walk.survey import choose
+from gblm.walk.walk import micro_batch_for
+
+ASIDE = {"acc_norm"}  # metrics that stand in the report alone
+
+# What there is, for --list.
+
+
+def methods() -> list[tuple[str, str]]:
+    """Return the name of every method, what it does, and its options."""
+    lines = []
+    for name, text in _first_sentences(METHODS):
+        options = inspect.signature(METHODS[name]).parameters.values()
+        named = ":".join(f"{option.name}={option.default}" for option in options)
+        lines.append((name, f"{text} [:{named}]" if named else text))
+    return lines + [
+        (f"METHOD+{name}", f"the mask of any of these, mended by {name}") for name in SOLVERS
+    ]
+
+
+def allocations() -> list[tuple[str, str]]:
+    """Return the name of every allocation, and what it does."""
+    return _first_sentences(ALLOCATIONS)
+
+
+def pattern_forms() -> list[tuple[str, str]]:
+    """Return the forms that a pattern has, and what each means."""
+    return [
+        ("0.5", "half of the weights go, compared where --group says"),
+        ("0.5/row", "half of the weights of every output"),
+        ("0.5/layer", "half of the weights of every linear"),
+        ("2:4", "two of every four neighbouring weights stay; any n:m"),
+    ]
+
+
+def _first_sentences(factories: Mapping[str, Callable[..., Any]]) -> list[tuple[str, str]]:
+    docs = {name: inspect.getdoc(factory) or "" for name, factory in factories.items()}
+    return [(name, " ".join(text.partition("\n\n")[0].split())) for name, text in docs.items()]
+
+
+LISTS = {"methods": methods, "patterns": pattern_forms, "allocations": allocations}
+
+
+def listing(what: str) -> None:
+    """Print a line for each of what there is."""
+    lines = LISTS[what]()
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:{width}}  {text}")
+
+
+# The table of the runs.
+
+
+def console(stderr: bool = False) -> Console:
+    """Return the terminal, or what stands in its place, which has no edge to wrap at."""
+    terminal = Console(stderr=stderr)
+    return terminal if terminal.is_terminal else Console(stderr=stderr, width=160)
+
+
+def columned(title: str, first: str, *others: str) -> Table:
+    """Return an empty table, whose columns after the first stand to the right."""
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in others:
+        table.add_column(column, justify="right")
+    return table
+
+
+def results(title: str, reports: list[Report], settings: Settings) -> None:
+    """Print the runs of one command side by side, the dense model first, and where they are."""
+    if rank():
+        return
+    entries = reports[0].evaluation.items()
+    first = {name: entry for name, entry in entries if entry["metric"] not in ASIDE}
+    columns = ("pattern", "sparsity", *map(short, first), "seconds")
+    table = columned(title, "method", *columns)
+    dense = [shown(value, "dense") for value in first.values()]
+    table.add_row("dense", "", "", *dense, "", end_section=True)
+    for report in reports:
+        values = [shown(report.evaluation[name], "pruned") for name in first]
+        cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
+        table.add_row(
+            report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
+        )
+    console().print(table)
+    if len(reports) == 1:
+        worst = sorted(reports[0].linears, key=lambda linear: -linear.relative_error)[:3]
+        named = ", ".join(f"{linear.name} {linear.relative_error:.1%}" for linear in worst)
+        seconds, memory = sum(reports[0].seconds.values()), reports[0].peak_memory_bytes
+        print(f"largest errors: {named}")
+        print(f"{time(seconds)} in all, {size(memory)} of memory at the peak")
+    for note in reports[-1].notes:
+        print(note)
+    if settings.output:
+        print(f"written to {settings.output}")
+    if settings.report:
+        print(f"report in {settings.report / 'report.html'}")
+
+
+def shown(entry: dict[str, Any], when: str) -> str:
+    """Return a value of an evaluation as a table has it: fractions, as acc is one, in percent."""
+    value = entry[when]
+    return f"{100 * value:.1f} %" if entry["metric"] == "acc" else f"{value:.2f}"
+
+
+# The plan of a dry run.
+
+
+@dataclass
+class Outline:
+    """What a side knows of a command without running it.
+
+    stored: the dtype of the checkpoint, which the output has. unmeasured: what the seconds do not
+    hold, beside reading the model and the data.
+    """
+
+    sight: Sight
+    task: Task
+    stored: torch.dtype
+    unmeasured: str = ""
+
+
+def plan(
+    title: str, settings: Settings, runs: list[Run], outline: Outline, device: torch.device
+) -> None:
+    """Print the plan of a command, in process 0 alone; nothing is run and nothing written.
+
+    Raises `GblmError` where a run cannot have its pattern, or `--include` and `--exclude` leave
+    nothing.
+    """
+    sight = outline.sight
+    choose(sight.blocks, list(settings.include), list(settings.exclude))
+    for run in runs:
+        check(sight.blocks, run.method, run.pattern)
+    offload = find_offload(settings.offload, sight.weights, device) != "none"
+    folders = settings.work_dir or settings.gradients or offload
+    samples = -(-outline.task.samples // world())
+    task = replace(
+        outline.task,
+        samples=samples,
+        evaluated=-(-outline.task.evaluated // world()),
+        several=len(runs) > 1,
+        kept=bool(folders) or settings.gradient_dtype != "float32",
+        offload=offload,
+        micro=micro_batch_for(sight.blocks, samples, settings.micro_batch, device).samples,
+        backward="blocks" if offload else settings.backward,
+    )
+    if rank():
+        return
+    terminal = console()
+    terminal.print(_linears(title, sight))
+    for line in _lines(settings, runs, outline):
+        terminal.print(line, soft_wrap=True, highlight=False)
+    dtype = next(own.dtype for own in sight.linears[0].module.parameters())
+    width = max(linear.shape[1] for linear in sight.linears)
+    terminal.print(_costs(sight, runs, task, measure(device, dtype, width)))
+    if device.type == "cpu":
+        terminal.print(f"of the memory, {size(task.taken)} are those of libraries and data")
+    terminal.print(f"seconds are without reading the model and the data{outline.unmeasured}")
+    terminal.print("nothing was run, nothing was written")
+
+
+def _linears(title: str, sight: Sight) -> Table:
+    """Return the linears that would be pruned, by their kinds."""
+    kinds: Counter[tuple[str, tuple[int, int]]] = Counter()
+    for block in sight.blocks:
+        for linear in block.linears:
+            kinds[linear.name.removeprefix(f"{block.name}."), linear.shape] += 1
+    names = [block.name for block in sight.blocks]
+    heading = f"{title}: {len(names)} blocks, {names[0]} … {names[-1]}"
+    table = columned(heading, "linear", "shape", "number", "weights")
+    for (name, (outputs, inputs)), number in kinds.items():
+        weights = number * outputs * inputs
+        table.add_row(name, f"{outputs} × {inputs}", str(number), f"{weights:,}")
+    return table
+
+
+def _lines(settings: Settings, runs: list[Run], outline: Outline) -> list[str]:
+    """Return what stays dense, and what would be written where, in a line each."""
+    sight = outline.sight
+    pruned = sum(linear.weight.numel() for linear in sight.linears)
+    why = Counter(
+        (name.removeprefix(f"{block.name}."), reason)
+        for block in sight.blocks
+        for name, reason in block.dense.items()
+    )
+    times = f"{len(runs)} × " if len(runs) > 1 else ""
+    result = f"{times}{size(sight.numbers * outline.stored.itemsize)}"
+    to = settings.output
+    return [
+        f"pruned: {pruned:,} of {sight.numbers:,} weights ({pruned / sight.numbers:.1%}), in "
+        f"{len(sight.linears)} linears",
+        f"dense: {sight.numbers - pruned:,} weights: what stands outside of the blocks, norms, "
+        f"biases{', and' if why else ''}",
+        *(f"    {number} × {name}: {reason}" for (name, reason), number in why.items()),
+        f"written: {f'{result}, to {to}' if to else f'nothing; {result} with --output'}",
+    ]
+
+
+def _costs(sight: Sight, runs: list[Run], task: Task, machine: Machine) -> Table:
+    """Return the memory and the seconds of every run."""
+    free = free_memory(machine.device)
+    title = f"estimated for {machine.device}, of which {size(free)} are free"
+    columns = ("pattern", "memory", "gradients", "prune", "evaluate", "seconds")
+    table = columned(title, "method", *columns)
+    for run in runs:
+        cost = estimate(sight, task, run.method, run.pattern, machine, free)
+        gradients, prune = cost.seconds.get("gradients", 0.0), cost.seconds["prune"]
+        both = cost.seconds.get("evaluate dense", 0.0) + cost.seconds.get("evaluate", 0.0)
+        total = cost.memory  # on a GPU that of its tensors, as a report has it
+        if machine.device.type == "cpu":
+            total = max(task.peak, task.taken + cost.memory)
+        memory = size(total) + (" (!)" if cost.memory > free else "")
+        seconds = [f"{value:.1f}" for value in (gradients, prune, both, gradients + prune + both)]
+        table.add_row(run.method.name, run.pattern.name, memory, *seconds)
+    return table

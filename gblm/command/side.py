@@ -1,0 +1,210 @@
+"""A side: what a kind of models brings to the one command, and that command from flags to runs."""
+
+import logging
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+from cyclopts import App
+from rich.logging import RichHandler
+
+from gblm.base import GblmError
+from gblm.command import show
+from gblm.command.job import Job, Opened, Run, Work, compare, work_folder
+from gblm.command.settings import S, Settings, completion, filled, make_app, parse, recipe
+from gblm.machine.device import DTYPES, find_compute_dtype, find_device
+from gblm.machine.files import check_output, check_report
+from gblm.machine.processes import launched, rank, world
+from gblm.maths import patterns
+from gblm.methods import make, refined
+from gblm.methods import parse as parse_method
+from gblm.report import versions
+from gblm.walk.survey import choose, survey
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side(Generic[S]):
+    """What a kind of models brings to the command.
+
+    program, about, examples: of --help. kind: the class of its settings. usual: what settings are
+    where they are not given; demo: what they are where no model is, a packaged one among them, and
+    alone: those that go with a model of the user's. sources: names of data that are no paths.
+
+    load(settings, device, scratch, seconds): the model and its data, with the seconds of both;
+        scratch is a folder for weights away from the device.
+    outline(settings, device): what there is to know of a run without the weights.
+    """
+
+    program: str
+    about: str
+    examples: str
+    kind: type[S]
+    load: Callable[[S, torch.device, Path, dict[str, float]], Opened]
+    outline: Callable[[S, torch.device], show.Outline]
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    demo: Mapping[str, Any] = field(default_factory=dict)
+    alone: Sequence[str] = ("calibration", "evaluate")
+    sources: Collection[str] = ()
+
+    def app(self) -> App:
+        """Return the parser of its settings."""
+        return make_app(self.program, f"{self.about}\n\n{self.examples.rstrip()}", self.kind)
+
+
+def main(side: Side[S], argv: Sequence[str] | None = None) -> int:
+    """Run the command of a side, `sys.argv` where no arguments are given, and return its exit code.
+
+    That is 0, 2 for an error of the user's, which is said, or 130 for Ctrl-C.
+    """
+
+    def answer() -> None:
+        app = side.app()
+        given = parse(app, argv)
+        if given is None:
+            return
+        settings, asked = given
+        if asked.list:
+            show.listing(asked.list)
+        elif asked.completion:
+            print(completion(app, asked.completion))
+        elif asked.version:
+            print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        else:
+            with logged(settings.verbose):
+                command(side, settings)
+
+    return guarded(answer)
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Return the exit code of a command: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    try:
+        work()
+    except GblmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished results stay, nothing half done does", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def logged(verbose: int) -> Iterator[None]:
+    """Show what gblm logs on stderr for a time: warnings, with 1 every block, with 2 details.
+
+    Below warnings that is the log of process 0 alone.
+    """
+    handler = RichHandler(console=show.console(stderr=True), show_path=False)
+    handler.addFilter(lambda record: not rank() or record.levelno >= logging.WARNING)
+    logger = logging.getLogger("gblm")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel([logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def command(side: Side[S], settings: S) -> None:
+    """Do what the settings ask for: carry out the runs, or say what they would take."""
+    title = settings.model or "the packaged demo"
+    settings = filled(resolved(side, settings), **side.usual)
+    if not settings.calibration:
+        raise GblmError("nothing to calibrate on; give a folder or a data set by --calibration")
+    runs = find_runs(settings)
+    check_folders(settings)
+    with launched(settings.device) as device:
+        settings = replace(settings, device=device)
+        if settings.dry_run:
+            there = find_device(device)
+            return show.plan(title, settings, runs, side.outline(settings, there), there)
+        with work_folder(settings) as work:
+            carry_out(side, settings, runs, work, title)
+
+
+def resolved(side: Side[S], settings: S) -> S:
+    """Return the settings with those of the packaged demo where no model is named."""
+    if settings.model:
+        return settings
+    if not side.demo:
+        raise GblmError("no model to prune; name one by --model")
+    if given := [name for name in side.alone if getattr(settings, name)]:
+        raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
+    return filled(settings, **side.demo)
+
+
+def find_runs(settings: Settings) -> list[Run]:
+    """Return the runs that settings ask for; raises `GblmError` for a value that is none."""
+    if settings.resume and not settings.work_dir:
+        raise GblmError("--resume goes on with a run in --work-dir; name that folder")
+    usual = {name: value for name in ("alpha", "norm") if (value := getattr(settings, name))}
+    runs = []
+    for text in settings.sparsity:
+        for asked in settings.method:
+            name, options = parse_method(asked, **usual)
+            method = make(name, **options)
+            if settings.allocation:
+                method = replace(method, allocation=settings.allocation)
+            if settings.refine is not None:
+                method = refined(method, settings.refine)
+            group = method.group if settings.group == "auto" else settings.group
+            label = f"{asked.replace(':', '-')}-{text.replace(':', 'of').replace('/', '-')}"
+            pattern = patterns.parse(text, group)
+            runs.append(Run(label, method, pattern, {"method": asked, "sparsity": text}))
+    if not runs:
+        raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")
+    return runs
+
+
+def check_folders(settings: Settings, size: int = 0) -> None:
+    """Raise `GblmError` where a result of `size` bytes, or its report, cannot be written."""
+    if settings.output:
+        check_output(settings.output, size, settings.overwrite)
+    if settings.report:
+        check_report(settings.report, settings.overwrite)
+
+
+def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: str) -> None:
+    """Open the model and its data, carry out the runs in a work folder, show the table."""
+    seconds: dict[str, float] = {}
+    opened = side.load(settings, find_device(settings.device), work.scratch, seconds)
+    check_folders(settings, sum(own.nbytes for own in opened.model.parameters()) * len(runs))
+    blocks = survey(opened.model, opened.batch, opened.adapter)
+    choose(blocks, list(settings.include), list(settings.exclude))
+    chosen = with_choices(opened)
+    # A model that comes to the device block by block makes examples for --report alone: they take
+    # many passes.
+    shows = not rank() and (settings.report or (settings.output and not opened.offload))
+    job = Job(
+        opened,
+        chosen,
+        blocks,
+        recipe(side.app(), chosen, side.sources),
+        seconds,
+        work if work.asked or opened.offload else None,
+        opened.examples() if shows else None,
+    )
+    reports = compare(job, runs)
+    show.results(f"{title}, pruned with {opened.calibration}", reports, settings)
+
+
+def with_choices(opened: Opened) -> Settings:
+    """Return the settings of what was opened, with what gblm chose filled in."""
+    some = next(opened.model.parameters())
+    settings = opened.settings
+    device = find_device(settings.device)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return replace(
+        settings,
+        device="cuda" if world() > 1 and settings.device != "cpu" else str(device),
+        dtype=names.get(some.dtype, settings.dtype),
+        compute_dtype=names[find_compute_dtype(settings.compute_dtype, device)],
+        offload=opened.offload.kind if opened.offload else "none",
+    )
