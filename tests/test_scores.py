@@ -95,7 +95,9 @@ def test_wanda_plus_is_its_formula_cell_by_cell():
     squares = found["input_sq"].tolist()
     for i, row in enumerate(found["grad_sq"].tolist()):
         for j, g in enumerate(row):
-            norms = 100 * math.sqrt(g / found.differentiated) + math.sqrt(squares[j] / found.samples)
+            norms = 100 * math.sqrt(g / found.differentiated) + math.sqrt(
+                squares[j] / found.samples
+            )
             expected = abs(weight[i, j].item()) * norms
             assert score[i, j].item() == pytest.approx(expected, rel=1e-12)
 
