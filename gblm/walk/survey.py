@@ -193,6 +193,12 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
     linears = {module: _linears(block, adapter, owners) for module, block in blocks.items()}
     runs = _runs(model, batch, adapter, blocks, linears)
     once, twice, others = runs[0], runs[1], [runs[0], *runs[2:]]
+    for run in others:
+        if [visit.module for visit in run] != [visit.module for visit in once]:
+            raise GblmError(
+                "some samples come to other blocks than the first does; a model that chooses its "
+                "blocks by the sample cannot be pruned"
+            )
     ordered = [blocks[visit.module] for visit in once]
     for i, block in enumerate(ordered):
         block.arguments = _carried(once[i].arguments, twice[i].arguments)
