@@ -109,7 +109,7 @@ def regional_sums(block: Block, calls: list[Call], needs: Iterable[str], step: i
     f(X) is the first tensor that the block makes of its linears.
     """
     sums = zero_sums(block.linears, frozenset(needs) & set(stats.GRADIENT))
-    step = 1 if any(linear.routed for linear in block.linears) else step
+    step = 1 if any(linear.alone for linear in block.linears) else step
     for call in calls:
         for piece in call.pieces(step):
             samples = piece.stop - piece.start

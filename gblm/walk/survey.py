@@ -34,8 +34,9 @@ Carried = tuple[int, int] | None
 class Linear:
     """One prunable weight, seen as a matrix `[out, in]`.
 
-    positions: input vectors of one sample, the most where samples differ. routed: whether those of
-    several samples cannot be told apart, as where the model sends it only some of them.
+    positions: input vectors of one sample, the most where samples differ. routed: whether it sees
+    only those positions that the model sends to it. mixed: whether samples do not stand first in
+    its input.
     """
 
     name: str
@@ -43,6 +44,12 @@ class Linear:
     kind: Kind
     positions: int = 0
     routed: bool = False
+    mixed: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether it must see one sample at a time, so that samples can be told apart."""
+        return self.routed or self.mixed
 
     @property
     def weight(self) -> Tensor:
@@ -270,7 +277,8 @@ def _group(
         uses = [use for visit in visits for use in visit.uses if use.linear is linear]
         linear.positions = max((use.positions for use in uses), default=0)
         one, two = single.get(linear.name), doubled.get(linear.name)
-        linear.routed = 0 in counts or _differ(visits, linear) or _mixed(one, two)
+        linear.routed = 0 in counts or _differ(visits, linear)
+        linear.mixed = _mixed(one, two)
         if not uses:
             block.dense[linear.name] = "not used by its block"
         elif max(counts) > 1:
