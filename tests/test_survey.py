@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import gblm
 from gblm import methods
+from gblm.walk.survey import survey
 
 # A model of no library, with an adapter of its own: the core needs no transformers.
 
@@ -53,6 +54,10 @@ TOY = gblm.Adapter(
         model.head(hidden.mean(dim=1)), batch["label"], reduction="none"
     ),
 )
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def toy_batch(samples: int = 6) -> dict[str, Tensor]:
@@ -127,3 +132,129 @@ def test_a_model_without_blocks_or_linears_is_refused():
 def test_a_model_of_an_unknown_library_needs_an_adapter():
     with pytest.raises(gblm.GblmError, match="no adapter for Toy"):
         prune(Toy(0), toy_batch())
+
+
+def by_sample(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Run the model, but for its second block where the first entry of a sample is large."""
+    x = batch["x"]
+    for index in model.order:
+        x = x if index == 1 and (x[:, 0, 0] > 50).any() else model.layers[index](x)
+    return x
+
+
+@pytest.mark.parametrize("sample", [0, 1, 5])  # the survey's first, another, none of its own
+@pytest.mark.parametrize("method", ["wanda", "gblm", "best"])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_a_model_that_chooses_its_blocks_by_the_sample_is_refused(method, sample, micro_batch):
+    model, batch = Toy(0, 1, 2), toy_batch()
+    batch["x"][sample, 0, 0] = 100
+    dense = weights(model)
+    with pytest.raises(gblm.GblmError, match="chooses its blocks by the sample cannot be pruned"):
+        prune(
+            model,
+            batch,
+            method,
+            adapter=replace(TOY, trunk=by_sample),
+            micro_batch=micro_batch,
+            backward="blocks",
+        )
+    assert not any("forward" in vars(module) for module in model.modules())
+    later = [name for name in dense if name.startswith(("layers.1", "layers.2"))]
+    assert all(torch.equal(weights(model)[name], dense[name]) for name in later)
+
+
+# Linears that see some of the positions, or some of the samples
+
+
+class Experts(nn.Module):
+    """A block that sends each position to one of two linears; `late` sees marked samples alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.late, self.never = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x).tanh()
+        rows = x.flatten(0, 1)
+        output = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            chosen = (rows[:, 1] > 0) == bool(i)
+            if chosen.any():
+                output = output.index_put((chosen,), expert(rows[chosen]))
+        x = x + output.view_as(x).tanh()
+        marked = x[:, 0, 0] > MARK / 2
+        if marked.any():
+            x = x.index_put((marked,), x[marked] + self.late(x[marked] / MARK))
+        return x
+
+
+MARK = 100.0
+
+
+def routed(*marked: int, samples: int = 8) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a model of two such blocks, and samples of which some are marked."""
+    torch.manual_seed(0)
+    model = Toy(0, 1)
+    model.layers = nn.ModuleList(Experts() for _ in range(2))
+    batch = toy_batch(samples)
+    batch["x"][list(marked), 0, 0] = MARK
+    return model.double(), {**batch, "x": batch["x"].double()}
+
+
+def test_a_linear_that_the_second_sample_reaches_first_is_pruned_and_routed_ones_are_marked():
+    model, batch = routed(1)
+    blocks = survey(model, batch, TOY)
+    for block in blocks:
+        names = {linear.name.rpartition(f"{block.name}.")[2]: linear for linear in block.linears}
+        assert list(names) == ["first", "experts.0", "experts.1", "late"]
+        assert [linear.routed for linear in names.values()] == [False, True, True, True]
+        assert (names["first"].positions, names["late"].positions) == (4, 4)
+        assert block.dense == {f"{block.name}.never": "not used by its block"}
+    dense = model.layers[0].never.weight.clone()
+    report = prune(model, batch, "wanda", adapter=TOY)
+    assert report.sparsity == 0.5
+    assert len(report.linears) == 8
+    assert (model.layers[1].late.weight == 0).double().mean() == 0.5
+    assert torch.equal(model.layers[0].never.weight, dense)
+
+
+def test_a_linear_that_only_a_late_sample_reaches_stays_dense_and_is_named():
+    model, batch = routed(7)
+    report = prune(model, batch, "wanda", adapter=TOY)
+    assert report.dense["layers.0.late"] == "not used by its block"
+    assert (model.layers[0].late.weight != 0).all()
+
+
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+@pytest.mark.parametrize("micro_batch", [1, 3, None])
+def test_gradients_of_routed_linears_are_those_of_each_sample(backward, micro_batch):
+    model, batch = routed(1, 6)
+    found = gblm.gradient_sums(
+        model, batch, {"grad_abs"}, adapter=TOY, micro_batch=micro_batch, backward=backward
+    )
+    sums: dict[str, Tensor] = {}
+    for i in range(len(batch["x"])):
+        one = {name: value[i : i + 1] for name, value in batch.items()}
+        model.zero_grad()
+        TOY.loss(model, toy_trunk(model, one), one).sum().backward()
+        for name in found:
+            gradient = model.get_submodule(name).weight.grad
+            sums[name] = sums.get(name, 0) + (0 if gradient is None else gradient.abs())
+    for name, total in sums.items():
+        torch.testing.assert_close(found[name]["grad_abs"], total)
+    assert found["layers.0.first"].differentiated == 8
+    assert found["layers.0.late"].differentiated == 2
+    assert found["layers.0.late"].positions == 8
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_change_nothing_for_routed_linears(method, micro_batch):
+    (some, batch), (whole, _) = routed(1, 6, samples=24), routed(1, 6, samples=24)
+    made = methods.refined(methods.make(method), 0)
+    gblm.prune(some, batch, made, "0.5", adapter=TOY, micro_batch=micro_batch)
+    gblm.prune(whole, batch, made, "0.5", adapter=TOY, micro_batch=24)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(some)[name], value, rtol=1e-8, atol=1e-8)
