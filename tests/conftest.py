@@ -6,9 +6,10 @@ import pickle
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # The tests run beside each other, and threads of one would wait for those of the others. Where a
 # test wants two, they wait asleep.
@@ -27,6 +28,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from gblm import Method, Report, Statistics
+from gblm.walk.gradients import first, sweep
+from gblm.walk.journal import Journal
+from gblm.walk.prune import Pruning, method_pattern
+from gblm.walk.walk import Walk
 
 VOCABULARY = 64
 
@@ -63,6 +70,34 @@ def random_batch(samples: int = 7, length: int = 12) -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def make_llama() -> Callable[..., nn.Module]:
     return tiny_llama
+
+
+def prune_by(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    method: Method,
+    pattern: str = "0.5",
+    *,
+    gradients: Mapping[str, Statistics] | None = None,
+    journal: Journal | None = None,
+    backward: str = "auto",
+    folder: Path | None = None,
+    **walk: Any,
+) -> Report:
+    """Prune with a journal, a folder or gradients of the test's own, as a command does."""
+    way = Walk.of(model, batch, folder=folder, **walk)
+    pruning = Pruning(way, method, method_pattern(method, pattern), gradients or {}, journal)
+    if pruning.needs and gradients is None:
+        share = first(batch, method.share)
+        pruning.gradients = sweep(
+            Walk.of(model, share, folder=folder, **walk), pruning.needs, backward
+        )[0]
+    return pruning.run()
+
+
+@pytest.fixture(scope="session")
+def prune() -> Callable[..., Report]:
+    return prune_by
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from gblm.command.settings import parse
 from gblm.llm.__main__ import SIDE as LLM
 from gblm.llm.__main__ import main as prune_llm
+from gblm.methods import METHODS
 from gblm.report.__main__ import main as show
 from gblm.vit.__main__ import SIDE as VIT
 from gblm.vit.__main__ import main as prune_vit
@@ -94,6 +95,14 @@ TASKS = {  # an item of each of the paper's tasks
         "answerKey": "A",
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _methods_of_a_page_go_with_it() -> Iterator[None]:
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 @pytest.fixture

@@ -10,14 +10,17 @@ from transformers import LlamaForCausalLM
 
 import gblm
 from gblm.command import estimate
-from gblm.command.estimate import Cost, Machine, Task, look
+from gblm.command.estimate import Task
 from gblm.llm import adapters
 from gblm.llm.__main__ import main as llm_main
+from gblm.machine import speed
+from gblm.machine.speed import Cost, Machine
 from gblm.maths import patterns
-from gblm.methods import METHODS, SOLVERS
+from gblm.methods import METHODS, SOLVERS, make
 from gblm.vit.__main__ import main as vit_main
 from gblm.walk.gradients import activations
-from gblm.walk.survey import quiet
+from gblm.walk.sight import Sight, sight
+from gblm.walk.survey import quiet, survey
 
 MACHINE = Machine(torch.device("cpu"), operations=1e9, bytes=1e9, call=0)
 
@@ -28,7 +31,7 @@ def flags(llm: list[str]) -> list[str]:
     return [*llm[1:at], *llm[at + 2 :]]
 
 
-def shapes(found: estimate.Look) -> list[tuple]:
+def shapes(found: Sight) -> list[tuple]:
     blocks = [(b.name, b.dense, [[x.name for x in g] for g in b.groups]) for b in found.blocks]
     return [*blocks, *((x.name, x.shape, x.positions) for x in found.linears)]
 
@@ -38,10 +41,10 @@ def test_fake_tensors_show_what_values_do(make_llama):
     with FakeTensorMode():
         model = LlamaForCausalLM(config).eval()
         one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-        fake = look(model, one, adapters.adapter(model))
+        fake = sight(model, one, adapters.adapter(model))
     model = make_llama()
     one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-    real = look(model, one, adapters.adapter(model))
+    real = sight(model, one, adapters.adapter(model))
     assert shapes(fake) == shapes(real)
     for name in ("weights", "numbers", "sample", "stream", "trunk", "head"):
         assert getattr(fake, name) == getattr(real, name) > 0, name
@@ -52,7 +55,7 @@ def test_fake_tensors_show_what_values_do(make_llama):
 def test_operations_are_those_of_the_linears_at_least(make_llama):
     model = make_llama()
     one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-    found = look(model, one, adapters.adapter(model))
+    found = sight(model, one, adapters.adapter(model))
     linears = sum(2 * x.weight.numel() * x.positions for x in found.linears)
     assert linears <= found.trunk <= 1.2 * linears
     assert found.head == 2 * 12 * model.lm_head.weight.numel()
@@ -62,7 +65,7 @@ def test_operations_are_those_of_the_linears_at_least(make_llama):
     assert head >= 4 * 11 * model.lm_head.weight.shape[0]
 
 
-def cost(found: estimate.Look, name: str, text: str = "0.5", **task) -> estimate.Estimate:
+def cost(found: Sight, name: str, text: str = "0.5", **task) -> estimate.Estimate:
     method = gblm.METHODS[name]()
     whole = Task(**{"samples": 64, "micro": 8, "taken": 0, "peak": 0, **task})
     pattern = patterns.parse(text, method.group)
@@ -72,7 +75,7 @@ def cost(found: estimate.Look, name: str, text: str = "0.5", **task) -> estimate
 def test_estimates_grow_with_what_is_asked_for(make_llama):
     model = make_llama()
     one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-    found = look(model, one, adapters.adapter(model))
+    found = sight(model, one, adapters.adapter(model))
     seconds = {name: sum(cost(found, name).seconds.values()) for name in gblm.METHODS}
     assert seconds["wanda"] < seconds["gblm"] < seconds["best"]
     assert seconds["wanda"] < seconds["sparsegpt"] < seconds["best"]
@@ -91,13 +94,18 @@ def test_estimates_grow_with_what_is_asked_for(make_llama):
     assert evaluated.seconds["evaluate"] == Cost(10 * (found.trunk + found.head)).on(MACHINE)
 
 
-def test_every_solver_has_a_cost_of_its_own():
-    solving = {name for name, make in METHODS.items() if "input_gram" in make().needs}
-    assert set(estimate.SOLVERS) == solving | set(SOLVERS)
+def test_every_solver_has_a_cost_of_its_own(make_llama):
+    model = make_llama()
+    one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
+    found = sight(model, one, adapters.adapter(model))
+    wanda = sum(step.cost(found).operations for step in make("wanda").steps)
+    solving = {name for name in METHODS if "input_gram" in make(name).needs}
+    for name in {*solving, *(f"wanda+{solver}" for solver in SOLVERS)}:
+        assert sum(step.cost(found).operations for step in make(name).steps) > wanda, name
 
 
 def test_a_machine_is_measured():
-    machine = estimate.measure(torch.device("cpu"), torch.float32, 64, least=0.005)
+    machine = speed.measure(torch.device("cpu"), torch.float32, 64, least=0.005)
     assert machine.operations > 1e8
     assert machine.bytes > 1e7
     assert 0 < machine.call < 0.1
@@ -105,7 +113,7 @@ def test_a_machine_is_measured():
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = estimate.measure
+    measure = speed.measure
     monkeypatch.setattr("gblm.command.show.measure", lambda *args: measure(*args, least=0.002))
 
 
@@ -137,14 +145,14 @@ def test_a_dry_run_says_what_a_run_would_do(flags: list[str], tmp_path: Path, ca
 
 @pytest.mark.usefixtures("quick")
 def test_a_dry_run_reads_weights_where_shapes_do_not_suffice(flags: list[str], capsys, monkeypatch):
-    real = estimate.survey
+    real = survey
 
     def choosy(model, batch, adapter):
         if isinstance(next(model.parameters()), FakeTensor):
             raise RuntimeError("this model looks at its values")
         return real(model, batch, adapter)
 
-    monkeypatch.setattr(estimate, "survey", choosy)
+    monkeypatch.setattr("gblm.walk.sight.survey", choosy)
     assert llm_main([*flags, "--dry-run", "--verbose"]) == 0
     said = capsys.readouterr()
     assert "this model looks at its values" in said.err

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,3 +115,15 @@ def test_every_shell_gets_a_script(shell: str, side: str, capsys):
     if found := shutil.which(shell):
         done = subprocess.run([found, "-n"], input=script, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("argv", [["--help"], ["--sparsty", "0.5"], ["--completion", "bash"]])
+def test_answers_import_no_library_of_models(side: str, argv: list[str]):
+    heavy = ["transformers", "timm", "datasets", "torchvision", "accelerate", "matplotlib"]
+    code = (
+        f"import sys; from gblm.{side}.__main__ import main; main({argv}); "
+        f"print(*set({heavy}) & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == ""

@@ -17,43 +17,23 @@ beside the largest of: the activations that a backward pass keeps; what the step
 the evaluation. Within about a factor of 1.5, as seconds are within about 2.
 """
 
-import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 
 import torch
-from torch import nn
 
-from gblm.base import Adapter, Batch, GblmError, Method, Pattern
+from gblm.base import Method, Pattern
 from gblm.machine.device import peak_memory, resident
 from gblm.machine.speed import Cost, Machine, seconds
 from gblm.maths import stats
 from gblm.walk.gradients import FEWEST
 from gblm.walk.prune import allocated, needed
-from gblm.walk.sight import Sight, sight
+from gblm.walk.sight import Sight
 from gblm.walk.survey import Linear
-
-log = logging.getLogger(__name__)
-
-Source = tuple[nn.Module, Batch, Adapter]  # a model, a batch of one sample, an adapter
 
 # Of the memory that work takes, what an allocator holds for it; of the head, logits beside losses.
 HELD, HEAD = 1.5, 3
-
-
-def seen(sketch: Callable[[], AbstractContextManager[Source]], load: Callable[[], Source]) -> Sight:
-    """Return the sight of a model without values, or where its code needs values, with them."""
-    try:
-        with sketch() as source:
-            return sight(*source)
-    except GblmError:
-        raise
-    except Exception as error:  # whatever the model's code had against it
-        log.info("weights are read, for their shapes do not suffice: %s", error)
-        return sight(*load())
 
 
 @dataclass

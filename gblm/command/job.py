@@ -144,20 +144,25 @@ class Opened(ABC):
 
     settings: those of the command, with what the side chose filled in. calibration: what the
     samples are, in words. offload: how the weights come to the device. notes: what else a reader
-    of the report must know.
+    must know. stored: the dtype of the checkpoint, which the result has.
     """
 
     settings: Settings
     model: nn.Module
     batch: Batch
     adapter: Adapter
-    calibration: str
+    calibration: str = ""
     offload: Offload | None = None
     notes: list[str] = field(default_factory=list)
+    stored: torch.dtype = torch.float32
 
     @abstractmethod
     def evaluate(self, bars: Bars) -> Evaluation:
         """Return the metrics of the model as it is."""
+
+    def evaluated(self) -> tuple[int, int]:
+        """Return how many samples that takes, and how many of them at a time."""
+        return 0, 1
 
     @abstractmethod
     def save(self, folder: Path) -> None:

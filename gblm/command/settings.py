@@ -48,16 +48,20 @@ def _text(text: str) -> str:
 class Value:
     """What a flag takes, and the converter by which cyclopts reads it.
 
-    read: the value of a text, or `ValueError`. said, kinds: the same in words, and what a TOML file
-    may have for it. offers: what a shell completes it by: "folder", "file", or words.
+    read: the value of a text, or `ValueError`. meaning, types: what it is in words, and in a TOML
+    file. offers: "folder" or "file", by which a shell completes it, or words, of which it is one.
+    several: whether it is texts with commas between, of those words or others.
     """
 
     read: Callable[[str], Any] = _text
-    said: str = "a string"
-    kinds: tuple[type, ...] = (str,)
+    meaning: str = "a string"
+    types: tuple[type, ...] = (str,)
     offers: str | Collection[str] = ()
     several: bool = False
-    closed: bool = False
+
+    @property
+    def words(self) -> Collection[str]:
+        return () if isinstance(self.offers, str) else self.offers
 
     def __call__(self, hint: Any, given: Sequence[Any]) -> Any:
         """Return the value of the last text given for a flag, or of all where it takes several."""
@@ -68,17 +72,19 @@ class Value:
             texts = given if source else [last]
             return tuple(dict.fromkeys(part for text in texts for part in listed(text.value)))
         try:
+            if self.words:
+                return one_of(last.value, self.words, name.replace("-", " "))
             return self.read(last.value)
         except ValueError:
-            text = f"{name} {last.value[:40]!r} is not {self.said}; see --help"
+            text = f"{name} {last.value[:40]!r} is not {self.meaning}; see --help"
             raise GblmError(f"{source}{text}") from None
         except GblmError as error:
-            raise GblmError(f"{source}{str(error).replace('$', name.replace('-', ' '))}") from None
+            raise GblmError(f"{source}{error}") from None
 
 
 def one(words: Collection[str]) -> Value:
     """Return what takes one of some words."""
-    return Value(lambda text: one_of(text, words, "$"), offers=words, closed=True)
+    return Value(offers=words)
 
 
 def _count(text: str) -> int:
@@ -96,9 +102,9 @@ PATH = Value(Path, offers="folder")
 COUNT = Value(_count, "a whole number of 1 or more", (int,))
 NUMBER = Value(int, "a whole number", (int,))
 REAL = Value(float, "a number", (int, float))
-AMOUNT = Value(said="a number or a string", kinds=(int, float, str))
-WHOLE = replace(AMOUNT, read=_whole, said="auto or a whole number of 1 or more")
-SEVERAL = Value(said="a string, or a list of them", kinds=(str, int, float, list), several=True)
+AMOUNT = Value(meaning="a number or a string", types=(int, float, str))
+WHOLE = replace(AMOUNT, read=_whole, meaning="auto or a whole number of 1 or more")
+SEVERAL = Value(meaning="a string, or a list of them", types=(str, int, float, list), several=True)
 FILES = replace(SEVERAL, offers="file")
 MENDED = [f"{method}+{solver}" for method in METHODS for solver in SOLVERS]
 
@@ -119,7 +125,7 @@ GROUPS = (  # of --help, in their order
     "help",
 )
 RECIPE = GROUPS[:6]  # those that a result depends on
-APART = ("work_dir", "resume")  # where a run works, which does not change what it gives
+APART = ("work-dir", "resume")  # where a run works, which does not change what it gives
 
 
 def _group(title: str) -> Callable[..., Parameter]:
@@ -202,7 +208,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class CommandLine:
     """The flags that a command line alone has: a file of flags, and what asks for an answer."""
 
     config: Annotated[Path | None, HELP(replace(PATH, offers="file"), "FILE")] = None
@@ -220,30 +226,30 @@ S = TypeVar("S", bound=Settings)
 
 def flags(app: App) -> dict[str, Argument]:
     """Return the flags of a command by their names in a file."""
-    found = app.assemble_argument_collection(parse_docstring=True)
-    return {own.names[-1].lstrip("-"): own for own in found if own.keys}
+    arguments = app.assemble_argument_collection(parse_docstring=True)
+    return {flag.names[-1].lstrip("-"): flag for flag in arguments if flag.keys}
 
 
-def parse(app: App, argv: Sequence[str] | None = None) -> tuple[Any, Asked] | None:
-    """Return the flags of a command line and of the file its --config names; the former win.
+def parse(app: App, argv: Sequence[str] | None = None) -> tuple[Any, CommandLine] | None:
+    """Return the settings of a command line and of the file its --config names; the former win.
 
-    None where it has asked for help, which is printed. Raises `GblmError` where a flag or a key is
+    None where help was asked for, which is printed. Raises `GblmError` where a flag or a key is
     unknown, or its value is of another type.
     """
-    given = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        found = _parsed(app, given)
-        if found and (path := found[1].config):
+        parsed = _parsed(app, words)
+        if parsed and (path := parsed[1].config):
             app.config = (Dict(_stored(path, flags(app)), source=str(path)),)
-            found = _parsed(app, given)
+            parsed = _parsed(app, words)
     except CycloptsError as error:
-        said = str(error).rstrip(".").replace(". Did", "; did")
-        raise GblmError(f"{said[:1].lower()}{said[1:]}; see --help") from None
-    return found
+        text = str(error).rstrip(".").replace(". Did", "; did")
+        raise GblmError(f"{text[:1].lower()}{text[1:]}; see --help") from None
+    return parsed
 
 
-def _parsed(app: App, given: Sequence[str]) -> tuple[Any, Asked] | None:
-    command, bound, _ = app.parse_args(list(given), exit_on_error=False, print_error=False)
+def _parsed(app: App, words: list[str]) -> tuple[Any, CommandLine] | None:
+    command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     return command(*bound.args, **bound.kwargs)
 
 
@@ -265,9 +271,9 @@ def make_app(program: str, text: str, kind: type[Settings]) -> App:
 
     def run(
         settings: Annotated[kind, flat] = kind(),  # type: ignore[valid-type]  # noqa: B008
-        asked: Annotated[Asked, flat] = Asked(),
-    ) -> tuple[Settings, Asked]:
-        return settings, asked
+        line: Annotated[CommandLine, flat] = CommandLine(),
+    ) -> tuple[Settings, CommandLine]:
+        return settings, line
 
     app.default(run)
     return app
@@ -287,25 +293,23 @@ def _panel(console: Console, options: Any, panel: HelpPanel) -> None:
 def _stored(path: Path, known: dict[str, Argument]) -> dict[str, Any]:
     """Return what a file of flags holds; raises `GblmError` for what no flag takes."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        stored = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise GblmError(f"{path} cannot be read ({reason}); give a TOML file of flags") from error
-    alone = {key for key, flag in known.items() if _group_of(flag) == GROUPS[-1]}
-    for key, value in found.items():
-        if key in {*alone, "help"}:
+    for key, content in stored.items():
+        if key == "help" or (key in known and _group_of(known[key]) == GROUPS[-1]):
             raise GblmError(f"{path}: {key} goes on the command line alone; remove it")
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise GblmError(f"{path}: no flag is called {key}{hint}; see --help")
-        takes = _value_of(known[key]) or Value(said="true or false", kinds=(bool,))
-        for part in value if isinstance(value, list) and takes.several else [value]:
-            if not isinstance(part, takes.kinds) or (
-                isinstance(part, bool) != (bool in takes.kinds)
-            ):
-                raise GblmError(f"{path}: {key} is {value!r}; give {takes.said}")
-    return {key: int(value) if key == "verbose" else value for key, value in found.items()}
+        value = _value_of(known[key]) or Value(meaning="true or false", types=(bool,))
+        for part in content if isinstance(content, list) and value.several else [content]:
+            right = isinstance(part, value.types)
+            if not right or isinstance(part, bool) != (bool in value.types):
+                raise GblmError(f"{path}: {key} is {content!r}; give {value.meaning}")
+    return {key: int(part) if key == "verbose" else part for key, part in stored.items()}
 
 
 def _value_of(flag: Argument) -> Value | None:
@@ -328,15 +332,15 @@ class Recipe:
     program: str
     flags: dict[str, Any]
 
-    def write(self, folder: Path, **own: Any) -> None:
-        """Write the flags of one run, those of its `own` in their place, into its folder."""
-        found = ", ".join(f"{name} {number}" for name, number in versions().items())
+    def write(self, folder: Path, **run: Any) -> None:
+        """Write the flags into the folder of one run, whose own stand in their place."""
+        packages = ", ".join(f"{name} {number}" for name, number in versions().items())
         head = [
             f"Repeat this run: {self.program} --config {NAME} --output DIR",
-            f"It ran with {found};",
+            f"It ran with {packages};",
             f"processes: {world()}, threads of each: {torch.get_num_threads()}.",
         ]
-        text = "".join(f"# {line}\n" for line in head) + "\n" + tomli_w.dumps(self.flags | own)
+        text = "".join(f"# {line}\n" for line in head) + "\n" + tomli_w.dumps(self.flags | run)
         write_text(folder / NAME, text)
 
 
@@ -345,29 +349,28 @@ def recipe(app: App, settings: Settings, names: Collection[str]) -> Recipe:
 
     names: values that are never paths, such as those of known data sets.
     """
-    found: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     for key, flag in flags(app).items():
-        field = flag.keys[-1]
-        value = getattr(settings, field, None)
-        if _group_of(flag) not in RECIPE or field in APART or value in (None, False, (), ""):
+        content = getattr(settings, flag.keys[-1], None)
+        if _group_of(flag) not in RECIPE or key in APART or content in (None, False, (), ""):
             continue
-        if isinstance(value, tuple):
-            parts = [_absolute(flag, part, names) for part in value]
-            value = parts[0] if len(parts) == 1 else parts
-        elif isinstance(value, str | Path):
-            value = _absolute(flag, str(value), names)
-        found[key] = value
-    return Recipe(app.name[0], found)
+        value = _value_of(flag)
+        if isinstance(content, tuple):
+            parts = [_absolute(value, part, names) for part in content]
+            content = parts[0] if len(parts) == 1 else parts
+        elif isinstance(content, str | Path):
+            content = _absolute(value, str(content), names)
+        stored[key] = content
+    return Recipe(app.name[0], stored)
 
 
-def _absolute(flag: Argument, text: str, names: Collection[str]) -> str:
-    """Return a value of a flag, absolute where it is the path of something that is there."""
-    takes, path = _value_of(flag), Path(text).expanduser()
-    offers = takes.offers if takes else ()
-    there = path.is_dir() if offers == "folder" else path.exists()
-    return (
-        os.path.abspath(path) if isinstance(offers, str) and there and text not in names else text
-    )
+def _absolute(value: Value | None, text: str, names: Collection[str]) -> str:
+    """Return a text, absolute where it is the path of something that is there."""
+    path = Path(text).expanduser()
+    if text in names or value is None or value.offers not in ("folder", "file"):
+        return text
+    there = path.is_dir() if value.offers == "folder" else path.exists()
+    return os.path.abspath(path) if there else text
 
 
 def completion(app: App, shell: str) -> str:
@@ -375,16 +378,15 @@ def completion(app: App, shell: str) -> str:
     parser = argparse.ArgumentParser(app.name[0].split()[-1].replace(".", "-"))
     places = {"folder": shtab.DIRECTORY, "file": shtab.FILE}
     for key, flag in flags(app).items():
-        value, takes = _value_of(flag), dict[str, Any]()
-        if value is None:
-            takes["action"] = "store_true"
-        elif value.closed:
-            takes["choices"] = value.offers
-        action = parser.add_argument(*flag.names, help=flag.parameter.help, **takes)
-        if value and isinstance(value.offers, str):
-            action.complete = places[value.offers]  # type: ignore[attr-defined]
-        elif value and value.offers and not value.closed:
-            action.complete = _words(key, value.offers)  # type: ignore[attr-defined]
+        value, kind = _value_of(flag), dict[str, Any]()
+        if not value:
+            kind["action"] = "store_true"
+        elif value.words and not value.several:
+            kind["choices"] = value.words
+        action = parser.add_argument(*flag.names, help=flag.parameter.help, **kind)
+        if value and value.offers and not kind:
+            complete = _words(key, value.words) if value.words else places[str(value.offers)]
+            action.complete = complete  # type: ignore[attr-defined]
     return shtab.complete(parser, shell)
 
 

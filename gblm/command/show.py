@@ -3,7 +3,6 @@
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gblm.command.estimate import Task, estimate
-from gblm.command.job import Run
+from gblm.command.job import Opened, Run
 from gblm.command.settings import Settings
 from gblm.machine.device import free_memory
 from gblm.machine.offload import find_offload
@@ -24,6 +23,7 @@ from gblm.report.wording import short, size, time
 from gblm.walk.prune import check
 from gblm.walk.sight import Sight
 from gblm.walk.survey import choose
+from gblm.walk.survey import size as size_of
 from gblm.walk.walk import micro_batch_for
 
 ASIDE = {"acc_norm"}  # metrics that stand in the report alone
@@ -38,24 +38,8 @@ def methods() -> list[tuple[str, str]]:
         options = inspect.signature(METHODS[name]).parameters.values()
         named = ":".join(f"{option.name}={option.default}" for option in options)
         lines.append((name, f"{text} [:{named}]" if named else text))
-    return lines + [
-        (f"METHOD+{name}", f"the mask of any of these, mended by {name}") for name in SOLVERS
-    ]
-
-
-def allocations() -> list[tuple[str, str]]:
-    """Return the name of every allocation, and what it does."""
-    return _first_sentences(ALLOCATIONS)
-
-
-def pattern_forms() -> list[tuple[str, str]]:
-    """Return the forms that a pattern has, and what each means."""
-    return [
-        ("0.5", "half of the weights go, compared where --group says"),
-        ("0.5/row", "half of the weights of every output"),
-        ("0.5/layer", "half of the weights of every linear"),
-        ("2:4", "two of every four neighbouring weights stay; any n:m"),
-    ]
+    mended = "the mask of any of these, mended by"
+    return lines + [(f"METHOD+{name}", f"{mended} {name}") for name in SOLVERS]
 
 
 def _first_sentences(factories: Mapping[str, Callable[..., Any]]) -> list[tuple[str, str]]:
@@ -63,7 +47,17 @@ def _first_sentences(factories: Mapping[str, Callable[..., Any]]) -> list[tuple[
     return [(name, " ".join(text.partition("\n\n")[0].split())) for name, text in docs.items()]
 
 
-LISTS = {"methods": methods, "patterns": pattern_forms, "allocations": allocations}
+PATTERNS = [
+    ("0.5", "half of the weights go, compared where --group says"),
+    ("0.5/row", "half of the weights of every output"),
+    ("0.5/layer", "half of the weights of every linear"),
+    ("2:4", "two of every four neighbouring weights stay; any n:m"),
+]
+LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "methods": methods,
+    "patterns": lambda: PATTERNS,
+    "allocations": lambda: _first_sentences(ALLOCATIONS),
+}
 
 
 def listing(what: str) -> None:
@@ -99,7 +93,10 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
     entries = reports[0].evaluation.items()
     first = {name: entry for name, entry in entries if entry["metric"] not in ASIDE}
     columns = ("pattern", "sparsity", *map(short, first), "seconds")
-    table = columned(title, "method", *columns)
+    metrics = ", ".join(dict.fromkeys(entry["metric"] for entry in first.values())) or "no metric"
+    table = columned(
+        f"{title}: {metrics}, pruned with {reports[0].calibration}", "method", *columns
+    )
     dense = [shown(value, "dense") for value in first.values()]
     table.add_row("dense", "", "", *dense, "", end_section=True)
     for report in reports:
@@ -132,39 +129,24 @@ def shown(entry: dict[str, Any], when: str) -> str:
 # The plan of a dry run.
 
 
-@dataclass
-class Outline:
-    """What a side knows of a command without running it.
-
-    stored: the dtype of the checkpoint, which the output has. unmeasured: what the seconds do not
-    hold, beside reading the model and the data.
-    """
-
-    sight: Sight
-    task: Task
-    stored: torch.dtype
-    unmeasured: str = ""
-
-
-def plan(
-    title: str, settings: Settings, runs: list[Run], outline: Outline, device: torch.device
-) -> None:
+def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torch.device) -> None:
     """Print the plan of a command, in process 0 alone; nothing is run and nothing written.
 
     Raises `GblmError` where a run cannot have its pattern, or `--include` and `--exclude` leave
     nothing.
     """
-    sight = outline.sight
+    settings = opened.settings
     choose(sight.blocks, list(settings.include), list(settings.exclude))
     for run in runs:
         check(sight.blocks, run.method, run.pattern)
     offload = find_offload(settings.offload, sight.weights, device) != "none"
     folders = settings.work_dir or settings.gradients or offload
-    samples = -(-outline.task.samples // world())
-    task = replace(
-        outline.task,
-        samples=samples,
-        evaluated=-(-outline.task.evaluated // world()),
+    evaluated, together = opened.evaluated()
+    samples = -(-size_of(opened.batch) // world())
+    task = Task(
+        samples,
+        evaluated=-(-evaluated // world()),
+        together=together,
         several=len(runs) > 1,
         kept=bool(folders) or settings.gradient_dtype != "float32",
         offload=offload,
@@ -175,14 +157,15 @@ def plan(
         return
     terminal = console()
     terminal.print(_linears(title, sight))
-    for line in _lines(settings, runs, outline):
+    for line in _lines(opened, runs, sight):
         terminal.print(line, soft_wrap=True, highlight=False)
     dtype = next(own.dtype for own in sight.linears[0].module.parameters())
     width = max(linear.shape[1] for linear in sight.linears)
     terminal.print(_costs(sight, runs, task, measure(device, dtype, width)))
     if device.type == "cpu":
         terminal.print(f"of the memory, {size(task.taken)} are those of libraries and data")
-    terminal.print(f"seconds are without reading the model and the data{outline.unmeasured}")
+    for line in ("seconds are without reading the model and the data", *opened.notes):
+        terminal.print(line)
     terminal.print("nothing was run, nothing was written")
 
 
@@ -201,9 +184,8 @@ def _linears(title: str, sight: Sight) -> Table:
     return table
 
 
-def _lines(settings: Settings, runs: list[Run], outline: Outline) -> list[str]:
+def _lines(opened: Opened, runs: list[Run], sight: Sight) -> list[str]:
     """Return what stays dense, and what would be written where, in a line each."""
-    sight = outline.sight
     pruned = sum(linear.weight.numel() for linear in sight.linears)
     why = Counter(
         (name.removeprefix(f"{block.name}."), reason)
@@ -211,8 +193,8 @@ def _lines(settings: Settings, runs: list[Run], outline: Outline) -> list[str]:
         for name, reason in block.dense.items()
     )
     times = f"{len(runs)} × " if len(runs) > 1 else ""
-    result = f"{times}{size(sight.numbers * outline.stored.itemsize)}"
-    to = settings.output
+    result = f"{times}{size(sight.numbers * opened.stored.itemsize)}"
+    to = opened.settings.output
     return [
         f"pruned: {pruned:,} of {sight.numbers:,} weights ({pruned / sight.numbers:.1%}), in "
         f"{len(sight.linears)} linears",

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic
@@ -22,8 +22,11 @@ from gblm.machine.processes import launched, rank, world
 from gblm.maths import patterns
 from gblm.methods import make, refined
 from gblm.methods import parse as parse_method
-from gblm.report import versions
+from gblm.report import check_pages, versions
+from gblm.walk.sight import Sight, sight
 from gblm.walk.survey import choose, survey
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class Side(Generic[S]):
 
     load(settings, device, scratch, seconds): the model and its data, with the seconds of both;
         scratch is a folder for weights away from the device.
-    outline(settings, device): what there is to know of a run without the weights.
+    sketch(settings, device): the same for a time, of a model without values; its data need have
+        none either.
     """
 
     program: str
@@ -44,7 +48,7 @@ class Side(Generic[S]):
     examples: str
     kind: type[S]
     load: Callable[[S, torch.device, Path, dict[str, float]], Opened]
-    outline: Callable[[S, torch.device], show.Outline]
+    sketch: Callable[[S, torch.device], AbstractContextManager[Opened]]
     usual: Mapping[str, Any] = field(default_factory=dict)
     demo: Mapping[str, Any] = field(default_factory=dict)
     alone: Sequence[str] = ("calibration", "evaluate")
@@ -52,7 +56,7 @@ class Side(Generic[S]):
 
     def app(self) -> App:
         """Return the parser of its settings."""
-        return make_app(self.program, f"{self.about}\n\n{self.examples.rstrip()}", self.kind)
+        return make_app(self.program, f"{self.about}\n\n{self.examples}", self.kind)
 
 
 def main(side: Side[S], argv: Sequence[str] | None = None) -> int:
@@ -63,15 +67,15 @@ def main(side: Side[S], argv: Sequence[str] | None = None) -> int:
 
     def answer() -> None:
         app = side.app()
-        given = parse(app, argv)
-        if given is None:
+        parsed = parse(app, argv)
+        if parsed is None:
             return
-        settings, asked = given
-        if asked.list:
-            show.listing(asked.list)
-        elif asked.completion:
-            print(completion(app, asked.completion))
-        elif asked.version:
+        settings, line = parsed
+        if line.list:
+            show.listing(line.list)
+        elif line.completion:
+            print(completion(app, line.completion))
+        elif line.version:
             print("\n".join(f"{name} {number}" for name, number in versions().items()))
         else:
             with logged(settings.verbose):
@@ -123,8 +127,7 @@ def command(side: Side[S], settings: S) -> None:
     with launched(settings.device) as device:
         settings = replace(settings, device=device)
         if settings.dry_run:
-            there = find_device(device)
-            return show.plan(title, settings, runs, side.outline(settings, there), there)
+            return dry_run(side, settings, runs, title)
         with work_folder(settings) as work:
             carry_out(side, settings, runs, work, title)
 
@@ -135,8 +138,8 @@ def resolved(side: Side[S], settings: S) -> S:
         return settings
     if not side.demo:
         raise GblmError("no model to prune; name one by --model")
-    if given := [name for name in side.alone if getattr(settings, name)]:
-        raise GblmError(f"--{given[0]} goes with --model; without a model the demo brings its own")
+    if named := [name for name in side.alone if getattr(settings, name)]:
+        raise GblmError(f"--{named[0]} goes with --model; without a model the demo brings its own")
     return filled(settings, **side.demo)
 
 
@@ -147,17 +150,17 @@ def find_runs(settings: Settings) -> list[Run]:
     usual = {name: value for name in ("alpha", "norm") if (value := getattr(settings, name))}
     runs = []
     for text in settings.sparsity:
-        for asked in settings.method:
-            name, options = parse_method(asked, **usual)
+        for words in settings.method:
+            name, options = parse_method(words, **usual)
             method = make(name, **options)
             if settings.allocation:
                 method = replace(method, allocation=settings.allocation)
             if settings.refine is not None:
                 method = refined(method, settings.refine)
             group = method.group if settings.group == "auto" else settings.group
-            label = f"{asked.replace(':', '-')}-{text.replace(':', 'of').replace('/', '-')}"
+            label = f"{words.replace(':', '-')}-{text.replace(':', 'of').replace('/', '-')}"
             pattern = patterns.parse(text, group)
-            runs.append(Run(label, method, pattern, {"method": asked, "sparsity": text}))
+            runs.append(Run(label, method, pattern, {"method": words, "sparsity": text}))
     if not runs:
         raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")
     return runs
@@ -168,43 +171,69 @@ def check_folders(settings: Settings, size: int = 0) -> None:
     if settings.output:
         check_output(settings.output, size, settings.overwrite)
     if settings.report:
+        check_pages()
         check_report(settings.report, settings.overwrite)
+
+
+def dry_run(side: Side[S], settings: S, runs: list[Run], title: str) -> None:
+    """Say what the runs would do and take, by a model without values if its code lets that be."""
+    device = find_device(settings.device)
+    try:
+        with side.sketch(settings, device) as opened:
+            shapes = seen(opened)
+    except GblmError:
+        raise
+    except Exception as error:  # whatever the model's code had against it
+        log.info("weights are read, for their shapes do not suffice: %s", error)
+        here = replace(settings, offload="none")
+        opened = side.load(here, torch.device("cpu"), Path(), {})
+        opened.settings, shapes = settings, seen(opened)
+    show.plan(title, opened, runs, shapes, device)
+
+
+def seen(opened: Opened) -> Sight:
+    """Return what one sample of zeros tells of a model."""
+    device = next(opened.model.parameters()).device
+    zeros = {
+        name: torch.zeros(1, *value.shape[1:], dtype=value.dtype, device=device)
+        for name, value in opened.batch.items()
+    }
+    return sight(opened.model, zeros, opened.adapter)
 
 
 def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: str) -> None:
     """Open the model and its data, carry out the runs in a work folder, show the table."""
     seconds: dict[str, float] = {}
     opened = side.load(settings, find_device(settings.device), work.scratch, seconds)
-    check_folders(settings, sum(own.nbytes for own in opened.model.parameters()) * len(runs))
+    size = sum(parameter.nbytes for parameter in opened.model.parameters())
+    check_folders(settings, size * len(runs))
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), list(settings.exclude))
-    chosen = with_choices(opened)
+    settled = with_choices(opened)
     # A model that comes to the device block by block makes examples for --report alone: they take
     # many passes.
     shows = not rank() and (settings.report or (settings.output and not opened.offload))
     job = Job(
         opened,
-        chosen,
+        settled,
         blocks,
-        recipe(side.app(), chosen, side.sources),
+        recipe(side.app(), settled, side.sources),
         seconds,
         work if work.asked or opened.offload else None,
         opened.examples() if shows else None,
     )
-    reports = compare(job, runs)
-    show.results(f"{title}, pruned with {opened.calibration}", reports, settings)
+    show.results(title, compare(job, runs), settings)
 
 
 def with_choices(opened: Opened) -> Settings:
     """Return the settings of what was opened, with what gblm chose filled in."""
-    some = next(opened.model.parameters())
-    settings = opened.settings
-    device = find_device(settings.device)
+    settings, device = opened.settings, find_device(opened.settings.device)
+    stored = next(opened.model.parameters()).dtype
     names = {dtype: name for name, dtype in DTYPES.items()}
     return replace(
         settings,
         device="cuda" if world() > 1 and settings.device != "cpu" else str(device),
-        dtype=names.get(some.dtype, settings.dtype),
+        dtype=names.get(stored, settings.dtype),
         compute_dtype=names[find_compute_dtype(settings.compute_dtype, device)],
         offload=opened.offload.kind if opened.offload else "none",
     )

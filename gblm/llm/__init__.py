@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import Any
 
-_PLACES = {  # imported when used: transformers takes seconds
+MODULES = ("adapters", "data", "evaluate", "examples", "models", "zero_shot")
+PLACES = {
     "calibration": "data",
     "evaluation": "data",
     "load": "models",
@@ -11,10 +12,13 @@ _PLACES = {  # imported when used: transformers takes seconds
     "save": "models",
     "windows": "models",
 }
-__all__ = list(_PLACES)
+__all__ = list(PLACES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    """Import what is asked for when it is: transformers takes seconds."""
+    if name in MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in PLACES:
+        return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

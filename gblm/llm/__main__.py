@@ -1,7 +1,7 @@
 """`python -m gblm.llm`: prune a causal language model, compare methods, save the result."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,12 +11,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from gblm import llm
 from gblm.base import Batch, GblmError
 from gblm.command import side
-from gblm.command.estimate import Source, Task, seen
 from gblm.command.job import Bars, Opened
 from gblm.command.settings import CALIBRATION, EVALUATION, NUMBER, PATH, SEVERAL, WHAT, Settings
-from gblm.command.show import Outline
 from gblm.llm import demo
 from gblm.llm.sources import SOURCES
 from gblm.report import Evaluation, Examples, clock
@@ -28,8 +27,7 @@ examples:
   python -m gblm.llm --model DIR --sparsity 2:4 --calibration c4 --output PRUNED
   python -m gblm.llm --model DIR --method best --sparsity 0.5,2:4 --calibration notes.txt \\
       --evaluate wikitext2
-  python -m gblm.llm --model DIR --dry-run              what that takes; nothing is run
-"""
+  python -m gblm.llm --model DIR --dry-run              what that takes; nothing is run"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,60 +56,45 @@ class Language(Opened):
 
     tokenizer: Any
     sets: dict[str, Tensor]
-    tasks: Any
+    tasks: Any = None
 
     def evaluate(self, bars: Bars) -> Evaluation:
         """Return the perplexity on every data set, the accuracy on every task and their mean."""
-        from gblm.llm import zero_shot
-        from gblm.llm.evaluate import perplexity
-
-        model: Any = self.model  # of transformers
-        bar = partial(bars, "evaluate")
-        metrics: Evaluation = {
-            name: {"perplexity": perplexity(model, windows, progress=bar)}
-            for name, windows in self.sets.items()
-        }
+        bar, metrics = partial(bars, "evaluate"), Evaluation()
+        for name, windows in self.sets.items():
+            perplexity = llm.evaluate.perplexity(self.model, windows, progress=bar)
+            metrics[name] = {"perplexity": perplexity}
         if self.tasks:
-            bar = partial(bars, "zero-shot")
-            accuracy = zero_shot.accuracy(model, self.tokenizer, self.tasks, progress=bar)
-            metrics |= zero_shot.entries(accuracy)
+            harness, bar = llm.zero_shot, partial(bars, "zero-shot")
+            accuracy = harness.accuracy(self.model, self.tokenizer, self.tasks, progress=bar)
+            metrics |= harness.entries(accuracy)
         return metrics
 
-    def save(self, folder: Path) -> None:
-        from gblm.llm import models
+    def evaluated(self) -> tuple[int, int]:
+        length = self.batch["input_ids"].shape[1]
+        return sum(map(len, self.sets.values())), max(1, llm.evaluate.POSITIONS // length)
 
-        model: Any = self.model
-        models.save(model, self.tokenizer, folder, like=self.settings.model)
+    def save(self, folder: Path) -> None:
+        llm.models.save(self.model, self.tokenizer, folder, like=self.settings.model)
 
     def loading(self, folder: Path) -> str:
-        from gblm.llm import models
-
-        return models.loading(folder)
+        return llm.models.loading(folder)
 
     def examples(self) -> Examples:
-        from gblm.llm.examples import Continuations
-
         calibration = (self.settings.calibration, self.batch["input_ids"])
         source, windows = next(iter(self.sets.items()), calibration)
-        return Continuations(self.tokenizer, windows, short(source))
+        return llm.examples.Continuations(self.tokenizer, windows, short(source))
 
 
 def load(
-    settings: LanguageSettings,
-    device: torch.device,
-    scratch: Path,
-    seconds: dict[str, float],
+    settings: LanguageSettings, device: torch.device, scratch: Path, seconds: dict[str, float]
 ) -> Language:
-    """Draw the windows, load the model; returns both with what is done with them."""
+    """Draw the windows, then load the model."""
     with clock(seconds, "data"):
-        from gblm.llm import adapters, models
-
-        silence()
-        config, tokenizer = models.load_tokenizer(settings.model, settings.trust_remote_code)
+        _, tokenizer, batch, sets = draw(settings)
         tasks = open_tasks(settings)
-        batch, sets = draw(settings, config, tokenizer)
     with clock(seconds, "load"):
-        model, offload = models.load_offloaded(
+        model, offload = llm.models.load_offloaded(
             settings.model,
             settings.offload,
             scratch,
@@ -125,7 +108,7 @@ def load(
         replace(settings, length=length),
         model,
         batch,
-        adapters.adapter(model),
+        llm.adapters.adapter(model),
         f"{samples} windows of {length} tokens from {settings.calibration}",
         offload,
         tokenizer=tokenizer,
@@ -134,85 +117,46 @@ def load(
     )
 
 
-def outline(settings: LanguageSettings, device: torch.device) -> Outline:
-    """Return what config and text tell of a run, with the calibration windows drawn."""
-    from gblm.llm import adapters, evaluate, models
-
-    silence()
+@contextmanager
+def sketch(settings: LanguageSettings, device: torch.device) -> Iterator[Language]:
+    """Draw the windows; the model is made of its config alone."""
+    config, tokenizer, batch, sets = draw(settings)
     trust = settings.trust_remote_code
-    config, tokenizer = models.load_tokenizer(settings.model, trust)
-    batch, sets = draw(settings, config, tokenizer)
-    samples, length = batch["input_ids"].shape
-    task = Task(
-        samples,
-        evaluated=sum(len(windows) for windows in sets.values()),
-        together=max(1, evaluate.POSITIONS // length),
-    )
-
-    def sight(model: Any) -> Source:
-        one = {"input_ids": torch.zeros(1, length, dtype=torch.int64)}
-        return model, one, adapters.adapter(model)
-
-    @contextmanager
-    def sketch() -> Iterator[Source]:
-        name, dtype = settings.model, settings.dtype
-        with models.sketch(name, device=device, dtype=dtype, trust_remote_code=trust) as model:
-            yield sight(model)
-
-    def whole() -> Source:
-        return sight(
-            models.load_model(
-                settings.model,
-                device=torch.device("cpu"),
-                dtype=settings.dtype,
-                allow_pickle=settings.allow_pickle,
-                trust_remote_code=trust,
-            )
+    with llm.models.sketch(
+        settings.model, device=device, dtype=settings.dtype, trust_remote_code=trust
+    ) as model:
+        yield Language(
+            settings,
+            model,
+            batch,
+            llm.adapters.adapter(model),
+            notes=["seconds are without --tasks"] if settings.tasks else [],
+            stored=llm.models.stored_dtype(config),
+            tokenizer=tokenizer,
+            sets=sets,
         )
 
-    unmeasured = " and without --tasks" if settings.tasks else ""
-    return Outline(seen(sketch, whole), task, models.stored_dtype(config), unmeasured)
 
-
-def silence() -> None:
-    """Let transformers say nothing but errors."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def draw(
-    settings: LanguageSettings, config: Any, tokenizer: Any
-) -> tuple[Batch, dict[str, Tensor]]:
-    """Return the calibration batch, and the evaluation windows by data set."""
-    from gblm.llm import data, models
-
-    batch = models.windows(
-        settings.calibration,
-        config,
-        tokenizer,
-        samples=settings.samples,
-        length=settings.length,
-        seed=settings.seed,
-    )
-    length, sets = batch["input_ids"].shape[1], {}
+def draw(settings: LanguageSettings) -> tuple[Any, Any, Batch, dict[str, Tensor]]:
+    """Return config and tokenizer, the calibration batch, the evaluation windows by data set."""
+    llm.models.silence()
+    config, tokenizer = llm.models.load_tokenizer(settings.model, settings.trust_remote_code)
+    size = {"samples": settings.samples, "length": settings.length, "seed": settings.seed}
+    batch = llm.models.windows(settings.calibration, config, tokenizer, **size)
+    sets, length = {}, batch["input_ids"].shape[1]
     for source in settings.evaluate:
-        sets[source] = data.evaluation(source, tokenizer, length, settings.evaluate_windows)
-        data.check_ids(sets[source], models.vocabulary(config), source)
-    return batch, sets
+        limit = settings.evaluate_windows
+        sets[source] = llm.data.evaluation(source, tokenizer, length, limit)
+        llm.data.check_ids(sets[source], llm.models.vocabulary(config), source)
+    return config, tokenizer, batch, sets
 
 
 def open_tasks(settings: LanguageSettings) -> Any:
     """Return the zero-shot tasks with their items, None where the flags name none."""
-    from gblm.llm import zero_shot
-
-    if settings.tasks:
-        names = list(settings.tasks)
-        return zero_shot.open_tasks(names, settings.task_data, settings.task_limit)
-    if settings.task_data or settings.task_limit is not None:
+    names, data, limit = list(settings.tasks), settings.task_data, settings.task_limit
+    if not names and (data or limit is not None):
         raise GblmError("--task-data and --task-limit go with --tasks; name some, or paper")
-    return None
+    return llm.zero_shot.open_tasks(names, data, limit) if names else None
 
 
 SIDE = side.Side(
@@ -221,7 +165,7 @@ SIDE = side.Side(
     examples=EXAMPLES,
     kind=LanguageSettings,
     load=load,
-    outline=outline,
+    sketch=sketch,
     usual={
         "method": ("gblm",),
         "sparsity": ("0.5",),
@@ -239,12 +183,7 @@ SIDE = side.Side(
     alone=("calibration", "evaluate", "length"),
     sources=SOURCES,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    return side.main(SIDE, argv)
-
+main = partial(side.main, SIDE)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gblm.base import LINEAR, Adapter, Batch, GblmError, Kind
 from gblm.maths.stats import wide
+from gblm.walk.survey import valueless
 
 CONV1D = Kind(lambda module: module.get_parameter("weight").T)
 
@@ -87,7 +88,7 @@ def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
         wide(logits[:, :-1].flatten(0, 1)), targets.flatten(), ignore_index=-100, reduction="none"
     )
     counts = (targets != -100).sum(dim=1)
-    if (counts == targets.shape[1]).all():
+    if valueless(targets) or (counts == targets.shape[1]).all():
         return losses.view(len(labels), -1).mean(dim=1)
     return losses.view(len(labels), -1).sum(dim=1) / counts
 

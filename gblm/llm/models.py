@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from gblm.base import Batch, GblmError
 from gblm.llm import data
@@ -164,6 +164,12 @@ def load_offloaded(
     check_blocks(empty, model, blocks(empty), set(files) - set(names))
     check_shapes(model, names, files)
     return empty.eval(), read_when_used(empty, blocks(empty), files, folder, device)
+
+
+def silence() -> None:
+    """Let transformers say nothing but errors."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:

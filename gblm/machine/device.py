@@ -150,7 +150,22 @@ class MicroBatch:
             undo()
             self.samples = self.samples // 2
             log.info("out of memory; on with micro-batches of %d", self.samples)
-            torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what a lack of memory raises into a `GblmError`, where no smaller micro-batch helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise GblmError(
+            "out of memory; use a smaller --micro-batch, shorter samples, --offload or another "
+            "device"
+        ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, get_origin
 
@@ -194,6 +195,15 @@ def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
                     entry |= {f"dense{end}": metrics[key], f"pruned{end}": after[name][key]}
             found[name if len(own) == 1 else f"{name} {metric}"] = entry
     return found
+
+
+def check_pages() -> None:
+    """Raise `GblmError` where what draws a page is not installed."""
+    if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+        raise GblmError(
+            f"a page of a report is drawn with {' and '.join(missing)}, which is not installed; "
+            "pip install 'gblm[report]', or do without --report"
+        )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from gblm.base import GblmError
 from gblm.machine.files import write_text
-from gblm.report import Report
+from gblm.report import Report, check_pages
 
 EXAMPLES = """\
 examples:
@@ -54,6 +54,7 @@ def run(given: list[Path], output: Path, overwrite: bool) -> None:
         raise GblmError(f"--output {output} is a folder; give a file, such as {output}/all.html")
     if output.exists() and not overwrite:
         raise GblmError(f"--output {output} is there already; give another file, or --overwrite")
+    check_pages()
     folders = list(dict.fromkeys(folder for path in given for folder in found(path)))
     reports = {str(folder): Report.read(folder) for folder in folders}
     from gblm.report.page import comparison_page, run_page

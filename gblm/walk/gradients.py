@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.machine import processes
-from gblm.machine.device import MicroBatch, free_memory, out_of_memory
+from gblm.machine.device import MicroBatch, free_memory, memory_errors, out_of_memory
 from gblm.machine.offload import here, offload_of
 from gblm.maths import stats
 from gblm.walk.call import Call, part, place
@@ -87,7 +87,7 @@ def sweep(
     names = frozenset(needs) & set(stats.GRADIENT)
     backward = choose(walk, names, one_of(backward, BACKWARDS, "backward"))
     log.debug("gradients by %s, of %d samples: %s", backward, walk.samples, ", ".join(names))
-    with quiet(walk.model), torch.enable_grad():
+    with quiet(walk.model), torch.enable_grad(), memory_errors():
         work = Whole if backward == "model" else Blocks
         return work(walk, names, store).run(), backward
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gblm.base import DENSE_OUTPUTS, Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.machine import processes
+from gblm.machine.device import memory_errors
 from gblm.machine.offload import here
 from gblm.maths import allocation, patterns, stats
 from gblm.maths.allocation import Allocation, Weighed
@@ -101,14 +102,14 @@ class Pruning:
         chosen = {x.name: self.pattern for block in blocks for x in block.linears}
         if spread := allocated(self.method, self.pattern):
             report.allocation = spread.name
-            with clock(report.seconds, "allocation"):
+            with clock(report.seconds, "allocation"), memory_errors():
                 chosen = Budget(self.walk, spread, self.pattern, self.gradients).patterns()
             for name, own in chosen.items():
                 log.debug("allocation %s: %s gets %s", spread.name, name, own.name)
         micro = self.walk.micro.samples
         log.debug("%s, %s, micro-batches of %d", self.method.name, self.pattern.name, micro)
         beside = "cross_gram" in self.method.needs
-        with clock(report.seconds, "prune"):
+        with clock(report.seconds, "prune"), memory_errors():
             forward(self.walk, self.visit, chosen, self.gradients, beside)
         if processes.world() > 1:
             processes.agree("the pruned model", [_checksum(block) for block in blocks])

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch, GblmError
 from gblm.machine import processes
-from gblm.machine.device import MicroBatch, find_compute_dtype, out_of_memory
+from gblm.machine.device import MicroBatch, find_compute_dtype, memory_errors
 from gblm.machine.offload import absent, stay_away
 from gblm.machine.placement import Placement
 from gblm.walk.call import Call, Forward, Output
@@ -84,7 +84,8 @@ class Walk:
         """
         check_samples(batch)
         adapter = adapter or find_adapter(model)
-        blocks = blocks or survey(model, batch, adapter)
+        with memory_errors():
+            blocks = blocks or survey(model, batch, adapter)
         device = next(model.parameters()).device
         batch = processes.share(batch)
         micro = micro_batch_for(blocks, size(batch), micro_batch, device)
@@ -181,15 +182,7 @@ class Run:
         for tensor, rest in self.away:
             tensor.data = self.walk.placement.wake(rest)
         self.call, self.away = None, []
-        try:
-            event = self.strand.switch(outputs)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise GblmError(
-                f"out of memory between the blocks with micro-batches of {size(self.batch)}; use a "
-                "smaller --micro-batch, shorter samples or another device"
-            ) from error
+        event = self.strand.switch(outputs)
         if isinstance(event, _Arrival):
             self.call = self._arrive(event)
         else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gblm.llm.__main__ import main as prune
 from gblm.report.__main__ import main
 
 
@@ -105,3 +106,15 @@ def test_the_module_runs(runs: Path, tmp_path: Path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_nothing_can_draw_is_said_before_work(
+    tmp_path: Path, monkeypatch, capsys, make_report
+):
+    make_report().write(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([str(tmp_path), "--output", str(tmp_path / "page.html")]) == 2
+    assert "pip install 'gblm[report]'" in capsys.readouterr().err
+    assert prune(["--model", "none", "--report", str(tmp_path / "shown")]) == 2
+    assert "pip install 'gblm[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "shown").exists()

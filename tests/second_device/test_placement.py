@@ -125,7 +125,7 @@ SIDES = ["llm", "vit", "swin"]
 @cache
 def uses_backward(name: str) -> bool:
     method = method_of(name)
-    return bool(method.needs & set(stats.GRADIENT) or method.allocation) and not method.regional
+    return bool(method.needs & set(stats.GRADIENT) or method.allocation)
 
 
 def cases() -> list[Any]:
@@ -145,12 +145,14 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("side", "name", "backward", "memory", "run"), cases())
-def test_masks_are_those_of_the_cpu(side, name, backward, memory, run, made, expected, tmp_path):
+def test_masks_are_those_of_the_cpu(
+    side, name, backward, memory, run, made, expected, prune, tmp_path
+):
     model, batch = made(side)
     model.to(DEVICE)
     if memory == "little":
         torch.second.report_free(1)
-    prune = partial(gblm.prune, batch=batch, method=method_of(name), pattern="0.5")
+    prune = partial(prune, batch=batch, method=method_of(name), pattern="0.5")
     prune = partial(prune, backward=backward, **MEMORY[memory])
     if run == "resumed":
         with pytest.raises(Cut):
@@ -163,13 +165,13 @@ def test_masks_are_those_of_the_cpu(side, name, backward, memory, run, made, exp
 
 
 @pytest.mark.parametrize("name", ["gblm", "best"])
-def test_gradients_may_lie_in_main_memory(name, made, expected):
+def test_gradients_may_lie_in_main_memory(name, made, expected, prune):
     model, batch = made("llm")
     needs = {"grad_abs", "grad_sq", "grad_position"}
     gradients = gblm.gradient_sums(model.to(DEVICE), batch, needs)
     for statistics in gradients.values():
         statistics.sums = {key: value.cpu() for key, value in statistics.sums.items()}
-    gblm.prune(model, batch, method_of(name), "0.5", gradients=gradients)
+    prune(model, batch, method_of(name), gradients=gradients)
     check_same(model, expected("llm", name, "blocks"))
 
 

@@ -30,7 +30,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise GblmError(
             "the demo's images are the digits of scikit-learn, which is not installed; "
-            "`pip install scikit-learn`, or name a model and a source of images"
+            "pip install 'gblm[demo]', or name a model and a source of images"
         ) from error
     found = load_digits()
     labels = torch.from_numpy(found.target).long()
