@@ -61,7 +61,7 @@ def check_same(masks: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def uses_backward(name: str) -> bool:
     text, options = methods.parse(name)
     method = methods.make(text, **options)
-    return bool(method.needs & set(stats.GRADIENT) or method.allocation) and not method.regional
+    return bool(method.needs & set(stats.GRADIENT) or method.allocation)
 
 
 RUNS = [
@@ -76,7 +76,7 @@ runs = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("micro_batch", [2, None])
+@pytest.mark.parametrize("micro_batch", [2, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", SIDES)
 @runs
 def test_padding_changes_no_mask(name, backward, side, micro_batch, make_llama):

@@ -153,7 +153,7 @@ def cases() -> list[Any]:
         name, options = methods.parse(text)
         method = methods.make(name, **options)
         uses = method.needs & set(stats.GRADIENT) or method.allocation
-        for backward in ("blocks", "model") if uses and not method.regional else ("blocks",):
+        for backward in ("blocks", "model") if uses else ("blocks",):
             found += [(text, backward, micro_batch) for micro_batch in (2, None)]
     return found
 

@@ -172,7 +172,7 @@ def test_a_strand_that_has_not_begun_or_is_at_its_end_is_closed_without_a_trace(
     assert calls == [2]
 
 
-def test_inside_is_the_state_of_the_strand_but_for_the_grad_mode():
+def test_a_place_has_the_state_of_a_strand_but_for_the_grad_mode_after_its_end_too():
     def work() -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Mode(), named("inside"):
             wait(None)
@@ -180,19 +180,22 @@ def test_inside_is_the_state_of_the_strand_but_for_the_grad_mode():
 
     outside, run = state(), strand(work)
     run.switch()
-    with run.inside() as context:
-        assert torch.is_grad_enabled()
-        assert torch.is_autocast_enabled("cpu")
-        assert len(_get_current_function_mode_stack()) == 1
-        assert context.run(NAME.get) == "inside"
-        context.run(NAME.set, "changed")  # in a copy
-    assert state() == outside
-    with torch.no_grad(), run.inside():
-        assert not torch.is_grad_enabled()
-    with pytest.raises(ValueError, match="planted"), run.inside():
-        raise ValueError("planted")
-    assert state() == outside
-    run.switch()
+    place = run.place()
+    for _ in range(2):
+        with place.inside() as context:
+            assert torch.is_grad_enabled()
+            assert torch.is_autocast_enabled("cpu")
+            assert len(_get_current_function_mode_stack()) == 1
+            assert context.run(NAME.get) == "inside"
+            context.run(NAME.set, "changed")  # in a copy
+        assert state() == outside
+        with torch.no_grad(), place.inside():
+            assert not torch.is_grad_enabled()
+        with pytest.raises(ValueError, match="planted"), place.inside():
+            raise ValueError("planted")
+        assert state() == outside
+        run.switch() if run.greenlet else None
+    assert not run.greenlet
 
 
 def test_tensors_made_in_a_strand_know_its_grad_mode():
