@@ -6,7 +6,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gblm
+from gblm import methods
+from gblm.base import Statistics
+from gblm.machine.placement import Placement
 from gblm.walk import head
+from gblm.walk.gradients import Gradients, Inputs, sweep
+from gblm.walk.survey import Block
+from gblm.walk.walk import Walk
 
 NEEDS = {"grad_abs", "grad_sq"}
 
@@ -131,3 +137,147 @@ def test_no_block_sees_more_than_a_micro_batch(llama, batch, backward):
 def test_unknown_backward_names_the_nearest(llama, batch):
     with pytest.raises(gblm.GblmError, match="did you mean 'blocks'"):
         gblm.gradient_sums(llama, batch, NEEDS, backward="block")
+
+
+# Outputs that go past blocks
+
+
+class Stage(nn.Module):
+    """A block on `x [n, t, wide]`, and on what an earlier one has given; it gives two tensors."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(wide, wide + 2), nn.Linear(wide + 2, wide)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.inner(x if skip is None else x * skip).tanh()
+        return x + self.outer(hidden), {"hidden": hidden, "number": torch.tensor(3)}
+
+
+class UNet(nn.Module):
+    """Two blocks down, two up; the output of the first is used after the last, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(6, 6)
+        self.stages = nn.ModuleList(Stage(6) for _ in range(4))
+        self.head = nn.Linear(6, 5)
+
+
+def unet_trunk(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    x = model.stem(batch["x"]).sin()
+    first, beside = model.stages[0](x)
+    second, _ = model.stages[1](first.roll(1, 1) * 2)
+    third, _ = model.stages[2](second, first)
+    last, _ = model.stages[3](third + first, second)
+    return last * first + x, beside["hidden"].sum(dim=-1)
+
+
+UNET = gblm.Adapter(
+    blocks=lambda model: {f"stages.{i}": stage for i, stage in enumerate(model.stages)},
+    trunk=unet_trunk,
+    loss=lambda model, hidden, batch: (
+        cross_entropy(model.head(hidden[0].mean(dim=1)), batch["label"], reduction="none")
+        + hidden[1].square().mean(dim=1)
+    ),
+)
+
+
+def unet() -> tuple[nn.Module, dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Return the model, a batch, and the sums of plain autograd."""
+    model = UNet().double()
+    torch.manual_seed(1)
+    batch = {"x": torch.randn(7, 4, 6).double(), "label": torch.arange(7) % 5}
+    linears = {
+        f"stages.{name}": module
+        for name, module in model.stages.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    sums = {name: {"grad_abs": 0, "grad_sq": 0} for name in linears}
+    for i in range(7):
+        one = {name: value[i : i + 1] for name, value in batch.items()}
+        model.zero_grad()
+        UNET.loss(model, unet_trunk(model, one), one).sum().backward()
+        for name, module in linears.items():
+            sums[name]["grad_abs"] = sums[name]["grad_abs"] + module.weight.grad.abs()
+            sums[name]["grad_sq"] = sums[name]["grad_sq"] + module.weight.grad.square()
+    model.zero_grad()
+    return model, batch, sums
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 7])
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+def test_gradients_follow_what_goes_past_blocks(backward, micro_batch):
+    model, batch, expected = unet()
+    found = gblm.gradient_sums(
+        model, batch, NEEDS, adapter=UNET, backward=backward, micro_batch=micro_batch
+    )
+    check_sums(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_gradients_are_the_same_bits_wherever_tensors_rest(place, tmp_path, monkeypatch):
+    model, batch, _ = unet()
+    plain = sweep(Walk.of(model, batch, UNET, micro_batch=3), NEEDS, "blocks")[0]
+    placed_at(monkeypatch, place)
+    found, _ = sweep(Walk.of(model, batch, UNET, micro_batch=3, folder=tmp_path), NEEDS, "blocks")
+    for name, sums in plain.items():
+        assert all(torch.equal(found[name][key], value) for key, value in sums.sums.items())
+    assert not list(tmp_path.iterdir())
+
+
+def placed_at(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(Placement, "plan", lambda own, *_: setattr(own, "place", place))
+
+
+class Cut(Exception):
+    """Planted in the middle of a sweep."""
+
+
+class Kept:
+    """A store in memory, which fails after so many blocks."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.sums: dict[str, Statistics] = {}
+        self.finished: list[str] = []
+        self.inputs: Inputs = {}
+
+    def has(self, block: Block) -> bool:
+        return block.name in self.finished
+
+    def on_the_way(self) -> Inputs:
+        return dict(self.inputs)
+
+    def keep(self, block: Block, sums: Gradients, on_the_way: Inputs) -> None:
+        if len(self.finished) == self.count:
+            raise Cut
+        self.finished.append(block.name)
+        self.sums |= sums
+        self.inputs = {name: value.clone() for name, value in on_the_way.items()}
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize("then", ["blocks", "model"])
+def test_a_sweep_goes_on_past_blocks(count, then):
+    model, batch, expected = unet()
+    store = Kept(count)
+    with pytest.raises(Cut):
+        sweep(Walk.of(model, batch, UNET, micro_batch=3), NEEDS, "blocks", store)
+    assert store.finished == [f"stages.{i}" for i in (3, 2, 1, 0)][:count]
+    store.count = -1
+    sweep(Walk.of(model, batch, UNET, micro_batch=3), NEEDS, then, store)
+    check_sums(store.sums, expected, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["gblm", "sparsegpt", "wanda++", "best"])
+@pytest.mark.parametrize("place", ["device", "file"])
+def test_pruning_follows_what_goes_past_blocks(method, place, tmp_path, monkeypatch):
+    (some, batch, _), (whole, _, _) = unet(), unet()
+    made = methods.refined(methods.make(method), 0)
+    gblm.prune(whole, batch, made, "0.5", adapter=UNET, micro_batch=7, backward="model")
+    placed_at(monkeypatch, place)
+    gblm.prune(some, batch, made, "0.5", adapter=UNET, micro_batch=2, backward="blocks")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(some.state_dict()[name], value, rtol=1e-8, atol=1e-8)

@@ -1,6 +1,10 @@
 """The contract of every method with every pattern, generated from the table of methods."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -149,6 +153,61 @@ def test_a_score_of_ones_own_is_a_method():
     new, keep = method.solve(weight, statistics, patterns.parse("0.5"))
     check_solved("smallest", "0.5", weight, new, keep)
     assert weight[keep].abs().mean() < weight[~keep].abs().mean()
+
+
+# One of every method, and of every option of one.
+MADE = {
+    **{name: (name, {}) for name in methods.METHODS},
+    "gblm alpha": ("gblm", {"alpha": 50}),
+    "gblm auto": ("gblm", {"alpha": "auto"}),
+    "gblm norm": ("gblm", {"norm": "l2"}),
+    "gradient norm": ("gradient", {"norm": "l2"}),
+    "pruner-zero norm": ("pruner-zero", {"norm": "l1"}),
+    "ria power": ("ria", {"power": 0.25}),
+    "wanda++ factor": ("wanda++", {"factor": 50}),
+    "wanda++ rounds": ("wanda++", {"rounds": 5}),
+    "wanda++ rate": ("wanda++", {"rounds": 5, "rate": 1e-6}),
+    "sparsegpt damping": ("sparsegpt", {"damping": 0.02}),
+    "sparsegpt columns": ("sparsegpt", {"columns": 64}),
+    "best mix": ("best", {"mix": 0.25}),
+    "best focus": ("best", {"focus": 0.25}),
+    "best refine": ("best", {"refine": 1}),
+    "best allocation": ("best", {"allocation": "owl"}),
+    "best no allocation": ("best", {"allocation": None}),
+    **{f"gblm+{solver}": (f"gblm+{solver}", {}) for solver in methods.SOLVERS},
+    "wanda+repair": ("wanda+repair", {}),
+    "gblm+repair alpha": ("gblm+repair", {"alpha": 50}),
+}
+
+
+def key_of(name: str) -> str:
+    """Return what a journal keeps of a method."""
+    method, options = MADE[name]
+    return json.dumps(methods.make(method, **options).key())
+
+
+def test_methods_of_other_options_have_other_keys():
+    keys = {name: key_of(name) for name in MADE}
+    assert len(set(keys.values())) == len(keys)
+    refined = json.dumps(methods.refined(methods.make("wanda"), 1).key())
+    assert refined not in keys.values()
+
+
+def test_a_method_has_one_key_in_every_process():
+    """Nothing of it comes from an address, or from the order of a set."""
+    code = f"""
+import json
+from gblm import methods
+made = {MADE!r}
+print(json.dumps([json.dumps(methods.make(n, **o).key()) for n, o in made.values()]))
+"""
+    expected = [key_of(name) for name in MADE]
+    assert [key_of(name) for name in MADE] == expected
+    run = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    found = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout.splitlines()[-1]) == expected
+    assert not any("0x" in key for key in expected)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from gblm import methods
 from gblm.base import Pattern, Statistics
 from gblm.llm.adapters import window_loss
 from gblm.walk.gradients import Gradients
+from gblm.walk.prune import Pruning, method_pattern
+from gblm.walk.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("untraced")
 
@@ -56,7 +58,8 @@ class Golden:
         method, _, norm = method.partition("-")
         allowed = pattern or (ragged(4, 8) if allowed == "4-8" else allowed.replace("-", ":"))
         made = methods.make(method, norm=norm or "l1")
-        return gblm.prune(self.model, self.calibration, made, allowed, gradients=gradients)
+        walk = Walk.of(self.model, self.calibration)
+        return Pruning(walk, made, method_pattern(made, allowed), gradients).run()
 
     def differing(self, name: str, report: gblm.Report) -> tuple[int, int]:
         """Return in how many cells the masks differ from the published ones, and of how many."""

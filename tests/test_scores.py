@@ -95,9 +95,27 @@ def test_wanda_plus_is_its_formula_cell_by_cell():
     squares = found["input_sq"].tolist()
     for i, row in enumerate(found["grad_sq"].tolist()):
         for j, g in enumerate(row):
-            norms = 100 * math.sqrt(g / found.samples) + math.sqrt(squares[j] / found.samples)
+            norms = 100 * math.sqrt(g / found.differentiated) + math.sqrt(
+                squares[j] / found.samples
+            )
             expected = abs(weight[i, j].item()) * norms
             assert score[i, j].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_wanda_plus_of_a_linear_that_no_gradient_reaches_is_wanda():
+    weight, found = draw(6)
+    sums = {**found.sums, "grad_sq": torch.zeros_like(weight)}
+    none = Statistics(sums, found.samples, found.positions)
+    torch.testing.assert_close(scores.wanda_plus(weight, none), scores.wanda(weight, found))
+
+
+def test_wanda_plus_divides_by_the_samples_of_the_gradients():
+    """Which are fewer than those of the inputs where a sample does not come to the linear."""
+    weight, found = draw(6)
+    few = Statistics(found.sums, found.samples, found.positions, 2)
+    mean = (found["grad_sq"] / 2).sqrt()
+    expected = weight.abs() * (100 * mean + scores.input_norm(found))
+    torch.testing.assert_close(scores.wanda_plus(weight, few), expected)
 
 
 def test_pruner_zero_with_equal_gradients_is_magnitude():

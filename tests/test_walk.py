@@ -1,73 +1,27 @@
 """The walk: micro-batches change nothing, faults leave nothing, errors name their place."""
 
+import gc
 from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import gblm
 from gblm import methods
 from gblm.base import Method, Solver
+from gblm.machine.placement import Placement
 from gblm.maths import patterns, stats
 from gblm.walk import visit
+from gblm.walk.gradients import sweep
 from gblm.walk.prune import Pruning, method_pattern
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
 STATE = ("training", "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 STATE += ("_backward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-
-
-# A model of no library, with an adapter of its own: the core needs no transformers.
-
-
-class ToyBlock(nn.Module):
-    """`outer` may be used twice, `idle` never."""
-
-    def __init__(self, wide: int, twice: bool = False, idle: bool = False) -> None:
-        super().__init__()
-        self.inner = nn.Linear(wide, 2 * wide)
-        self.outer = nn.Linear(2 * wide, wide)
-        self.idle = nn.Linear(wide, wide) if idle else None
-        self.twice = twice
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.outer(self.inner(x).relu())
-        return x + self.outer(self.inner(x).relu()) if self.twice else x
-
-
-class Toy(nn.Module):
-    """Blocks one after the other, in the order given, on samples `x [n, t, wide]`."""
-
-    def __init__(self, *order: int, wide: int = 8, classes: int = 5, **options: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(ToyBlock(wide, **options) for _ in range(max(order) + 1))
-        self.order = order
-        self.head = nn.Linear(wide, classes)
-
-
-def toy_trunk(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    x = batch["x"]
-    for index in model.order:
-        x = model.layers[index](x)
-    return x
-
-
-TOY = gblm.Adapter(
-    blocks=lambda model: {f"layers.{i}": block for i, block in enumerate(model.layers)},
-    trunk=toy_trunk,
-    loss=lambda model, hidden, batch: cross_entropy(
-        model.head(hidden.mean(dim=1)), batch["label"], reduction="none"
-    ),
-)
-
-
-def toy_batch(samples: int = 6) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    return {"x": torch.randn(samples, 4, 8), "label": torch.arange(samples) % 5}
 
 
 def prune(model: nn.Module, batch: dict[str, Tensor], method: str = "gblm", **options):
@@ -423,69 +377,159 @@ def test_a_loss_that_is_not_finite_names_its_sample(llama, batch, poison, backwa
     assert state(llama) == before
 
 
-# Blocks and linears
+# Where tensors rest
 
 
-def test_the_core_prunes_a_model_of_no_library():
-    model = Toy(0, 1, 2)
-    report = prune(model, toy_batch(), "gblm", adapter=TOY, pattern="2:4")
-    assert [linear.name for linear in report.linears] == [
-        f"layers.{i}.{name}" for i in range(3) for name in ("inner", "outer")
-    ]
-    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
+def placed_at(monkeypatch: pytest.MonkeyPatch, place: str) -> list[torch.Size]:
+    """Let all that rests do so in one place; return the shapes that have, as they come."""
+    rested: list[torch.Size] = []
+    rest = Placement.rest
+
+    def counted(own: Placement, x: Tensor) -> Tensor:
+        rested.append(x.shape)
+        return rest(own, x)
+
+    monkeypatch.setattr(Placement, "plan", lambda own, *_: setattr(own, "place", place))
+    monkeypatch.setattr(Placement, "rest", counted)
+    return rested
 
 
-@pytest.mark.parametrize("backward", ["blocks", "model"])
-def test_blocks_are_taken_in_the_order_of_use(backward):
-    model = Toy(2, 0, 1)
-    report = prune(model, toy_batch(), "gblm", adapter=TOY, backward=backward, micro_batch=2)
-    assert [linear.name[7] for linear in report.linears] == list("220011")
+def prune_in(
+    folder: Path, model: nn.Module, batch: dict[str, Tensor], method: Method, half: torch.dtype
+) -> gblm.Report:
+    """Prune half of a model, with a folder for what rests, its gradients block by block."""
+    walk = replace(Walk.of(model, batch, micro_batch=2, folder=folder), half=half)
+    pruning = Pruning(walk, method, method_pattern(method, "0.5"))
+    if pruning.needs:
+        pruning.gradients = sweep(walk, pruning.needs, "blocks")[0]
+    return pruning.run()
 
 
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("place", ["memory", "file"])
+@pytest.mark.parametrize(
+    ("method", "half"),
+    [*((name, torch.float32) for name in methods.METHODS), ("best", torch.bfloat16)],
+)
+def test_resting_elsewhere_changes_no_bit(
+    make_llama, batch, method, place, half, tmp_path, monkeypatch
+):
+    near, far = make_llama(), make_llama()
+    expected = prune_in(tmp_path, near, batch, methods.make(method), half)
+    rested = placed_at(monkeypatch, place)
+    found = prune_in(tmp_path, far, batch, methods.make(method), half)
+    assert len(rested) >= 3 * 4  # blocks, micro-batches
+    check_same(weights(far), weights(near))
+    errors = [[linear.relative_error for linear in x.linears] for x in (found, expected)]
+    assert errors[0] == errors[1]
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["device", "memory", "file"])
+def test_a_model_that_waits_holds_no_samples_but_on_the_device(
+    llama, batch, place, tmp_path, monkeypatch
+):
+    rested = placed_at(monkeypatch, place)
+    held: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) == 2:  # a micro-batch, as the survey has none
+            held.append(args[0])
+            values.append(args[0].clone())
+
+    llama.model.layers[1].register_forward_pre_hook(see)
+    empty = []
+
+    def work(visit: Visit) -> None:
+        if visit.block is visit.walk.blocks[1]:
+            empty.extend(bool(x.isnan().all()) for x in held)
+            assert all(x.untyped_storage().nbytes() == 4 for x in held) == (place != "device")
+            for call, value in zip(visit.calls, values, strict=True):
+                torch.testing.assert_close(call.arguments(slice(0, 2))[0], value, rtol=0, atol=0)
+
+    six = {"input_ids": batch["input_ids"][:6]}
+    held.clear(), values.clear()
+    walk = Walk.of(llama, six, micro_batch=2, folder=tmp_path)
+    held.clear(), values.clear()
+    forward(walk, work)
+    assert rested
+    assert empty == [place != "device"] * 3
+    for x, value in zip(held, values, strict=True):
+        torch.testing.assert_close(x, value, rtol=0, atol=0)
+
+
+def test_a_failure_gives_everything_back_from_where_it_rests(llama, batch, tmp_path, monkeypatch):
+    placed_at(monkeypatch, "file")
+    before, dense = state(llama), weights(llama)
+
+    def work(visit: Visit) -> None:
+        if visit.block is visit.walk.blocks[2]:
+            raise Planted
+
+    with pytest.raises(Planted):
+        forward(Walk.of(llama, batch, micro_batch=2, folder=tmp_path), work, beside=True)
+    assert state(llama) == before
+    check_same(weights(llama), dense)
+    with torch.no_grad():
+        assert torch.isfinite(llama(**batch).logits).all()
+
+
+# Samples of several lengths
+
+
+LENGTHS = (12, 5, 9, 12, 9, 3, 5)
+
+
+def padded(batch: dict[str, Tensor], side: str, more: int = 0) -> dict[str, Tensor]:
+    """Return the batch with samples of several lengths, padded to the longest, or by more."""
+    rows = [ids[:length] for ids, length in zip(batch["input_ids"], cycle(LENGTHS))]
+    wide = max(LENGTHS) + more
+    ids, mask = torch.full((len(rows), wide), 7), torch.zeros(len(rows), wide, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(wide - len(row), wide)
+        ids[i, place], mask[i, place] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_an_unused_linear_is_reported_and_left_alone(method):
-    model = Toy(0, 1, idle=True)
-    dense = model.layers[1].idle.weight.clone()
-    report = prune(model, toy_batch(), method, adapter=TOY)
-    assert list(report.dense) == ["layers.0.idle", "layers.1.idle"]
-    assert torch.equal(model.layers[1].idle.weight, dense)
-    assert all("idle" not in linear.name for linear in report.linears)
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_padding_changes_nothing(make_llama, make_batch, method, micro_batch):
+    batch = make_batch(28)
+    right, left = make_llama(torch.float64), make_llama(torch.float64)
+    made = methods.refined(methods.make(method), 0)
+    gblm.prune(right, padded(batch, "right"), made, "0.5", micro_batch=micro_batch)
+    gblm.prune(left, padded(batch, "left", more=3), made, "0.5", backward="blocks")
+    check_same(weights(right), weights(left), 1e-8)
 
 
-def test_a_linear_used_twice_stays_dense():
-    model = Toy(0, 1, twice=True, idle=True)
-    with pytest.raises(gblm.GblmError, match="no linears to prune"):
-        prune(model, toy_batch(), adapter=TOY)
-    model.layers[1].twice = False
-    report = prune(model, toy_batch(), adapter=TOY)
-    assert report.dense["layers.0.inner"] == "used more than once by its block"
-    assert [linear.name for linear in report.linears] == ["layers.1.inner", "layers.1.outer"]
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+def test_gradients_of_samples_of_several_lengths_are_those_of_each(llama64, batch, side, backward):
+    needs = {"grad_abs", "grad_sq"}
+    together = gblm.gradient_sums(llama64, padded(batch, side), needs, backward=backward)
+    singles = [
+        gblm.gradient_sums(llama64, {"input_ids": ids[None, :length]}, needs, backward="model")
+        for ids, length in zip(batch["input_ids"], LENGTHS, strict=True)
+    ]
+    for name, sums in together.items():
+        assert sums.positions == sum(LENGTHS)
+        for key, value in sums.sums.items():
+            torch.testing.assert_close(value, sum(single[name][key] for single in singles))
 
 
-def test_a_block_used_twice_is_refused_by_name():
-    with pytest.raises(gblm.GblmError, match=r"block layers\.0 is used more than once"):
-        prune(Toy(0, 1, 0), toy_batch(), adapter=TOY)
+def test_inputs_of_samples_of_several_lengths_are_those_of_each(llama64, batch):
+    together = run_statistics(llama64, padded(batch, "left"), 2)
+    sums: dict[str, Tensor] = {}
+    for ids, length in zip(batch["input_ids"], LENGTHS, strict=True):
+        for name, value in run_statistics(llama64, {"input_ids": ids[None, :length]}, 1).items():
+            sums[name] = sums.get(name, 0) + value
+    check_same(together, sums, 1e-10)
 
 
-def test_a_weight_shared_by_two_linears_stays_dense():
-    model = Toy(0, 1)
-    model.layers[1].inner.weight = model.layers[0].inner.weight
-    report = prune(model, toy_batch(), adapter=TOY)
-    assert list(report.dense) == ["layers.0.inner", "layers.1.inner"]
-    assert "shares its weight" in report.dense["layers.1.inner"]
-    assert [linear.name for linear in report.linears] == ["layers.0.outer", "layers.1.outer"]
-
-
-def test_a_model_without_blocks_or_linears_is_refused():
-    with pytest.raises(gblm.GblmError, match="no blocks found in Toy"):
-        prune(Toy(0), toy_batch(), adapter=replace(TOY, blocks=lambda model: {}))
-    with pytest.raises(gblm.GblmError, match="no linears to prune in the blocks of Toy"):
-        prune(Toy(0), toy_batch(), adapter=replace(TOY, kind=lambda module: None))
-
-
-def test_a_model_of_an_unknown_library_needs_an_adapter():
-    with pytest.raises(gblm.GblmError, match="no adapter for Toy"):
-        prune(Toy(0), toy_batch())
+# Patterns and micro-batches that do not fit
 
 
 def test_a_pattern_that_does_not_fit_names_the_linear_before_work_starts(llama, batch):

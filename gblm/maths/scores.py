@@ -151,9 +151,10 @@ def pruner_zero(weight: Tensor, statistics: Statistics, norm: str = "l2") -> Ten
 def wanda_plus(weight: Tensor, statistics: Statistics, alpha: float = 100) -> Tensor:
     """Score |W|·(α·G + ‖X‖₂), G = √(Σ g² / samples) (Wanda++, arXiv 2503.04992, eq. 4).
 
-    g are the regional gradients of every sample: of the norm of its block's output.
+    g are the regional gradients of every sample: of the norm of its block's output. A linear that
+    no such gradient reaches has G = 0.
     """
-    gradients = (statistics["grad_sq"] / statistics.differentiated).sqrt()
+    gradients = (statistics["grad_sq"] / max(1, statistics.differentiated)).sqrt()
     return weight.abs() * (alpha * gradients + input_norm(statistics))
 
 

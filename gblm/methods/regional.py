@@ -20,7 +20,7 @@ from gblm.methods.refine import add_gradients
 from gblm.methods.solve import Solve, relative_error
 from gblm.report import LinearReport
 from gblm.walk.blocks import Block, hooked
-from gblm.walk.call import Call, made
+from gblm.walk.call import Call, made, place
 from gblm.walk.gradients import Gradients, finish, per_sample, zero_sums
 from gblm.walk.sight import Sight
 from gblm.walk.visit import Inputs, Visit
@@ -109,14 +109,15 @@ def regional_sums(block: Block, calls: list[Call], needs: Iterable[str], step: i
     f(X) is the first tensor that the block makes of its linears.
     """
     sums = zero_sums(block.linears, frozenset(needs) & set(stats.GRADIENT))
-    step = 1 if any(linear.routed for linear in block.linears) else step
+    step = 1 if any(linear.alone for linear in block.linears) else step
     for call in calls:
         for piece in call.pieces(step):
             samples = piece.stop - piece.start
             hooks = [per_sample(linear, sums[linear.name], samples) for linear in block.linears]
             with torch.enable_grad(), hooked(hooks):
-                _, output = _output(call, call.arguments(piece))
-                output.reshape(samples, -1).norm(dim=1).sum().backward()
+                which, output = _output(call, call.arguments(piece))
+                dim, _ = place(block.outputs, which, output, samples) or (0, 0)
+                output.movedim(dim, 0).reshape(samples, -1).norm(dim=1).sum().backward()
     finish(block, sums, sum(call.samples for call in calls))
     return sums
 

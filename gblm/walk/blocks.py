@@ -22,7 +22,8 @@ class Linear:
     """One prunable weight, seen as a matrix `[out, in]`.
 
     positions: input vectors of one sample, the most where samples differ. routed: whether it sees
-    only those positions that the model sends to it.
+    only those positions that the model sends to it. mixed: whether samples do not stand first in
+    its input.
     """
 
     name: str
@@ -30,6 +31,12 @@ class Linear:
     kind: Kind
     positions: int = 0
     routed: bool = False
+    mixed: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether it must see one sample at a time, so that samples can be told apart."""
+        return self.routed or self.mixed
 
     @property
     def weight(self) -> Tensor:

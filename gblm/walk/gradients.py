@@ -287,7 +287,7 @@ class Blocks:
     ) -> tuple[Gradients, list[dict[int, Tensor]]]:
         """Run a block again: return its sums, and the gradients by the leaves of each call."""
         sums = zero_sums(block.linears, self.needs)
-        if any(linear.routed for linear in block.linears):
+        if any(linear.alone for linear in block.linears):
             step = 1  # rows of several samples could not be told apart
         return sums, [recompute(own, sums, step) for own in passed]
 
@@ -392,7 +392,7 @@ class _PerSample:
 
     def _by_sample(self, value: Tensor) -> Tensor:
         rows = self.linear.rows(value)
-        if self.samples > 1 and (self.linear.routed or rows.shape[:-1].numel() % self.samples):
+        if self.samples > 1 and (self.linear.alone or rows.shape[:-1].numel() % self.samples):
             raise GblmError(
                 f"{self.linear} does not see the same number of inputs of every "
                 "sample, so that its gradients cannot be told apart; use --micro-batch 1"
@@ -412,7 +412,7 @@ def zero_sums(linears: list[Linear], needs: frozenset[str]) -> Gradients:
 
 def fewer(walk: Walk) -> MicroBatch:
     """Return the micro-batch of a plain backward, which holds all activations of the model."""
-    if any(linear.routed for block in walk.blocks for linear in block.linears):
+    if any(linear.alone for block in walk.blocks for linear in block.linears):
         return MicroBatch(1)
     micro = walk.micro
     return MicroBatch(max(1, micro.samples // 4), auto=True) if micro.auto else micro

@@ -68,6 +68,12 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
         names = {linear.name for within in linears.values() for linear in within}
         runs = _runs(model, batch, adapter, partial(_Watch, blocks, linears), names)
     ordered = [blocks[visit.module] for visit in runs[0]]
+    modules = [block.module for block in ordered]
+    if any([visit.module for visit in run] != modules for run in runs):
+        raise GblmError(
+            "some samples come to other blocks than others; a model that chooses its blocks by the "
+            "sample cannot be pruned"
+        )
     for i, block in enumerate(ordered):
         once, twice = runs[0][i], runs[1][i]
         block.arguments = _carried(once.arguments, twice.arguments)
@@ -83,14 +89,15 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
 class _Visit:
     """One call of a block: the shapes of its arguments and outputs, the uses of its linears.
 
-    uses: how often each linear is called, and its positions; groups: those with the same input.
+    uses: how often each linear is called; rows: the shape of its input, but for the features;
+    groups: those with the same input.
     """
 
     module: nn.Module
     arguments: Shapes
     outputs: Shapes = field(default_factory=list)
     uses: Counter[str] = field(default_factory=Counter)
-    positions: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, torch.Size] = field(default_factory=dict)
     groups: list[tuple[Tensor, list[Linear]]] = field(default_factory=list)
 
 
@@ -121,7 +128,7 @@ class _Watch:
     def use(self, linear: Linear, module: nn.Module, args: tuple) -> None:
         visit, x = self.visits[-1], args[0]
         visit.uses[linear.name] += 1
-        visit.positions[linear.name] = linear.rows(x).shape[:-1].numel()
+        visit.rows[linear.name] = linear.rows(x).shape[:-1]
         group = next((linears for other, linears in visit.groups if other is x), None)
         if group is None:
             visit.groups.append((x, [linear]))
@@ -175,14 +182,17 @@ def _describe(block: Block, linears: list[Linear], visits: list[_Visit], double:
         uses = [visit.uses[name] for visit in visits]
         by_shape: dict[tuple, set[int]] = defaultdict(set)  # positions, of samples that are alike
         for visit in visits:
-            by_shape[tuple(visit.arguments)].add(visit.positions.get(name, 0))
+            rows = visit.rows.get(name)
+            by_shape[tuple(visit.arguments)].add(rows.numel() if rows is not None else 0)
         linear.positions = max(count for counts in by_shape.values() for count in counts)
         linear.routed = 0 in uses or any(len(counts) > 1 for counts in by_shape.values())
+        one, two = visits[0].rows.get(name), double.rows.get(name)
+        linear.mixed = one is not None and two is not None and _mixed(one, two)
         if not any(uses):
             block.dense[name] = "not used by its block"
         elif max(uses) > 1:
             block.dense[name] = "used more than once by its block"
-        elif double.positions.get(name) == visits[0].positions.get(name, 0) > 0:
+        elif one is not None and one == two and one.numel():
             block.dense[name] = "sees no samples"
     for name, parameter in block.module.named_parameters():
         if parameter.ndim == 3 and min(parameter.shape) > 1:
@@ -190,6 +200,12 @@ def _describe(block: Block, linears: list[Linear], visits: list[_Visit], double:
     runs = [[linears for _, linears in visit.groups] for visit in visits]
     runs = [[[x for x in group if x.name not in block.dense] for group in run] for run in runs]
     block.groups = _ordered(runs, [linear.name for linear in linears])
+
+
+def _mixed(one: torch.Size, two: torch.Size) -> bool:
+    """Whether the rows of two samples are not those of the first, then those of the second."""
+    grown = next((dim for dim, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
+    return one[:grown].numel() > 1
 
 
 def _ordered(runs: list[list[list[Linear]]], names: list[str]) -> list[list[Linear]]:

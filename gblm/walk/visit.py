@@ -63,8 +63,12 @@ class Inputs:
         with exact(x.device):
             stats.add_inputs(self.statistics, x, samples, dense, self.weights)
 
-    def finish(self) -> None:
-        """Make the statistics those of all processes; raises `GblmError` for a NaN or an Inf."""
+    def finish(self, samples: int) -> None:
+        """Make the statistics those of all processes; raises `GblmError` for a NaN or an Inf.
+
+        samples: of this process, those that did not come to a routed linear, too.
+        """
+        self.statistics.samples = samples
         processes.add_statistics([self.statistics])
         check(self.group[0], self.statistics)
 
@@ -162,7 +166,7 @@ class Visit:
     def weights(self, group: list[Linear], focus: float) -> Tensor | None:
         """Return how much each position counts for a group, None for alike: see `stats`."""
         known = [self.gradients[x.name] for x in group if x.name in self.gradients]
-        if not focus or len(known) < len(group) or any(linear.routed for linear in group):
+        if not focus or len(known) < len(group) or any(linear.alone for linear in group):
             return None
         return stats.position_weights(known, focus)
 
@@ -239,7 +243,7 @@ def collect(groups: list[Inputs], calls: list[Call], step: int) -> None:
                 with suppress(Stop):
                     call.run(call.arguments(piece))
     for inputs in groups:
-        inputs.finish()
+        inputs.finish(sum(call.samples for call in calls))
 
 
 class _Collecting:
@@ -328,11 +332,12 @@ class _Beside:
     def _add(self, index: int, inputs: Inputs, theirs: list[_Piece], ours: list[_Piece]) -> None:
         for own, other in zip(ours, theirs, strict=True):
             if own.waits(index):
-                # What routes its inputs gives the streams other ones, which make no pair.
-                paired = other.waits(index) and other.at.x.shape == own.at.x.shape
+                # What is routed sees other positions of each stream, which make no pair.
+                routed = inputs.group[0].routed
+                paired = not routed and other.waits(index) and other.at.x.shape == own.at.x.shape
                 dense = other.at.x if paired else None
                 inputs.add(own.at.x, own.piece.stop - own.piece.start, dense)
-        inputs.finish()
+        inputs.finish(sum(call.samples for call in self.visit.calls))
 
 
 def _pause(index: int, linear: Linear, module: nn.Module, args: tuple) -> None:
