@@ -72,7 +72,8 @@ class GradientFolder:
         self.samples = self.positions = 0
         self.sweep = folder / "sweep.json"
         if journal and self.sweep.is_file():
-            found = read_json(self.sweep)
+            counts = {"samples": int, "positions": int}
+            found = read_json(self.sweep, settings=dict, linears=list, finished=list, **counts)
             if found["settings"] == self._settings():  # else the sweep begins anew
                 self.linears, self.finished = found["linears"], found["finished"]
                 self.samples, self.positions = found["samples"], found["positions"]
