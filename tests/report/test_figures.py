@@ -87,7 +87,7 @@ def test_a_damaged_mask_is_refused():
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_masks_are_those_of_the_model(llama, batch, pattern: str):
     blocks = survey(llama, batch, adapter(llama))
-    report = prune(llama, batch, METHODS["wanda"](), pattern, blocks=blocks)
+    report = prune(llama, batch, METHODS["wanda"](), pattern)
     found = masks(report, blocks)
     assert list(found) == chosen(report)
     worst = max(report.linears, key=lambda linear: linear.relative_error).name
