@@ -15,9 +15,9 @@ from gblm.base import DENSE_OUTPUTS, Step
 from gblm.machine import processes
 from gblm.machine.speed import Cost
 from gblm.maths.stats import wide
+from gblm.walk.blocks import Block
 from gblm.walk.call import Call, made, part, place
 from gblm.walk.sight import Sight
-from gblm.walk.survey import Block
 from gblm.walk.visit import Visit
 
 RATE = 0.01  # of Adam, times the mean size of the weights of a tensor

@@ -19,10 +19,10 @@ from gblm.maths import stats
 from gblm.methods.refine import add_gradients
 from gblm.methods.solve import Solve, relative_error
 from gblm.report import LinearReport
+from gblm.walk.blocks import Block, hooked
 from gblm.walk.call import Call, made
-from gblm.walk.gradients import Gradients, per_sample, zero_sums
+from gblm.walk.gradients import Gradients, finish, per_sample, zero_sums
 from gblm.walk.sight import Sight
-from gblm.walk.survey import Block, hooked
 from gblm.walk.visit import Inputs, Visit
 
 SAMPLES = 32  # of a round, as published
@@ -117,7 +117,7 @@ def regional_sums(block: Block, calls: list[Call], needs: Iterable[str], step: i
             with torch.enable_grad(), hooked(hooks):
                 _, output = _output(call, call.arguments(piece))
                 output.reshape(samples, -1).norm(dim=1).sum().backward()
-    processes.add_statistics([sums[linear.name] for linear in block.linears])
+    finish(block, sums, sum(call.samples for call in calls))
     return sums
 
 

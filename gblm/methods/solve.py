@@ -14,8 +14,8 @@ from gblm.machine import processes
 from gblm.machine.speed import Cost
 from gblm.maths import stats
 from gblm.report import LinearReport
+from gblm.walk.blocks import Linear
 from gblm.walk.sight import Sight
-from gblm.walk.survey import Linear
 from gblm.walk.visit import Inputs, Visit, together
 
 # The cost of a linear [out, in] for a solver, beside its mask.

@@ -11,8 +11,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gblm.machine.device import halved
 from gblm.machine.placement import Placement
-from gblm.walk.strand import Strand
-from gblm.walk.survey import Block, Carried
+from gblm.walk.blocks import Block, Carried
+from gblm.walk.strand import Place
 
 Forward = Callable[..., Any]
 Output = Any  # what a block gives: a tensor, or a tuple, list or dict with some
@@ -23,7 +23,7 @@ class Call:
     """One call of a block by the model's code, with the arguments of `samples` samples.
 
     carried: where each leaf of the arguments holds the samples. half: the dtype of products in a
-    piece that is run with `half=True`. strand: the run of the model that waits in this call.
+    piece that is run with `half=True`. around: where the model's code waits in this call.
     """
 
     block: Block
@@ -31,7 +31,7 @@ class Call:
     leaves: list[Any]
     spec: TreeSpec
     samples: int
-    strand: Strand
+    around: Place
     placement: Placement
     half: torch.dtype
     carried: list[Carried] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Call:
         """
         args, kwargs = tree_unflatten(leaves, self.spec)
         products = halved(self.block.module, self.half) if half else nullcontext()
-        with self.strand.inside() as context, products:
+        with self.around.inside() as context, products:
             return context.run(self.forward, *args, **kwargs)
 
     def outputs(self, step: int, half: bool = False) -> Output:

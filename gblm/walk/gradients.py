@@ -25,10 +25,10 @@ from gblm.machine import processes
 from gblm.machine.device import MicroBatch, free_memory, memory_errors, out_of_memory
 from gblm.machine.offload import here, offload_of
 from gblm.maths import stats
+from gblm.walk.blocks import Block, Linear, cut, frozen, hooked, size, take, to_device
 from gblm.walk.call import Call, part, place
-from gblm.walk.head import differentiate, finite, loss_scale, saved
-from gblm.walk.survey import Block, Linear, cut, hooked, quiet, size, take, to_device
-from gblm.walk.visit import check
+from gblm.walk.head import differentiate, finite, loss_scales, saved
+from gblm.walk.visit import NotFinite, check
 from gblm.walk.walk import Run, Walk
 
 log = logging.getLogger(__name__)
@@ -87,9 +87,15 @@ def sweep(
     names = frozenset(needs) & set(stats.GRADIENT)
     backward = choose(walk, names, one_of(backward, BACKWARDS, "backward"))
     log.debug("gradients by %s, of %d samples: %s", backward, walk.samples, ", ".join(names))
-    with quiet(walk.model), torch.enable_grad(), memory_errors():
+    with frozen(walk.model), torch.enable_grad(), memory_errors():
         work = Whole if backward == "model" else Blocks
-        return work(walk, names, store).run(), backward
+        for scale in loss_scales(walk.model):
+            try:
+                return work(walk, names, store, scale).run(), backward
+            except NotFinite:
+                if scale == 1:
+                    raise
+    raise AssertionError("the last scale is 1")
 
 
 def choose(walk: Walk, needs: frozenset[str], backward: str) -> str:
@@ -98,7 +104,7 @@ def choose(walk: Walk, needs: frozenset[str], backward: str) -> str:
         return backward
     if offload_of(walk.model):
         return "blocks"
-    with quiet(walk.model), torch.enable_grad():
+    with frozen(walk.model), torch.enable_grad():
         return "model" if _fits(walk, needs) else "blocks"
 
 
@@ -109,13 +115,15 @@ class Whole:
     walk: Walk
     needs: frozenset[str]
     store: Store | None
+    scale: float
 
     def run(self) -> Gradients:
         """Return the sums of all linears."""
-        sums = fewer(self.walk).run(self._sweep)
-        for block in self.walk.blocks:
+        walk = self.walk
+        sums = fewer(walk).run(self._sweep)
+        for block in walk.blocks:
             own = {linear.name: sums[linear.name] for linear in block.linears}
-            finish(block, own)
+            finish(block, own, walk.samples, self.scale)
             if self.store and not self.store.has(block):
                 self.store.keep(block, own, {})
         return {} if self.store else sums
@@ -124,18 +132,15 @@ class Whole:
         walk, done = self.walk, 0
         linears = [linear for block in walk.blocks for linear in block.linears]
         sums = zero_sums(linears, self.needs)
-        scale = loss_scale(walk.model)
-        for batch in cut(walk.batch, step, walk.adapter):
-            batch = to_device(batch, walk.device)
+        for some in cut(walk.batch, step, walk.adapter):
+            batch = to_device(some.batch, walk.device)
             hooks = [per_sample(linear, sums[linear.name], size(batch)) for linear in linears]
             with hooked(hooks):
                 hidden = walk.adapter.trunk(walk.model, batch)
-            losses = finite(walk.adapter.loss(walk.model, hidden, batch), done)
-            (losses * scale).sum().backward()
+            losses = finite(walk.adapter.loss(walk.model, hidden, batch), some.numbers)
+            (losses * self.scale).sum().backward()
             done += size(batch)
             walk.progress("gradients", done, walk.samples)
-        for statistics in sums.values():
-            stats.unscale(statistics, scale)
         return sums
 
 
@@ -143,12 +148,14 @@ class Whole:
 class Passed:
     """What one micro-batch has left at a block: its call, and where its gradients come and go.
 
-    edges: of the leaves that a gradient goes on to, by their number; by output: what has come.
+    edges: of the leaves that a gradient goes on to, by their number. arrived: what has come, by
+    output; dtypes: of the outputs.
     """
 
     call: Call
     edges: dict[int, GradientEdge]
     arrived: list[Tensor | None] = field(default_factory=list)
+    dtypes: list[torch.dtype | None] = field(default_factory=list)
 
     def add(self, index: int, gradient: Tensor | None) -> None:
         """Add a gradient by the output of that number."""
@@ -176,10 +183,11 @@ class Hand(torch.autograd.Function):
 class Blocks:
     """A backward block by block: what is between them is the model's own graph."""
 
-    def __init__(self, walk: Walk, needs: frozenset[str], store: Store | None) -> None:
-        self.walk, self.needs, self.store = walk, needs, store
+    def __init__(
+        self, walk: Walk, needs: frozenset[str], store: Store | None, scale: float
+    ) -> None:
+        self.walk, self.needs, self.store, self.scale = walk, needs, store, scale
         self.passed: list[list[Passed]] = []  # by block and micro-batch
-        self.scale = loss_scale(walk.model)
         self.head: int | None = None  # samples of the head at a time
         self.resumed = False  # whether a former sweep has left the last blocks
         self.done = 0
@@ -193,8 +201,8 @@ class Blocks:
                 self._forward(block, runs)
             self.resumed = self._resume()
             if not self.resumed:
-                for start, run in zip(_starts(runs), runs, strict=True):
-                    self._differentiate_head(run, start)
+                for run in runs:
+                    self._differentiate_head(run)
             for index in reversed(range(len(self.walk.blocks))):
                 sums |= self._backward(index)
         return sums
@@ -216,11 +224,11 @@ class Blocks:
                 run.go_on(_handed(passed, outputs))
         self._advance()
 
-    def _differentiate_head(self, run: Run, start: int) -> None:
+    def _differentiate_head(self, run: Run) -> None:
         """Give the last of the model's graph the gradients of the samples' losses."""
         leaves = tree_flatten(run.hidden)[0]
         gradients, self.head = self.walk.micro.run(
-            lambda step: differentiate(self.walk, run, start, self.scale, self.head or 0, step)
+            lambda step: differentiate(self.walk, run, self.scale, self.head or 0, step)
         )
         reached = [(x, g) for x, g in zip(leaves, gradients, strict=True) if x.requires_grad]
         torch.autograd.backward([x for x, _ in reached], [g for _, g in reached], retain_graph=True)
@@ -238,7 +246,9 @@ class Blocks:
             return False
         for name, gradient in gradients.items():
             block, micro, output = map(int, name.split("."))
-            self.passed[block][micro].add(output, self.walk.placement.wake(gradient))
+            passed = self.passed[block][micro]
+            scaled = self.walk.placement.wake(gradient) * self.scale
+            passed.add(output, scaled.to(passed.dtypes[output]))
         return True
 
     def _backward(self, index: int) -> Gradients:
@@ -255,9 +265,7 @@ class Blocks:
             if by_leaf:
                 edges = [own.edges[i] for i in by_leaf]
                 torch.autograd.backward(edges, list(by_leaf.values()), retain_graph=True)
-        for statistics in sums.values():
-            stats.unscale(statistics, self.scale)
-        finish(block, sums)
+        finish(block, sums, self.walk.samples, self.scale)
         if self.store and not kept:
             self.store.keep(block, sums, self._on_the_way())
         self._advance()
@@ -266,7 +274,7 @@ class Blocks:
     def _on_the_way(self) -> Inputs:
         """Return the gradients that have come to the outputs of blocks yet to be left."""
         gradients = {
-            f"{block}.{micro}.{output}": gradient
+            f"{block}.{micro}.{output}": stats.wide(gradient) / self.scale
             for block, calls in enumerate(self.passed)
             for micro, own in enumerate(calls)
             for output, gradient in enumerate(own.arrived)
@@ -282,14 +290,6 @@ class Blocks:
         if any(linear.routed for linear in block.linears):
             step = 1  # rows of several samples could not be told apart
         return sums, [recompute(own, sums, step) for own in passed]
-
-
-def _starts(runs: list[Run]) -> list[int]:
-    """Return the number of the first sample of every run."""
-    starts = [0]
-    for run in runs[:-1]:
-        starts.append(starts[-1] + size(run.batch))
-    return starts
 
 
 def _edges(call: Call, run: Run) -> dict[int, GradientEdge]:
@@ -310,6 +310,7 @@ def _handed(passed: Passed, outputs: Any) -> Any:
     leaves, spec = tree_flatten(outputs)
     anchor = torch.zeros((), requires_grad=True)
     passed.arrived = [None] * len(leaves)
+    passed.dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             leaves[i] = Hand.apply(anchor, passed, i, [leaf])
@@ -362,8 +363,15 @@ def _add(totals: dict[int, Tensor], call: Call, index: int, piece: slice, gradie
     part(totals[index], call.carried[index], piece, call.samples).add_(gradient)
 
 
-def finish(block: Block, sums: Gradients) -> None:
-    """Make the sums of a block those of all processes, and check them."""
+def finish(block: Block, sums: Gradients, samples: int, scale: float = 1.0) -> None:
+    """Make the sums of a block those of all processes, of losses that are not scaled; check them.
+
+    samples: how many this process has, whether or not a linear was reached by each.
+    """
+    for linear in block.linears:
+        statistics = sums[linear.name]
+        statistics.samples = statistics.differentiated = samples
+        stats.unscale(statistics, scale)
     processes.add_statistics([sums[linear.name] for linear in block.linears])
     for linear in block.linears:
         check(linear, sums[linear.name])
@@ -427,8 +435,9 @@ def activations(
 
 def _fits(walk: Walk, needs: frozenset[str]) -> bool:
     """Say whether a plain backward takes at most half of the free memory, from one sample's."""
-    one = to_device(cut(take(walk.batch, slice(0, 1)), 1, walk.adapter)[0], walk.device)
+    one = cut(take(walk.batch, slice(0, 1)), 1, walk.adapter)[0].batch
     try:
+        one = to_device(one, walk.device)
         kept = sum(activations(walk.model, one, walk.adapter, walk.blocks))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):

@@ -13,22 +13,22 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import GblmError
 from gblm.machine.offload import offload_of
-from gblm.walk.survey import size, take
+from gblm.walk.blocks import size, take
 
 if TYPE_CHECKING:
     from gblm.walk.walk import Run, Walk
 
 HEAD = 2**27  # bytes that the head keeps for backward, at most but for a single sample
-FP16_SCALE = 2.0**14  # of a loss, whose gradients would sink below the numbers of float16
+FP16_SCALES = [2.0**14, 2.0**8, 2.0**2, 1.0]
 
 
 def differentiate(
-    walk: Walk, run: Run, start: int, scale: float, known: int, step: int
+    walk: Walk, run: Run, scale: float, known: int, step: int
 ) -> tuple[list[Tensor], int]:
     """Return the gradients of the losses of a run's samples, by the leaves of what the head takes.
 
-    start: the number of its first sample. scale: what the losses are multiplied by. known: how
-    many samples the head takes at a time, 0 where the first sample has to tell; returned, too.
+    scale: what the losses are multiplied by. known: how many samples the head takes at a time, 0
+    where the first sample has to tell; returned, too.
     """
     leaves, spec = tree_flatten(run.hidden)
     leaves = [leaf.detach() for leaf in leaves]
@@ -42,7 +42,7 @@ def differentiate(
             losses = walk.adapter.loss(
                 walk.model, tree_unflatten(parts, spec), take(run.batch, piece)
             )
-        (finite(losses, start + at) * scale).sum().backward()
+        (finite(losses, run.numbers[piece]) * scale).sum().backward()
         for x, gradient in zip(parts, gradients, strict=True):
             if x.grad is not None:
                 gradient[piece] = x.grad
@@ -51,10 +51,13 @@ def differentiate(
     return gradients, known
 
 
-def loss_scale(model: nn.Module) -> float:
-    """Return what the losses of a model are multiplied by, which its sums are divided by again."""
+def loss_scales(model: nn.Module) -> list[float]:
+    """Return what the losses of a model are multiplied by, and what next where sums are too large.
+
+    The gradients of a mean over many positions sink below the numbers of float16.
+    """
     half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    return FP16_SCALE if half else 1.0
+    return FP16_SCALES if half else [1.0]
 
 
 @contextmanager
@@ -77,12 +80,12 @@ def _places(model: nn.Module) -> set[int]:
     return {own.untyped_storage()._cdata for own in model.parameters()}
 
 
-def finite(losses: Tensor, start: int) -> Tensor:
-    """Return the losses of the samples from `start` on; raises `GblmError` for NaN and Inf."""
-    for i, loss in enumerate(losses.tolist()):
+def finite(losses: Tensor, numbers: list[int]) -> Tensor:
+    """Return the losses of the samples of those numbers; raises `GblmError` for NaN and Inf."""
+    for number, loss in zip(numbers, losses.tolist(), strict=True):
         if not math.isfinite(loss):
             raise GblmError(
-                f"the loss of calibration sample {start + i} is {loss}; check the weights and the "
+                f"the loss of calibration sample {number} is {loss}; check the weights and the "
                 "calibration samples, or use a wider dtype"
             )
     return losses

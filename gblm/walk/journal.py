@@ -28,7 +28,7 @@ from gblm.base import Batch, GblmError, Statistics
 from gblm.machine.files import read_json, read_tensors, write_json, write_tensors
 from gblm.machine.processes import rank, wait, world
 from gblm.report import LinearReport, Report
-from gblm.walk.survey import Block, parameters, size
+from gblm.walk.blocks import Block, parameters, size
 
 Settings = dict[str, Any]
 WAY = "remove its folder"  # out, where a file is damaged

@@ -18,9 +18,9 @@ from gblm.machine.offload import here
 from gblm.maths import allocation, patterns, stats
 from gblm.maths.allocation import Allocation, Weighed
 from gblm.report import Report, clock
+from gblm.walk.blocks import Block, Linear
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Journal
-from gblm.walk.survey import Block, Linear
 from gblm.walk.visit import Visit, forward, together
 from gblm.walk.walk import Walk
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch
+from gblm.walk.blocks import Block, Linear, frozen, hooked
 from gblm.walk.gradients import activations
-from gblm.walk.survey import Block, Linear, hooked, quiet, survey
+from gblm.walk.survey import survey
 
 
 @dataclass
@@ -57,11 +58,11 @@ def sight(model: nn.Module, one: Batch, adapter: Adapter) -> Sight:
     stream = _Stream()
     hooks = [b.module.register_forward_pre_hook(stream.enter, with_kwargs=True) for b in blocks]
     counter = FlopCounterMode(display=False)
-    with quiet(model), torch.no_grad(), hooked(hooks), counter:
+    with frozen(model), torch.no_grad(), hooked(hooks), counter:
         hidden = adapter.trunk(model, one)
         trunk = counter.get_total_flops()
         adapter.loss(model, hidden, one)
-    with quiet(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad():
         kept, kept_head = activations(model, one, adapter, blocks)
     parameters = list(model.parameters())
     return Sight(

@@ -53,6 +53,24 @@ class State:
             push_mode(mode)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a strand waits: the state and the context variables that code has there."""
+
+    state: State
+    context: contextvars.Context
+
+    @contextmanager
+    def inside(self) -> Iterator[contextvars.Context]:
+        """Have the state, but for the grad mode, for a time; gives a copy of the context."""
+        outside = State.now(self.state.device)
+        replace(self.state, grad=outside.grad).set()
+        try:
+            yield self.context.copy()
+        finally:
+            outside.set()
+
+
 class Strand:
     """A run of `work` that can wait: `switch` goes on with it until it waits or ends."""
 
@@ -71,16 +89,9 @@ class Strand:
             self.state = State.now(outside.device)
             outside.set()
 
-    @contextmanager
-    def inside(self) -> Iterator[contextvars.Context]:
-        """Have the state of a waiting strand, but for the grad mode, and a copy of its context."""
-        outside = State.now(self.state.device)
-        replace(self.state, grad=outside.grad).set()
-        context = self.greenlet.gr_context
-        try:
-            yield context.copy() if context else contextvars.copy_context()
-        finally:
-            outside.set()
+    def place(self) -> Place:
+        """Return where it waits."""
+        return Place(self.state, (self.greenlet.gr_context or contextvars.Context()).copy())
 
     def close(self) -> None:
         """End it where it waits."""

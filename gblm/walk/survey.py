@@ -5,12 +5,11 @@ same sample twice shows along which dimension tensors hold the samples. Runs of 
 which linears see only some of the positions, as those of routed experts do.
 """
 
-import fnmatch
 import importlib.metadata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import torch
@@ -19,71 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten
 
-from gblm.base import Adapter, Batch, GblmError, Kind
-from gblm.machine.device import MicroBatch
+from gblm.base import Adapter, Batch, GblmError
+from gblm.machine.device import memory_errors
 from gblm.machine.offload import here
+from gblm.walk.blocks import Block, Carried, Linear, cut, frozen, hooked, parameters, to_device
 
 OTHERS = 16  # samples at most that are tried until every linear of a block has been used,
 FRUITLESS = 3  # and the fewest before one that brings nothing new is the last
 
-# Where a tensor holds its samples: the dimension, and how many entries of it each sample has.
-Carried = tuple[int, int] | None
-
-
-@dataclass
-class Linear:
-    """One prunable weight, seen as a matrix `[out, in]`.
-
-    positions: input vectors of one sample, the most where samples differ. routed: whether it sees
-    only those positions that the model sends to it.
-    """
-
-    name: str
-    module: nn.Module
-    kind: Kind
-    positions: int = 0
-    routed: bool = False
-
-    @property
-    def weight(self) -> Tensor:
-        return self.kind.weight(self.module).detach()
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.module.get_parameter("weight")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        outputs, inputs = self.weight.shape
-        return outputs, inputs
-
-    def __str__(self) -> str:
-        return f"{self.name} {list(self.shape)}"
-
-    def rows(self, value: Tensor) -> Tensor:
-        """Return an input or output of the module as `[samples, …, features]`."""
-        return value.movedim(self.kind.features, -1)
-
-
-@dataclass
-class Block:
-    """The repeated unit of a model.
-
-    `groups` are its linears in the order of use, those that see the same input together; `dense`
-    names the linears that stay dense, and why. `arguments` and `outputs` say of every leaf of what
-    the block is called with, and of what it gives, where that holds the samples.
-    """
-
-    name: str
-    module: nn.Module
-    groups: list[list[Linear]] = field(default_factory=list)
-    dense: dict[str, str] = field(default_factory=dict)
-    arguments: list[Carried] = field(default_factory=list)
-    outputs: list[Carried] = field(default_factory=list)
-
-    @property
-    def linears(self) -> list[Linear]:
-        return [linear for group in self.groups for linear in group]
+Shapes = list[torch.Size | None]  # of the leaves of arguments or outputs
 
 
 def find_adapter(model: nn.Module) -> Adapter:
@@ -105,306 +48,177 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
-def take(batch: Batch, samples: slice) -> Batch:
-    """Return some samples of a batch."""
-    return {name: value[samples] for name, value in batch.items()}
-
-
-def size(batch: Batch) -> int:
-    """Return the number of samples of a batch."""
-    return len(next(iter(batch.values())))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on a device."""
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def check_samples(batch: Batch) -> None:
-    """Raise `GblmError` where a batch holds no sample, or its tensors other numbers of them."""
-    if not batch or not size(batch):
-        raise GblmError("the calibration batch holds no sample; give one or more")
-    if wrong := [name for name, value in batch.items() if len(value) != size(batch)]:
-        raise GblmError(
-            f"the calibration batch holds {size(batch)} samples, but {len(batch[wrong[0]])} of "
-            f"{wrong[0]}; every tensor has the samples first"
-        )
-
-
-def cut(batch: Batch, most: int, adapter: Adapter) -> list[Batch]:
-    """Return a batch as micro-batches of at most so many samples, without padding.
-
-    Samples of one shape stand together, in their order.
-    """
-    singles = adapter.unpad(batch)
-    if singles is None:
-        return [take(batch, slice(i, i + most)) for i in range(0, size(batch), most)]
-    alike: dict[tuple, list[Batch]] = defaultdict(list)
-    for single in singles:
-        alike[tuple(value.shape for value in single.values())].append(single)
-    parts = [same[i : i + most] for same in alike.values() for i in range(0, len(same), most)]
-    return [{name: torch.cat([one[name] for one in part]) for name in part[0]} for part in parts]
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode with frozen parameters, and back at the end."""
-    training = {module: module.training for module in model.modules()}
-    learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval()
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, mode in learning.items():
-            parameter.requires_grad_(mode)
-
-
-@contextmanager
-def hooked(hooks: Iterable[Any]) -> Iterator[None]:
-    """Keep the given hook handles for the time of a run."""
-    handles = list(hooks)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
     """Return the blocks of the model in the order of use, as short runs find them.
 
     Raises `GblmError` where the model has no blocks or no linears in them that can be pruned, uses
     a block more than once, or has a NaN or an Inf in a parameter.
     """
-    names = {module: name for name, module in adapter.blocks(model).items()}
-    if not names:
+    blocks = {module: Block(name, module) for name, module in adapter.blocks(model).items()}
+    if not blocks:
         raise GblmError(
             f"no blocks found in {type(model).__name__}; pass an Adapter that names them"
         )
-    _check_finite(model, names)
-    blocks = {module: Block(name, module) for module, name in names.items()}
-    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[parameter].append(name)
-    linears = {module: _linears(block, adapter, owners) for module, block in blocks.items()}
-    runs = _runs(model, batch, adapter, blocks, linears)
-    once, twice, others = runs[0], runs[1], [runs[0], *runs[2:]]
-    ordered = [blocks[visit.module] for visit in once]
+    with memory_errors():
+        _check_finite(model, blocks)
+        owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners[parameter].append(name)
+        linears = {block.name: _linears(block, adapter, owners) for block in blocks.values()}
+        names = {linear.name for within in linears.values() for linear in within}
+        runs = _runs(model, batch, adapter, partial(_Watch, blocks, linears), names)
+    ordered = [blocks[visit.module] for visit in runs[0]]
     for i, block in enumerate(ordered):
-        block.arguments = _carried(once[i].arguments, twice[i].arguments)
-        block.outputs = _carried(once[i].outputs, twice[i].outputs)
-        visits = [visit for run in others for visit in run if visit.module is block.module]
-        _group(
-            block,
-            linears[block.module],
-            visits,
-            {use.linear.name: use.positions for use in twice[i].uses},
-        )
-        block.dense.update(_experts(block))
+        once, twice = runs[0][i], runs[1][i]
+        block.arguments = _carried(once.arguments, twice.arguments)
+        block.outputs = _carried(once.outputs, twice.outputs)
+        others = [visit for run in runs[2:] for visit in run if visit.module is block.module]
+        _describe(block, linears[block.name], [once, *others], twice)
     if not any(block.groups for block in ordered):
         raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
     return ordered
 
 
-def _runs(
-    model: nn.Module,
-    batch: Batch,
-    adapter: Adapter,
-    blocks: dict[nn.Module, Block],
-    linears: dict[nn.Module, list[Linear]],
-) -> list[list["_Visit"]]:
-    """Return the visits of runs of the longest sample, of it twice, and of others.
-
-    One other at least, and more while some linear has not been used and each brings news.
-    """
-    device = next(model.parameters()).device
-    singles = sorted(cut(batch, 1, adapter), key=lambda x: -sum(v.numel() for v in x.values()))
-    first, *others = [to_device(single, device) for single in singles[: OTHERS + 1]]
-    double = {name: torch.cat([value, value]) for name, value in first.items()}
-    runs = [_visits(model, samples, adapter, blocks, linears) for samples in (first, double)]
-    unused = {linear.name for within in linears.values() for linear in within}
-    unused -= _used(runs[0])
-    for i, other in enumerate(others):
-        runs.append(_visits(model, other, adapter, blocks, linears))
-        new = unused & _used(runs[-1])
-        unused -= new
-        if not unused or (i >= FRUITLESS and not new):
-            break
-    return runs
-
-
-def _used(run: list["_Visit"]) -> set[str]:
-    return {use.linear.name for visit in run for use in visit.uses}
-
-
-def _carried(one: list[torch.Size | None], two: list[torch.Size | None]) -> list[Carried]:
-    """Return where the leaves hold the samples: along the one dimension that has doubled."""
-    found: list[Carried] = []
-    for shape, double in zip(one, two, strict=False):
-        grown = [
-            (dim, shape[dim])
-            for dim in range(len(shape or ()))
-            if shape and double and len(shape) == len(double) and double[dim] == 2 * shape[dim]
-        ]
-        found.append(grown[0] if len(grown) == 1 else None)
-    return found
-
-
-def _group(
-    block: Block, linears: list[Linear], visits: list["_Visit"], doubled: dict[str, int]
-) -> None:
-    """Group the linears of a block by their inputs, in the order of use; name those left dense."""
-    single = {use.linear.name: use.positions for use in visits[0].uses}
-    for linear in linears:
-        counts = [Counter(use.linear.name for use in visit.uses)[linear.name] for visit in visits]
-        uses = [use for visit in visits for use in visit.uses if use.linear is linear]
-        linear.positions = max((use.positions for use in uses), default=0)
-        linear.routed = 0 in counts or _differ(visits, linear)
-        if not uses:
-            block.dense[linear.name] = "not used by its block"
-        elif max(counts) > 1:
-            block.dense[linear.name] = "used more than once by its block"
-        elif linear.name in doubled and doubled[linear.name] == single.get(linear.name):
-            block.dense[linear.name] = "sees no samples"
-    placed: dict[str, list[Linear]] = {}
-    for visit in visits:
-        last = -1
-        for group in visit.groups():
-            fresh = [x for x in group if x.name not in block.dense and x.name not in placed]
-            known = [placed[x.name] for x in group if x.name in placed]
-            if known:
-                last = block.groups.index(known[0])
-            if fresh:
-                last += 1
-                block.groups.insert(last, fresh)
-                placed |= dict.fromkeys((x.name for x in fresh), fresh)
-
-
-def _differ(visits: list["_Visit"], linear: Linear) -> bool:
-    """Whether samples of one shape show a linear different numbers of positions."""
-    by_shape: dict[tuple, set[int]] = defaultdict(set)
-    for visit in visits:
-        for use in visit.uses:
-            if use.linear is linear:
-                by_shape[tuple(visit.arguments)].add(use.positions)
-    return any(len(positions) > 1 for positions in by_shape.values())
-
-
-def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
-    """Leave linears dense that `include` does not name, or that `exclude` does.
-
-    Both hold patterns as a shell has them (`*.down_proj`, `model.layers.0.*`); no `include` names
-    all. Raises `GblmError` where a pattern matches no linear, or none is left.
-    """
-    names = [linear.name for block in blocks for linear in block.linears]
-    for pattern in include + exclude:
-        if not fnmatch.filter(names, pattern):
-            raise GblmError(
-                f"no linear is called {pattern}; names are like {names[0]}, * stands for anything"
-            )
-    for block in blocks:
-        for linear in block.linears:
-            named = not include or any(fnmatch.fnmatch(linear.name, p) for p in include)
-            if not named or any(fnmatch.fnmatch(linear.name, p) for p in exclude):
-                block.dense[linear.name] = "excluded"
-        groups = [[x for x in group if x.name not in block.dense] for group in block.groups]
-        block.groups = [group for group in groups if group]
-    if not any(block.groups for block in blocks):
-        raise GblmError("every linear is excluded; exclude fewer")
-
-
-@dataclass
-class _Use:
-    """One call of a linear; uses of one group have the same input tensor."""
-
-    linear: Linear
-    group: int
-    positions: int
-
-
 @dataclass
 class _Visit:
-    """One call of a block: the shapes of its arguments and outputs, the uses of its linears."""
+    """One call of a block: the shapes of its arguments and outputs, the uses of its linears.
+
+    uses: how often each linear is called, and its positions; groups: those with the same input.
+    """
 
     module: nn.Module
-    arguments: list[torch.Size | None]
-    outputs: list[torch.Size | None] = field(default_factory=list)
-    uses: list[_Use] = field(default_factory=list)
-
-    def groups(self) -> list[list[Linear]]:
-        """Return the linears by their inputs, in the order of use."""
-        groups: dict[int, list[Linear]] = defaultdict(list)
-        for use in self.uses:
-            groups[use.group].append(use.linear)
-        return list(groups.values())
+    arguments: Shapes
+    outputs: Shapes = field(default_factory=list)
+    uses: Counter[str] = field(default_factory=Counter)
+    positions: dict[str, int] = field(default_factory=dict)
+    groups: list[tuple[Tensor, list[Linear]]] = field(default_factory=list)
 
 
 class _Watch:
     """Notes what a run of the model does with its blocks and linears."""
 
-    def __init__(self, blocks: dict[nn.Module, Block]) -> None:
-        self.blocks = blocks
-        self.visits: list[_Visit] = []
-        self.inputs: list[Tensor] = []  # of every group of the block that runs now
+    def __init__(self, blocks: dict[nn.Module, Block], linears: dict[str, list[Linear]]) -> None:
+        self.blocks, self.visits = blocks, list[_Visit]()
+        self.hooks: list[Any] = []
+        for module in blocks:
+            self.hooks.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+            self.hooks.append(module.register_forward_hook(self.leave))
+        for linear in (linear for within in linears.values() for linear in within):
+            use = partial(self.use, linear)
+            self.hooks.append(linear.module.register_forward_pre_hook(use))
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if any(visit.module is module for visit in self.visits):
             name = self.blocks[module].name
             raise GblmError(f"block {name} is used more than once; it cannot be pruned")
         self.visits.append(_Visit(module, _shapes((args, kwargs))))
-        self.inputs.clear()
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.visits[-1].outputs = _shapes(output)
+        visit = self.visits[-1]
+        visit.outputs = _shapes(output)
+        visit.groups = [(x.new_empty(0), linears) for x, linears in visit.groups]  # frees inputs
 
-    def use(self, linear: Linear, x: Tensor) -> None:
-        group = next((i for i, other in enumerate(self.inputs) if other is x), len(self.inputs))
-        if group == len(self.inputs):
-            self.inputs.append(x)
-        positions = linear.rows(x).shape[:-1].numel()
-        self.visits[-1].uses.append(_Use(linear, group, positions))
-
-
-def _visits(
-    model: nn.Module,
-    batch: Batch,
-    adapter: Adapter,
-    blocks: dict[nn.Module, Block],
-    linears: dict[nn.Module, list[Linear]],
-) -> list[_Visit]:
-    """Return what a run of the model does with its blocks and linears."""
-    watch = _Watch(blocks)
-    hooks: list[Any] = []
-    for module in blocks:
-        hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
-        hooks.append(module.register_forward_hook(watch.leave))
-    for linear in (linear for within in linears.values() for linear in within):
-        hooks.append(
-            linear.module.register_forward_pre_hook(
-                lambda module, args, linear=linear: watch.use(linear, args[0])
-            )
-        )
-    with quiet(model), torch.no_grad(), hooked(hooks):
-        MicroBatch(size(batch)).run(lambda samples: adapter.trunk(model, batch))
-    return watch.visits
+    def use(self, linear: Linear, module: nn.Module, args: tuple) -> None:
+        visit, x = self.visits[-1], args[0]
+        visit.uses[linear.name] += 1
+        visit.positions[linear.name] = linear.rows(x).shape[:-1].numel()
+        group = next((linears for other, linears in visit.groups if other is x), None)
+        if group is None:
+            visit.groups.append((x, [linear]))
+        else:
+            group.append(linear)
 
 
-def _shapes(value: Any) -> list[torch.Size | None]:
+def _shapes(value: Any) -> Shapes:
     leaves = tree_flatten(value)[0]
     return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
-def _experts(block: Block) -> dict[str, str]:
-    """Return the weights of a block that hold a matrix per expert, which are not pruned."""
-    return {
-        f"{block.name}.{name}": "a tensor of expert matrices, seen as no linear"
-        for name, parameter in block.module.named_parameters()
-        if parameter.ndim == 3 and min(parameter.shape) > 1
-    }
+def _runs(
+    model: nn.Module, batch: Batch, adapter: Adapter, watch: partial[_Watch], unused: set[str]
+) -> list[list[_Visit]]:
+    """Return the visits of runs of the longest sample, of it twice, and of others.
+
+    One other at least, and more while some linear has not been used and each brings news.
+    """
+    device = next(model.parameters()).device
+    singles = [part.batch for part in cut(batch, 1, adapter)]
+    singles.sort(key=lambda single: -sum(value.numel() for value in single.values()))
+    first, *others = singles[: OTHERS + 1]
+    double = {name: torch.cat([value, value]) for name, value in first.items()}
+    runs = []
+    for i, samples in enumerate([first, double, *others]):
+        with frozen(model), torch.no_grad(), hooked((watching := watch()).hooks):
+            adapter.trunk(model, to_device(samples, device))
+        runs.append(watching.visits)
+        new = unused & {name for visit in watching.visits for name in visit.uses}
+        unused = unused - new
+        if i > 1 and (not unused or (i > 1 + FRUITLESS and not new)):
+            break
+    return runs
+
+
+def _carried(once: Shapes, twice: Shapes) -> list[Carried]:
+    """Return where the leaves hold the samples: along the one dimension that has doubled."""
+    found: list[Carried] = []
+    for one, two in zip(once, twice, strict=False):
+        pairs = list(zip(one, two, strict=True)) if one and two and len(one) == len(two) else []
+        grown = [(dim, n) for dim, (n, double) in enumerate(pairs) if double == 2 * n]
+        found.append(grown[0] if len(grown) == 1 else None)
+    return found
+
+
+def _describe(block: Block, linears: list[Linear], visits: list[_Visit], double: _Visit) -> None:
+    """Group the linears of a block by their inputs, in the order of use; name those left dense."""
+    for linear in linears:
+        name = linear.name
+        uses = [visit.uses[name] for visit in visits]
+        by_shape: dict[tuple, set[int]] = defaultdict(set)  # positions, of samples that are alike
+        for visit in visits:
+            by_shape[tuple(visit.arguments)].add(visit.positions.get(name, 0))
+        linear.positions = max(count for counts in by_shape.values() for count in counts)
+        linear.routed = 0 in uses or any(len(counts) > 1 for counts in by_shape.values())
+        if not any(uses):
+            block.dense[name] = "not used by its block"
+        elif max(uses) > 1:
+            block.dense[name] = "used more than once by its block"
+        elif double.positions.get(name) == visits[0].positions.get(name, 0) > 0:
+            block.dense[name] = "sees no samples"
+    for name, parameter in block.module.named_parameters():
+        if parameter.ndim == 3 and min(parameter.shape) > 1:
+            block.dense[f"{block.name}.{name}"] = "a tensor of expert matrices, seen as no linear"
+    runs = [[linears for _, linears in visit.groups] for visit in visits]
+    runs = [[[x for x in group if x.name not in block.dense] for group in run] for run in runs]
+    block.groups = _ordered(runs, [linear.name for linear in linears])
+
+
+def _ordered(runs: list[list[list[Linear]]], names: list[str]) -> list[list[Linear]]:
+    """Return the groups of all runs, each before those that come after it in some run.
+
+    Where no run tells, the order is that of the names.
+    """
+    groups: dict[str, list[Linear]] = {}  # by each of its linears; the first one is its name
+    before: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        passed: set[str] = set()
+        for group in run:
+            new = [linear for linear in group if linear.name not in groups]
+            groups |= dict.fromkeys((linear.name for linear in new), new)
+            for name in {groups[linear.name][0].name for linear in group}:
+                before[name] |= passed - {name}
+                passed.add(name)
+    rank = {name: i for i, name in enumerate(names)}
+    sorter, ordered, ready = TopologicalSorter(before), list[str](), set[str]()
+    try:
+        sorter.prepare()
+    except CycleError:  # samples that use them in other orders
+        return [groups[name] for name in sorted(before, key=rank.__getitem__)]
+    while sorter.is_active():
+        ready |= {*sorter.get_ready()}
+        ordered.append(min(ready, key=rank.__getitem__))
+        ready.remove(ordered[-1])
+        sorter.done(ordered[-1])
+    return [groups[name] for name in ordered]
 
 
 def valueless(tensor: Tensor) -> bool:
@@ -417,10 +231,9 @@ def _linears(block: Block, adapter: Adapter, owners: dict[nn.Parameter, list[str
     linears = []
     for inner, module in block.module.named_modules():
         if kind := adapter.kind(module):
-            name = f"{block.name}.{inner}" if inner else block.name
-            linear = Linear(name, module, kind)
+            linear = Linear(f"{block.name}.{inner}" if inner else block.name, module, kind)
             if why := _unfit(block, linear, owners):
-                block.dense[name] = why
+                block.dense[linear.name] = why
             else:
                 linears.append(linear)
     return linears
@@ -440,8 +253,8 @@ def _unfit(block: Block, linear: Linear, owners: dict[nn.Parameter, list[str]]) 
     if not weight.is_floating_point() or weight.itemsize < 2:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     with here(block.module):
-        seen = linear.kind.weight(module)
-        if not valueless(seen) and seen.data_ptr() != weight.data_ptr():
+        matrix = linear.kind.weight(module)
+        if not valueless(matrix) and matrix.data_ptr() != weight.data_ptr():
             raise GblmError(
                 f"{linear.name}: its Kind copies the weight, so that no mask could be written to "
                 "it; return a view"
@@ -450,19 +263,17 @@ def _unfit(block: Block, linear: Linear, owners: dict[nn.Parameter, list[str]]) 
     return f"shares its weight with {others[0]}" if others else ""
 
 
-def parameters(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter of a model with its name, on the device meanwhile."""
-    within = {module for block in blocks for module in block.modules()} - set(blocks)
-    for name, module in model.named_modules():
-        if module not in within:
-            with here(module):  # all of a block at once, of another module what is its own
-                yield from module.named_parameters(name, recurse=module in blocks)
-
-
-def _check_finite(model: nn.Module, blocks: Collection[nn.Module]) -> None:
+def _check_finite(model: nn.Module, blocks: dict[nn.Module, Block]) -> None:
     """Raise `GblmError` where a parameter holds a NaN or an Inf, within the blocks or outside."""
     for name, value in parameters(model, blocks):
-        if not valueless(value) and not torch.isfinite(value).all():
+        wide = value.itemsize > 1 and not valueless(value)  # narrower ones are not pruned
+        if wide and not torch.isfinite(value).all():
             raise GblmError(
                 f"{name} {list(value.shape)} holds a NaN or an Inf; load a sound checkpoint"
             )
+
+
+# for modules yet to be moved
+from gblm.walk.blocks import Part, check_samples, choose, size, take  # noqa: E402,F401
+
+quiet = frozen

@@ -23,15 +23,19 @@ from gblm.machine.device import exact
 from gblm.machine.offload import here
 from gblm.maths import stats
 from gblm.report import LinearReport
+from gblm.walk.blocks import Block, Linear, frozen, hooked
 from gblm.walk.call import Call, Output
 from gblm.walk.strand import Strand, wait
-from gblm.walk.survey import Block, Linear, hooked, quiet
 from gblm.walk.walk import Walk
 
 T = TypeVar("T")
 
 # The relative error of a linear is measured on at most this many of its calibration inputs.
 ERROR_POSITIONS = 1024
+
+
+class NotFinite(GblmError):
+    """A statistic that holds a NaN or an Inf."""
 
 
 class Stop(Exception):
@@ -204,7 +208,7 @@ def forward(
     What a block then gives goes on to the next, so that its statistics see the blocks before it as
     they have become. beside: carry the dense stream beside the pruned one.
     """
-    with quiet(walk.model), torch.no_grad(), walk.runs(2 if beside else 1) as streams:
+    with frozen(walk.model), torch.no_grad(), walk.runs(2 if beside else 1) as streams:
         dense, pruned = streams if beside else ([], streams[0])
         for block in walk.blocks:
             calls, beside_them = ([run.at(block) for run in runs] for runs in (pruned, dense))
@@ -336,9 +340,9 @@ def _pause(index: int, linear: Linear, module: nn.Module, args: tuple) -> None:
 
 
 def _go_on(pieces: list[_Piece], index: int) -> None:
-    """Let the pieces that wait before a group go on."""
+    """Let the pieces that wait before a group, or one that is solved, go on."""
     for piece in pieces:
-        if piece.waits(index):
+        while isinstance(piece.at, _Waiting) and piece.at.index <= index:
             piece.go_on()
 
 
@@ -367,7 +371,7 @@ def check(linear: Linear, statistics: Statistics) -> None:
     """Raise `GblmError` with the linear's name where a statistic holds a NaN or an Inf."""
     for name, value in statistics.sums.items():
         if not torch.isfinite(value).all():
-            raise GblmError(
+            raise NotFinite(
                 f"{linear}: the statistic {name} holds a NaN or an Inf; "
                 "check the weights and the calibration samples, or use a wider dtype"
             )

@@ -23,17 +23,10 @@ from gblm.machine import processes
 from gblm.machine.device import MicroBatch, find_compute_dtype, memory_errors
 from gblm.machine.offload import absent, stay_away
 from gblm.machine.placement import Placement
+from gblm.walk.blocks import Block, Part, check_samples, cut, size, to_device
 from gblm.walk.call import Call, Forward, Output
 from gblm.walk.strand import Strand, wait
-from gblm.walk.survey import (
-    Block,
-    check_samples,
-    cut,
-    find_adapter,
-    size,
-    survey,
-    to_device,
-)
+from gblm.walk.survey import find_adapter, survey
 
 # A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
 POSITIONS = {"cpu": 2048}
@@ -101,7 +94,7 @@ class Walk:
         """The number of samples of this process."""
         return size(self.batch)
 
-    def micro_batches(self) -> list[Batch]:
+    def micro_batches(self) -> list[Part]:
         """Return the samples as they go together, without padding, where they rest."""
         return cut(self.batch, self.micro.samples, self.adapter)
 
@@ -112,16 +105,16 @@ class Walk:
         They wait at the first block. The model's blocks wait wherever they are called, until the
         end. to_file: what rests does so in the folder, where there is one.
         """
-        batches = self.micro_batches()
+        parts = self.micro_batches()
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(stay_away(block.module))
                 stack.callback(_restore(block.module))
                 block.module.forward = _Gate(block, block.module.forward)
-            made = [[Run(self, batch) for batch in batches] for _ in range(streams)]
+            made = [[Run(self, part) for part in parts] for _ in range(streams)]
             first = made[0][0]
             for run in (run for stream in made for run in stream):
-                run.plans = len(batches) * streams if run is first else 0
+                run.plans = len(parts) * streams if run is first else 0
                 run.to_file = to_file
                 stack.callback(run.strand.close)
                 run.go_on()
@@ -150,11 +143,13 @@ class _Arrival:
 class Run:
     """A run of the model on one micro-batch: `call` is where it waits, `hidden` what it gives.
 
-    plans: for how many runs this one plans where tensors rest, 0 where another does.
+    numbers: of its samples in the batch. plans: for how many runs this one plans where tensors
+    rest, 0 where another does.
     """
 
-    def __init__(self, walk: Walk, batch: Batch, plans: int = 0, to_file: bool = False) -> None:
-        self.walk, self.batch, self.plans, self.to_file = walk, batch, plans, to_file
+    def __init__(self, walk: Walk, part: Part, plans: int = 0, to_file: bool = False) -> None:
+        self.walk, self.plans, self.to_file = walk, plans, to_file
+        self.batch, self.numbers = part.batch, part.numbers
         self.strand = Strand(self._work, walk.device)
         self.call: Call | None = None
         self.hidden: Any = None
@@ -213,7 +208,7 @@ class Run:
             leaves,
             spec,
             size(self.batch),
-            self.strand,
+            self.strand.place(),
             placement,
             self.walk.half,
         )

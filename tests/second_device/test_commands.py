@@ -28,30 +28,35 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_alike(one: Path, other: Path, moved: float) -> None:
-    """Fail unless the zeros of two results are alike, but for a part that rounding may move."""
+def check_alike(one: Path, other: Path) -> None:
+    """Fail unless the zeros of two results are alike, but for what rounding may move."""
     here, there = weights(one), weights(other)
     assert set(here) == set(there)
     apart = sum(int(((value == 0) != (there[name] == 0)).sum()) for name, value in here.items())
     zeros = sum(int((value == 0).sum()) for value in here.values())
     assert zeros > 5000
-    assert apart <= moved * zeros
+    assert apart <= zeros / 500
 
 
-# `best` refines with products in bfloat16 where the CPU is quick with them.
-MOVED = {"gblm": 0.002, "best": 0.03}
-
-
-@pytest.mark.parametrize("method", ["gblm", pytest.param("best", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
 @pytest.mark.parametrize("side", MAIN)
-def test_a_command_gives_the_masks_of_the_cpu(side, offload, method, request, tmp_path):
-    given = request.getfixturevalue(side)
-    run, more = MAIN[side], ("--method", method)
-    assert run(arguments(given, "cpu", tmp_path / "cpu", *more)) == 0
+def test_a_command_gives_the_masks_of_the_cpu(side, offload, request, tmp_path):
+    given, more = request.getfixturevalue(side), ("--method", "gblm")
+    assert MAIN[side](arguments(given, "cpu", tmp_path / "cpu", *more)) == 0
     more += ("--offload", offload)
-    assert run(arguments(given, "second", tmp_path / "second", *more)) == 0
-    check_alike(tmp_path / "cpu", tmp_path / "second", MOVED[method])
+    assert MAIN[side](arguments(given, "second", tmp_path / "second", *more)) == 0
+    check_alike(tmp_path / "cpu", tmp_path / "second")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("side", MAIN)
+def test_weights_may_live_elsewhere(side, offload, request, tmp_path):
+    # Not against the CPU, which may refine in bfloat16.
+    given, more = request.getfixturevalue(side), ("--method", "best", "--offload")
+    assert MAIN[side](arguments(given, "second", tmp_path / "here", *more, "none")) == 0
+    assert MAIN[side](arguments(given, "second", tmp_path / "there", *more, offload)) == 0
+    check_alike(tmp_path / "here", tmp_path / "there")
 
 
 CUTS = {"after a block": (Journal, "finish"), "after gradients": (GradientFolder, "keep")}
@@ -76,4 +81,4 @@ def test_a_command_that_was_cut_off_goes_on(side, offload, cut, request, tmp_pat
         patch.setattr(folder, name, cut_off)
         assert MAIN[side](flags) == 130
     assert MAIN[side]([*flags, "--resume"]) == 0
-    check_alike(tmp_path / "cpu", tmp_path / "second", MOVED["gblm"])
+    check_alike(tmp_path / "cpu", tmp_path / "second")

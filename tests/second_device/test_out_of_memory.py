@@ -81,11 +81,11 @@ class Run:
 
 
 RUNS = {
-    "wanda": Run("wanda", "blocks", 11),
-    "gblm by blocks": Run("gblm", "blocks", 13),
-    "gblm by the model": Run("gblm", "model", 13),
-    "wanda++": Run("wanda++:rounds=1", "blocks", 29),
-    "best": Run("best", "blocks", 127),
+    "wanda": Run("wanda", "blocks", 19),
+    "gblm by blocks": Run("gblm", "blocks", 31),
+    "gblm by the model": Run("gblm", "model", 29),
+    "wanda++": Run("wanda++:rounds=1", "blocks", 53),
+    "best": Run("best", "blocks", 271),
 }
 
 
@@ -166,6 +166,24 @@ TIMES = pytest.mark.parametrize("count", [1, EVER], ids=["once", "for ever"])
 @pytest.mark.parametrize("name", RUNS)
 def test_some_allocations(name, count):
     check(RUNS[name], count, slice(None, None, RUNS[name].stride))
+
+
+@TIMES
+@pytest.mark.parametrize("number", [1, 7, 31])
+def test_the_middle_of_a_refinement(number, count, monkeypatch):
+    run, expected, step, steps = RUNS["best"], Model(), torch.optim.Adam.step, []
+    run.prune(expected)
+
+    def step_then_run_out(*args, **kwargs):
+        result = step(*args, **kwargs)
+        steps.append(result)
+        if len(steps) == 1:  # of several, and of the first block
+            torch.second.plant(number, count)
+        return result
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step_then_run_out)
+    assert fault_at(run, 0, 0, expected) is None
+    assert steps
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ DEEP = gblm.Adapter(
 
 @pytest.mark.parametrize("name", ["wanda", "gblm", "wanda++:rounds=1", "best"])
 def test_a_stream_that_fills_the_memory_leaves_the_device(name):
-    samples, expected = 96, Deep().double()
+    samples, expected = 48, Deep().double()
     ids = torch.randint(16, (samples, 4), generator=torch.Generator().manual_seed(0))
     batch = {"ids": ids, "label": torch.arange(samples) % 3}
     run = {"adapter": DEEP, "micro_batch": 2, "backward": "blocks"}

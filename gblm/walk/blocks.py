@@ -1,0 +1,188 @@
+"""Blocks and linears of a model, and batches of samples."""
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm.base import Adapter, Batch, GblmError, Kind
+from gblm.machine.offload import here
+
+# Where a tensor holds its samples: the dimension, and how many entries of it each sample has.
+Carried = tuple[int, int] | None
+
+
+@dataclass
+class Linear:
+    """One prunable weight, seen as a matrix `[out, in]`.
+
+    positions: input vectors of one sample, the most where samples differ. routed: whether it sees
+    only those positions that the model sends to it.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    positions: int = 0
+    routed: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        return self.kind.weight(self.module).detach()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter("weight")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.weight.shape
+        return outputs, inputs
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)}"
+
+    def rows(self, value: Tensor) -> Tensor:
+        """Return an input or output of the module as `[samples, …, features]`."""
+        return value.movedim(self.kind.features, -1)
+
+
+@dataclass
+class Block:
+    """The repeated unit of a model.
+
+    `groups` are its linears in the order of use, those that see the same input together; `dense`
+    names the linears that stay dense, and why. `arguments` and `outputs` say of every leaf of what
+    the block is called with, and of what it gives, where that holds the samples.
+    """
+
+    name: str
+    module: nn.Module
+    groups: list[list[Linear]] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    arguments: list[Carried] = field(default_factory=list)
+    outputs: list[Carried] = field(default_factory=list)
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [linear for group in self.groups for linear in group]
+
+
+def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
+    """Leave linears dense that `include` does not name, or that `exclude` does.
+
+    Both hold patterns as a shell has them (`*.down_proj`, `model.layers.0.*`); no `include` names
+    all. Raises `GblmError` where a pattern matches no linear, or none is left.
+    """
+    names = [linear.name for block in blocks for linear in block.linears]
+    for pattern in include + exclude:
+        if not fnmatch.filter(names, pattern):
+            raise GblmError(
+                f"no linear is called {pattern}; names are like {names[0]}, * stands for anything"
+            )
+    kept = {name for pattern in include or ["*"] for name in fnmatch.filter(names, pattern)}
+    kept -= {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+    if not kept:
+        raise GblmError("every linear is excluded; exclude fewer")
+    for block in blocks:
+        left = [linear.name for linear in block.linears if linear.name not in kept]
+        block.dense |= dict.fromkeys(left, "excluded")
+        groups = [[linear for linear in group if linear.name in kept] for group in block.groups]
+        block.groups = [group for group in groups if group]
+
+
+def parameters(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter of a model with its name, on the device meanwhile."""
+    within = {module for block in blocks for module in block.modules()} - set(blocks)
+    for name, module in model.named_modules():
+        if module not in within:
+            with here(module):  # all of a block at once, of another module what is its own
+                yield from module.named_parameters(name, recurse=module in blocks)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Have the model in evaluation mode, without gradients of its parameters, for a time."""
+    training = {module: module.training for module in model.modules()}
+    learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, mode in learning.items():
+            parameter.requires_grad_(mode)
+
+
+@contextmanager
+def hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    """Keep the given hook handles for a time."""
+    handles = list(hooks)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def take(batch: Batch, samples: slice) -> Batch:
+    """Return some samples of a batch."""
+    return {name: value[samples] for name, value in batch.items()}
+
+
+def size(batch: Batch) -> int:
+    """Return the number of samples of a batch."""
+    return len(next(iter(batch.values())))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def check_samples(batch: Batch) -> None:
+    """Raise `GblmError` where a batch holds no sample, or its tensors other numbers of them."""
+    if not batch or not size(batch):
+        raise GblmError("the calibration batch holds no sample; give one or more")
+    if wrong := [name for name, value in batch.items() if len(value) != size(batch)]:
+        raise GblmError(
+            f"the calibration batch holds {size(batch)} samples, but {len(batch[wrong[0]])} of "
+            f"{wrong[0]}; every tensor has the samples first"
+        )
+
+
+@dataclass
+class Part:
+    """Samples that go together, and their numbers in the batch they come from."""
+
+    batch: Batch
+    numbers: list[int]
+
+
+def cut(batch: Batch, most: int, adapter: Adapter) -> list[Part]:
+    """Return a batch as parts of at most so many samples, without padding.
+
+    Samples of one shape stand together, in their order.
+    """
+    singles = adapter.unpad(batch)
+    if singles is None:
+        numbers = [*range(size(batch))]
+        starts = range(0, len(numbers), most)
+        return [Part(take(batch, slice(i, i + most)), numbers[i : i + most]) for i in starts]
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for i, single in enumerate(singles):
+        alike[tuple(value.shape for value in single.values())].append(i)
+    groups = [same[i : i + most] for same in alike.values() for i in range(0, len(same), most)]
+    return [
+        Part({name: torch.cat([singles[i][name] for i in group]) for name in batch}, group)
+        for group in groups
+        for batch in [singles[group[0]]]
+    ]
