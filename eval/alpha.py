@@ -19,14 +19,13 @@ from typing import Any
 
 import quality
 import tables
-import torch
-from torch import Tensor
 
-from gblm import GblmError, Method, Pattern, Statistics
+from gblm import GblmError, Statistics
 from gblm.base import one_of
 from gblm.command.settings import listed
 from gblm.command.side import guarded
-from gblm.maths import patterns, scores
+from gblm.maths import scores
+from gblm.walk.survey import Linear
 
 NOVELS = "$GBLM_ASSETS/text/novels"
 STORIES = "$GBLM_ASSETS/../golden/stories260K"
@@ -94,18 +93,16 @@ def equal_medians(args: argparse.Namespace) -> list[float]:
 
 
 def measured_medians(args: argparse.Namespace) -> list[float]:
-    """Measure them, by a method that keeps every weight."""
-    found: list[float] = []
+    """Measure them."""
+    ratios: list[float] = []
 
-    def look(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def see(linear: Linear, statistics: Statistics) -> None:
         top = scores.input_norm(statistics).median()
-        found.append((top / scores.gradient_norm(statistics, "l1").median()).item())
-        return weight, torch.ones_like(weight, dtype=torch.bool)
+        ratios.append((top / scores.gradient_norm(statistics, "l1").median()).item())
 
-    method = Method(EQUAL, frozenset({"input_sq", "grad_abs"}), look)
-    bench = quality.OPEN[args.side](args)
-    quality.pruned(bench, quality.prepare(bench, 0, method.needs), method, patterns.parse("0.5"))
-    return found
+    needs = frozenset({"input_sq", "grad_abs"})
+    quality.look(quality.prepare(quality.OPEN[args.side](args), 0, needs), needs, see)
+    return ratios
 
 
 def draw_alphas(values: dict[tuple[str, str], list[float]], title: str, level: float) -> Any:

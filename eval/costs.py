@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 import gblm
 from gblm.command.settings import listed
 from gblm.methods import make
-from gblm.walk.survey import find_adapter, placed, survey
 
 KINDS = {  # by the names of torch's operations
     "matrix products": ("mm", "addmm", "bmm", "matmul", "linear", "baddbmm"),
@@ -46,13 +45,11 @@ def kind(name: str) -> str:
 
 def shares(bench: quality.Bench, method: str, pattern: str) -> dict[str, float]:
     """Return the shares of a run's wall time by kind of operation, in percent."""
-    batch = placed(bench.draw(0), bench.model)
-    adapter = find_adapter(bench.model)
-    blocks = survey(bench.model, batch, adapter)
+    batch = bench.draw(0)
     with quality.unchanged(bench.model):
         start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            gblm.prune(bench.model, batch, make(method), pattern, adapter=adapter, blocks=blocks)
+            gblm.prune(bench.model, batch, make(method), pattern)
         wall = time.perf_counter() - start
     spent: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():

@@ -34,13 +34,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-import gblm
-from gblm import GblmError, Method, Pattern, Statistics
+from gblm import GblmError, Method, Statistics
 from gblm.base import one_of
 from gblm.command.settings import listed
 from gblm.command.side import guarded
-from gblm.maths import patterns
-from gblm.walk import prune as pruner
+from gblm.maths import patterns, stats
+from gblm.walk.prune import check
+from gblm.walk.survey import Linear
 
 Structure = tuple[float, float]  # of the columns of a mask, and of its rows
 
@@ -201,30 +201,24 @@ def collect(
     methods = dict(quality.named(text, args.side) for text in listed(MASKED))
     needs = frozenset().union(*(method.needs for method in methods.values()))
     pattern = patterns.parse(args.mask_pattern)
-    bench = quality.OPEN[args.side](args)
+    draw = quality.prepare(quality.OPEN[args.side](args), 0, needs)
+    blocks = draw.walk.blocks
+    check(blocks, Method(MASKS, ()), pattern)
+    every = [linear.name for block in blocks for linear in block.linears]
+    middle = blocks[len(blocks) // 2].linears[0].name
+    name = one_of(args.linear, every, "linear") if args.linear else middle
     found: dict[str, dict[str, Structure]] = {row: {} for row in methods}
     chosen: dict[str, Tensor] = {}
 
-    def look(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        name = next(names)
+    def see(linear: Linear, statistics: Statistics) -> None:
         for row, method in methods.items():
-            keep = method.solve(weight, statistics, pattern)[1]
-            found[row][name] = structure(keep)
-            if name == linear:
+            keep = method.solve(stats.wide(linear.weight), statistics, pattern)[1]
+            found[row][linear.name] = structure(keep)
+            if linear.name == name:
                 chosen[row] = keep.cpu()
-        return weight, torch.ones_like(weight, dtype=torch.bool)
 
-    dense = Method(MASKS, needs, look)
-    draw = quality.prepare(bench, 0, pruner.needed(dense, pattern))
-    pruner.check(draw.blocks, dense, pattern)
-    every = [linear.name for block in draw.blocks for linear in block.linears]
-    middle = draw.blocks[len(draw.blocks) // 2].linears[0].name
-    linear = one_of(args.linear, every, "linear") if args.linear else middle
-    names = iter(every)
-    gblm.prune(
-        bench.model, draw.batch, dense, pattern, blocks=draw.blocks, gradients=draw.gradients
-    )
-    return found, linear, chosen
+    quality.look(draw, needs, see)
+    return found, name, chosen
 
 
 def masks(args: argparse.Namespace, figure: Path) -> str:

@@ -28,9 +28,11 @@ import gblm
 from gblm import methods
 from gblm.machine.device import peak_memory
 from gblm.machine.offload import Memory, Offload
-from gblm.walk.gradients import gradient_sums
+from gblm.walk.gradients import sweep
 from gblm.walk.journal import GradientFolder
-from gblm.walk.survey import find_adapter, placed, survey
+from gblm.walk.prune import Pruning, method_pattern
+from gblm.walk.survey import find_adapter
+from gblm.walk.walk import Walk
 
 GBLM_FLOPS = 12  # per weight and token: 8 of the gradient pass, 4 of the pruning pass
 
@@ -302,18 +304,16 @@ def offload_part(sizes: Sizes, device: torch.device, pattern: str) -> str:
     adapter = find_adapter(model)
     held = Memory(dict(model.named_parameters()), pinned=device.type == "cuda")
     offload = Offload(model, adapter.blocks(model), held, device)
-    batch = placed(samples(sizes, device), model)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        blocks = survey(model, batch, adapter)
-        kept = GradientFolder(work / "gradients", {"needs": ["grad_abs"]}, torch.bfloat16)
-        given: dict[str, Any] = {"adapter": adapter, "blocks": blocks, "spill": work}
-        gradient_sums(model, batch, {"grad_abs"}, keep=kept, **given)
+        walk = Walk.of(model, samples(sizes, device), adapter, folder=work)
+        store = GradientFolder(work / "gradients", {"needs": ["grad_abs"]}, torch.bfloat16)
+        sweep(walk, {"grad_abs"}, store=store)
         sync(device)
         first = time.perf_counter() - start
         method = methods.make("gblm")
-        gblm.prune(model, batch, method, pattern, gradients=kept.finish(), **given)
+        Pruning(walk, method, method_pattern(method, pattern), store.finish()).run()
         sync(device)
     whole = time.perf_counter() - start
     offload.close()

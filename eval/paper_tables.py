@@ -36,7 +36,6 @@ from gblm.command.settings import listed
 from gblm.command.side import guarded
 from gblm.llm import zero_shot
 from gblm.llm.models import load_tokenizer
-from gblm.walk import prune as pruner
 
 # 1. What is asked for.
 
@@ -137,10 +136,7 @@ def measure(
         here = [run for run in left if run and run.seed == seed]
         if not here:
             continue
-        sums = (pruner.needed(run.method, run.pattern) for run in here if run.method.share == 1)
-        draw = quality.prepare(bench, seed, frozenset().union(*sums))
-        for run in here:
-            pruner.check(draw.blocks, run.method, run.pattern)
+        draw = quality.prepare_all(bench, seed, here)
         for run in here:
             with quality.pruning(bench, draw, run.method, run.pattern) as done:
                 judge(args, bench, run, left[run], harness, done)

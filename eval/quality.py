@@ -30,16 +30,18 @@ import tables
 from torch import nn
 
 import gblm
-from gblm import GblmError, Method, Pattern, methods
+from gblm import GblmError, Method, Pattern, Statistics, methods
 from gblm.base import Batch
 from gblm.command.settings import listed
 from gblm.command.side import guarded
 from gblm.machine.device import find_device
-from gblm.maths import patterns
+from gblm.maths import patterns, stats
 from gblm.methods import METHODS, make
-from gblm.walk import prune as pruner
-from gblm.walk.gradients import Gradients
-from gblm.walk.survey import Block, find_adapter, placed, survey
+from gblm.walk.gradients import Gradients, sweep
+from gblm.walk.prune import Pruning, check, needed
+from gblm.walk.survey import Linear
+from gblm.walk.visit import Visit, forward, together
+from gblm.walk.walk import Walk
 
 VERSION = 2  # raise it when a run means something else than its key says
 DEFAULTS = {"llm": {"alpha": 100, "samples": 128}, "vit": {"alpha": "auto", "samples": 1024}}
@@ -185,8 +187,7 @@ class Bench:
 class Draw:
     """One calibration draw, with what all its runs share; `seconds` are those of the gradients."""
 
-    batch: Batch
-    blocks: list[Block]
+    walk: Walk
     gradients: Gradients
     seconds: float
 
@@ -235,16 +236,37 @@ OPEN = {"llm": language, "vit": vision}
 
 def prepare(bench: Bench, seed: int, needs: frozenset[str]) -> Draw:
     """Draw the calibration batch of a seed and sum the gradients over it, where any are needed."""
-    adapter = find_adapter(bench.model)
-    batch = placed(bench.draw(seed), bench.model)
-    blocks = survey(bench.model, batch, adapter)
+    walk = Walk.of(bench.model, bench.draw(seed))
+    if not needs & set(stats.GRADIENT):
+        return Draw(walk, {}, 0.0)
     start = time.perf_counter()
-    gradients = (
-        gblm.gradient_sums(bench.model, batch, needs, adapter=adapter, blocks=blocks)
-        if needs
-        else {}
-    )
-    return Draw(batch, blocks, gradients, time.perf_counter() - start if needs else 0.0)
+    gradients, _ = sweep(walk, needs)
+    return Draw(walk, gradients, time.perf_counter() - start)
+
+
+def look(draw: Draw, needs: frozenset[str], see: Callable[[Linear, Statistics], None]) -> None:
+    """Let `see` have every linear of the dense model with its statistics; nothing is pruned."""
+
+    def visit(visit: Visit) -> None:
+        for groups in visit.inputs(needs):
+            for inputs in groups:
+                for linear in inputs.group:
+                    gradient = visit.gradients.get(linear.name)
+                    see(linear, together(inputs.statistics, gradient, linear.weight.device))
+
+    forward(draw.walk, visit, gradients=draw.gradients)
+
+
+def prepare_all(bench: Bench, seed: int, runs: list[Run]) -> Draw:
+    """Prepare the draw of some runs.
+
+    Raises `GblmError` for a linear that cannot have a pattern.
+    """
+    sums = (needed(run.method, run.pattern) for run in runs if run.method.share == 1)
+    draw = prepare(bench, seed, frozenset().union(*sums))
+    for run in runs:
+        check(draw.walk.blocks, run.method, run.pattern)
+    return draw
 
 
 @contextmanager
@@ -264,12 +286,12 @@ def pruning(bench: Bench, draw: Draw, method: Method, pattern: Pattern) -> Itera
 
     Gives the `name` of the method, the `sparsity` reached and the `seconds` it took.
     """
-    # A method that takes the gradients of fewer samples computes them itself.
-    gradients = draw.gradients if method.share == 1 else None
-    shared = {"blocks": draw.blocks, "gradients": gradients}
     with unchanged(bench.model):
-        report = gblm.prune(bench.model, draw.batch, method, pattern, **shared)
-        taken = draw.seconds if pruner.needed(method, pattern) else 0.0
+        if method.share == 1:
+            report = Pruning(draw.walk, method, pattern, draw.gradients).run()
+        else:  # the gradients of fewer samples are its own
+            report = gblm.prune(bench.model, draw.walk.batch, method, pattern)
+        taken = draw.seconds if needed(method, pattern) else 0.0
         taken = report.seconds.get("gradients", taken)
         seconds = {"gradients": round(taken, 1), "prune": round(report.seconds["prune"], 1)}
         yield {"name": report.method, "sparsity": report.sparsity, "seconds": seconds}
@@ -300,10 +322,7 @@ def measure(args: argparse.Namespace, runs: list[Run]) -> dict[Key, dict[str, An
         here = [run for run in left if run.seed == seed]
         if not here:
             continue
-        sums = (pruner.needed(run.method, run.pattern) for run in here if run.method.share == 1)
-        draw = prepare(bench, seed, frozenset().union(*sums))
-        for run in here:
-            pruner.check(draw.blocks, run.method, run.pattern)
+        draw = prepare_all(bench, seed, here)
         for run in here:
             entry = {**key(args, run), **pruned(bench, draw, run.method, run.pattern)}
             add(args.store, entry)

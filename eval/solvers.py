@@ -20,23 +20,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import quality
 import tables
 import torch
 from torch import Tensor
 
-from gblm.base import Pattern, Statistics
+from gblm.base import Pattern, Solver, Statistics
 from gblm.command.settings import listed
 from gblm.maths import admm, patterns, sparsegpt, stats
 from gblm.maths.scores import wanda
-from gblm.walk.stream import forward
-from gblm.walk.survey import find_adapter, micro_batch, placed, size, survey
-
-Solver = Callable[[Tensor, Statistics, Pattern], tuple[Tensor, Tensor]]
+from gblm.walk.survey import Linear
 
 
 def scaled(weight: Tensor, statistics: Statistics, damping: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,29 +123,22 @@ def error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
 
 def measure(args: argparse.Namespace) -> dict[tuple[str, str], tuple[list[float], float]]:
     """Return the errors in percent and the seconds by solver and pattern."""
-    bench = quality.opened(args)
-    batch = placed(bench.draw(0), bench.model)
-    adapter = find_adapter(bench.model)
-    blocks = survey(bench.model, batch, adapter)
+    draw, needs = quality.prepare(quality.opened(args), 0, frozenset()), frozenset({"input_gram"})
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
     seconds: dict[tuple[str, str], float] = defaultdict(float)
 
-    def visit(block: Any, found: list[Any], call: Any) -> None:
-        for inputs in found:
-            for linear in inputs.group:
-                for name in listed(args.patterns):
-                    pattern = patterns.parse(name, "layer")
-                    for solver, solve in SOLVERS.items():
-                        weight, start = stats.wide(linear.weight), time.perf_counter()
-                        new, _ = solve(weight, inputs.statistics, pattern)
-                        seconds[solver, name] += time.perf_counter() - start
-                        off = error(weight, new, inputs.statistics["input_gram"])
-                        errors[solver, name].append(100 * off)
-        print(f"{block.name} done", flush=True)
+    def see(linear: Linear, statistics: Statistics) -> None:
+        for name in listed(args.patterns):
+            pattern = patterns.parse(name, "layer")
+            for solver, solve in SOLVERS.items():
+                weight, start = stats.wide(linear.weight), time.perf_counter()
+                new, _ = solve(weight, statistics, pattern)
+                seconds[solver, name] += time.perf_counter() - start
+                off = error(weight, new, statistics["input_gram"])
+                errors[solver, name].append(100 * off)
+        print(f"{linear.name} done", flush=True)
 
-    needs = frozenset({"input_gram"})
-    micro = micro_batch(blocks, size(batch), None)
-    forward(bench.model, batch, adapter, blocks, needs, visit, micro)
+    quality.look(draw, needs, see)
     return {key: (found, seconds[key]) for key, found in errors.items()}
 
 

@@ -18,7 +18,7 @@ from gblm import methods
 from gblm.command.settings import flags
 from gblm.llm import __main__ as llm_side
 from gblm.vit import __main__ as vit_side
-from gblm.walk.journal import Journal
+from gblm.walk.journal import GradientFolder, Journal
 
 SIDES = {"llm": llm_side, "vit": vit_side}
 EVERY = [*methods.METHODS, "gblm+repair", "wanda+sparsegpt"]
@@ -135,44 +135,61 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a journal of strange blocks": edited("journal.json", lambda x: {**x, "finished": [3]}),
     "a cut block": cut("gblm-0.5/model.layers.*.safetensors"),
     "a missing block": gone("gblm-0.5/model.layers.*.safetensors"),
-    "a cut stream": cut("gblm-0.5/stream-*.safetensors"),
-    "a missing stream": gone("gblm-0.5/stream-*.safetensors"),
     "gradients of nothing": written("gradients.json", b"{}"),
     "gradients of no object": written("gradients.json", b"3"),
     "gradients without counts": edited("gradients.json", lambda x: {"settings": x["settings"]}),
     "cut gradients": cut("gradients/*.safetensors"),
     "missing gradients": gone("gradients/*.safetensors"),
 }
+SWEEP_DAMAGES: dict[str, Callable[[Path], object]] = {
+    "an empty record": written("sweep.json", b""),
+    "a record of bytes": written("sweep.json", b"\xff\xfe"),
+    "a record of no object": written("sweep.json", b"[]"),
+    "a record of nothing": written("sweep.json", b"{}"),
+    "a record without blocks": edited("sweep.json", lambda x: {"settings": x["settings"]}),
+    "cut gradients on the way": cut("gradients/sweep-*.safetensors"),
+    "missing gradients on the way": gone("gradients/sweep-*.safetensors"),
+    "cut gradients of a block": cut("gradients/model.layers.1.*.safetensors"),
+}
+
+
+def cut_off(llm: list[str], folder: Path, kind: type, method: str) -> Path:
+    """Run a command until a method of a class has been called once; return its work folder."""
+    work = getattr(kind, method)
+
+    def interrupted(*given: Any) -> None:
+        work(*given)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, method, interrupted)
+        assert llm_side.main([*command(llm), "--work-dir", str(folder)]) == 130
+    return folder
 
 
 @pytest.fixture(scope="module")
 def former(llm: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work folder of a run that was cut off after its first block."""
-    folder = tmp_path_factory.mktemp("former") / "work"
-    finish = Journal.finish
+    return cut_off(llm, tmp_path_factory.mktemp("former") / "work", Journal, "finish")
 
-    def cut_off(*given: Any) -> None:
-        finish(*given)
-        raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "finish", cut_off)
-        assert llm_side.main([*command(llm), "--work-dir", str(folder)]) == 130
-    assert list(folder.rglob("stream-*"))
-    return folder
+@pytest.fixture(scope="module")
+def swept(llm: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a run that was cut off after the gradients of its last block."""
+    return cut_off(llm, tmp_path_factory.mktemp("swept") / "work", GradientFolder, "keep")
 
 
 def command(llm: list[str]) -> list[str]:
     given = llm[1:]
     given[given.index("--windows")] = "--evaluate-windows"
-    return given
+    return [*given, "--backward", "blocks"]
 
 
-@pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_work_folder_is_refused(case, llm, former, sealed):
+@pytest.mark.parametrize("case", [*DAMAGES, *SWEEP_DAMAGES])
+def test_a_damaged_work_folder_is_refused(case, llm, former, swept, sealed):
     folder = sealed.root / "work"
-    shutil.copytree(former, folder)
-    DAMAGES[case](folder)
+    shutil.copytree(former if case in DAMAGES else swept, folder)
+    (DAMAGES | SWEEP_DAMAGES)[case](folder)
     given = [*command(llm), "--work-dir", str(folder), "--resume"]
     code, error = sealed.run(llm_side.main, given, folder)
     assert code == 2
@@ -180,9 +197,10 @@ def test_a_damaged_work_folder_is_refused(case, llm, former, sealed):
     assert "fetch" not in error, "nobody but gblm has written it"
 
 
-def test_the_work_folder_is_sound_where_nothing_is_damaged(llm, former, sealed):
+@pytest.mark.parametrize("cut_folder", ["former", "swept"])
+def test_the_work_folder_is_sound_where_nothing_is_damaged(cut_folder, llm, sealed, request):
     folder = sealed.root / "work"
-    shutil.copytree(former, folder)
+    shutil.copytree(request.getfixturevalue(cut_folder), folder)
     given = [*command(llm), "--work-dir", str(folder), "--resume"]
     assert sealed.run(llm_side.main, given, folder)[0] == 0
 

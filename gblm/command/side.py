@@ -11,6 +11,7 @@ from typing import Any, Generic
 import torch
 from cyclopts import App
 from rich.logging import RichHandler
+from torch import nn
 
 from gblm.base import GblmError
 from gblm.command import show
@@ -38,7 +39,8 @@ class Side(Generic[S]):
     alone: those that go with a model of the user's. sources: names of data that are no paths.
 
     load(settings, device, scratch, seconds): the model and its data, with the seconds of both;
-        scratch is a folder for weights away from the device.
+        scratch is a folder for weights away from the device. It calls `check_folders` with the
+        model before data that takes time.
     sketch(settings, device): the same for a time, of a model without values; its data need have
         none either.
     """
@@ -166,10 +168,12 @@ def find_runs(settings: Settings) -> list[Run]:
     return runs
 
 
-def check_folders(settings: Settings, size: int = 0) -> None:
-    """Raise `GblmError` where a result of `size` bytes, or its report, cannot be written."""
+def check_folders(settings: Settings, model: nn.Module | None = None) -> None:
+    """Raise `GblmError` where results, each as large as a model, or reports cannot be written."""
     if settings.output:
-        check_output(settings.output, size, settings.overwrite)
+        each = sum(parameter.nbytes for parameter in model.parameters()) if model else 0
+        runs = len(settings.method) * len(settings.sparsity)
+        check_output(settings.output, each * runs, settings.overwrite)
     if settings.report:
         check_pages()
         check_report(settings.report, settings.overwrite)
@@ -185,7 +189,7 @@ def dry_run(side: Side[S], settings: S, runs: list[Run], title: str) -> None:
         raise
     except Exception as error:  # whatever the model's code had against it
         log.info("weights are read, for their shapes do not suffice: %s", error)
-        here = replace(settings, offload="none")
+        here = replace(settings, offload="none", output=None)
         opened = side.load(here, torch.device("cpu"), Path(), {})
         opened.settings, shapes = settings, seen(opened)
     show.plan(title, opened, runs, shapes, device)
@@ -205,8 +209,6 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: st
     """Open the model and its data, carry out the runs in a work folder, show the table."""
     seconds: dict[str, float] = {}
     opened = side.load(settings, find_device(settings.device), work.scratch, seconds)
-    size = sum(parameter.nbytes for parameter in opened.model.parameters())
-    check_folders(settings, size * len(runs))
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), list(settings.exclude))
     settled = with_choices(opened)

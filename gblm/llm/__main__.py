@@ -103,6 +103,7 @@ def load(
             trust_remote_code=settings.trust_remote_code,
             allow_pickle=settings.allow_pickle,
         )
+    side.check_folders(settings, model)
     samples, length = batch["input_ids"].shape
     return Language(
         replace(settings, length=length),

@@ -96,6 +96,7 @@ def load(
             device=device,
             dtype=settings.dtype,
         )
+    side.check_folders(settings, model)
     with clock(seconds, "data"):
         images, sets = open_images(settings, model)
         for name, loader in sets.items():

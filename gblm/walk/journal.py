@@ -72,7 +72,8 @@ class GradientFolder:
         self.samples = self.positions = 0
         self.sweep = folder / "sweep.json"
         if journal and self.sweep.is_file():
-            found = read_json(self.sweep)
+            kinds: dict[str, Any] = {"settings": dict, "linears": list, "finished": list}
+            found = read_json(self.sweep, **kinds, samples=int, positions=int)
             if found["settings"] == self._settings():  # else the sweep begins anew
                 self.linears, self.finished = found["linears"], found["finished"]
                 self.samples, self.positions = found["samples"], found["positions"]

@@ -1,6 +1,7 @@
 """The command `python -m gblm.vit`: its flags, its results, and what it says of bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from gblm import METHODS
 from gblm.command.settings import flags
 from gblm.llm.__main__ import SIDE as LLM
+from gblm.vit import data
 from gblm.vit.__main__ import SIDE, main
 
 OWN = ["--checkpoint", "--evaluate-images", "--unlabelled", "--workers"]
@@ -180,6 +182,19 @@ def test_bad_values_end_before_work(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_before_an_image_is_decoded(
+    folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    usage, decoded = shutil.disk_usage(tmp_path), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(data.Images, "batches", lambda *args, **named: decoded.append(args))
+    output = ["--evaluate", str(images), "--output", str(tmp_path / "pruned")]
+    assert main(command(folder, images, *output)) == 2
+    assert "are free" in capsys.readouterr().err
+    assert not decoded
     assert not list(tmp_path.iterdir())
 
 
