@@ -2,7 +2,6 @@
 
 import gc
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -474,59 +473,6 @@ def test_a_failure_gives_everything_back_from_where_it_rests(llama, batch, tmp_p
     check_same(weights(llama), dense)
     with torch.no_grad():
         assert torch.isfinite(llama(**batch).logits).all()
-
-
-# Samples of several lengths
-
-
-LENGTHS = (12, 5, 9, 12, 9, 3, 5)
-
-
-def padded(batch: dict[str, Tensor], side: str, more: int = 0) -> dict[str, Tensor]:
-    """Return the batch with samples of several lengths, padded to the longest, or by more."""
-    rows = [ids[:length] for ids, length in zip(batch["input_ids"], cycle(LENGTHS))]
-    wide = max(LENGTHS) + more
-    ids, mask = torch.full((len(rows), wide), 7), torch.zeros(len(rows), wide, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(wide - len(row), wide)
-        ids[i, place], mask[i, place] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-@pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("method", methods.METHODS)
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_padding_changes_nothing(make_llama, make_batch, method, micro_batch):
-    batch = make_batch(28)
-    right, left = make_llama(torch.float64), make_llama(torch.float64)
-    made = methods.refined(methods.make(method), 0)
-    gblm.prune(right, padded(batch, "right"), made, "0.5", micro_batch=micro_batch)
-    gblm.prune(left, padded(batch, "left", more=3), made, "0.5", backward="blocks")
-    check_same(weights(right), weights(left), 1e-8)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("backward", ["blocks", "model"])
-def test_gradients_of_samples_of_several_lengths_are_those_of_each(llama64, batch, side, backward):
-    needs = {"grad_abs", "grad_sq"}
-    together = gblm.gradient_sums(llama64, padded(batch, side), needs, backward=backward)
-    singles = [
-        gblm.gradient_sums(llama64, {"input_ids": ids[None, :length]}, needs, backward="model")
-        for ids, length in zip(batch["input_ids"], LENGTHS, strict=True)
-    ]
-    for name, sums in together.items():
-        assert sums.positions == sum(LENGTHS)
-        for key, value in sums.sums.items():
-            torch.testing.assert_close(value, sum(single[name][key] for single in singles))
-
-
-def test_inputs_of_samples_of_several_lengths_are_those_of_each(llama64, batch):
-    together = run_statistics(llama64, padded(batch, "left"), 2)
-    sums: dict[str, Tensor] = {}
-    for ids, length in zip(batch["input_ids"], LENGTHS, strict=True):
-        for name, value in run_statistics(llama64, {"input_ids": ids[None, :length]}, 1).items():
-            sums[name] = sums.get(name, 0) + value
-    check_same(together, sums, 1e-10)
 
 
 # Patterns and micro-batches that do not fit
