@@ -21,7 +21,7 @@ from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.command.settings import Recipe, Settings
 from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.files import claimed, locked, written_beside
-from gblm.machine.offload import Offload, here
+from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
@@ -215,7 +215,7 @@ class Job:
 
     def weight(self, block: Block, linear: Linear) -> Tensor:
         """Return the weight of a linear, on the device."""
-        with here(block.module):
+        with onload(block.module):
             return linear.weight.clone()
 
 

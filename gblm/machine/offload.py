@@ -42,17 +42,18 @@ def find_offload(offload: str, size: int, device: torch.device) -> str:
     That is on the device where they take at most half of its free memory, else in main memory by
     the same measure, else on disk.
     """
-    free, cpu = free_memory(device), torch.device("cpu")
-    if offload != "auto":
-        found = offload
-    elif size <= free / 2:
-        found = "none"
-    else:
-        found = "cpu" if device.type != "cpu" and size <= free_memory(cpu) / 2 else "disk"
+    free = free_memory(device)
+    if offload == "auto":
+        if size <= free / 2:
+            offload = "none"
+        elif device.type != "cpu" and size <= free_memory(torch.device("cpu")) / 2:
+            offload = "cpu"
+        else:
+            offload = "disk"
     log.debug(
-        "weights: %.3g GB; free on %s: %.3g GB; offload %s", size / 1e9, device, free / 1e9, found
+        "weights: %.3g GB; free on %s: %.3g GB; offload %s", size / 1e9, device, free / 1e9, offload
     )
-    return found
+    return offload
 
 
 class Memory:
@@ -61,23 +62,22 @@ class Memory:
     shared = True  # what it reads is what it keeps, and must not be written to
 
     def __init__(self, tensors: Mapping[str, Tensor], pinned: bool) -> None:
-        self.dense = {name: _pinned(tensor, pinned) for name, tensor in tensors.items()}
+        self.dense = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
+        if pinned:
+            self.dense = {name: tensor.pin_memory() for name, tensor in self.dense.items()}
         self.changed: Tensors = {}
 
-    def read(self, name: str, names: list[str]) -> Tensors:
-        """Return the tensors of a unit."""
+    def read(self, unit: str, names: list[str]) -> Tensors:
         return {name: self.changed.get(name, self.dense[name]) for name in names}
 
-    def expect(self, name: str, names: list[str]) -> None:
-        """Do nothing: the tensors of a unit are here."""
+    def read_ahead(self, unit: str, names: list[str]) -> None:
+        """Do nothing: what is in memory is near."""
 
-    def write(self, name: str, tensors: Tensors) -> None:
-        """Keep the changed tensors of a unit."""
-        for key, tensor in tensors.items():
-            self.changed[key] = tensor.to("cpu", self.dense[key].dtype, copy=True)
+    def write(self, unit: str, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            self.changed[name] = tensor.to("cpu", self.dense[name].dtype, copy=True)
 
     def revert(self) -> None:
-        """Forget all changes."""
         self.changed.clear()
 
 
@@ -85,46 +85,48 @@ class Memory:
 class Disk:
     """Weights in safetensors files: the dense ones where they lie, changed units in `folder`.
 
-    files: the file of every tensor.
+    files: the file of every tensor. units: the files of the units that have changed.
     """
 
     shared: ClassVar[bool] = False
     files: dict[str, Path]
     folder: Path
-    units: dict[str, Path] = field(default_factory=dict)  # those that have changed
+    units: dict[str, Path] = field(default_factory=dict)
 
-    def read(self, name: str, names: list[str]) -> Tensors:
-        """Return the tensors of a unit."""
-        if name in self.units:
-            return read_tensors(self.units[name], way=AGAIN)
-        found: Tensors = {}
-        for file in dict.fromkeys(self.files[key] for key in names):
+    def read(self, unit: str, names: list[str]) -> Tensors:
+        if unit in self.units:
+            return read_tensors(self.units[unit], way=AGAIN)
+        tensors: Tensors = {}
+        for file in dict.fromkeys(self.files[name] for name in names):
             way = {"way": AGAIN} if file.parent == self.folder else {}
-            found |= read_tensors(file, [key for key in names if self.files[key] == file], **way)
-        return found
+            tensors |= read_tensors(file, [n for n in names if self.files[n] == file], **way)
+        return tensors
 
-    def expect(self, name: str, names: list[str]) -> None:
+    def read_ahead(self, unit: str, names: list[str]) -> None:
         """Let the system read the files of a unit ahead, where it can."""
-        files = [self.units[name]] if name in self.units else {self.files[key] for key in names}
+        files = [self.units[unit]] if unit in self.units else {self.files[name] for name in names}
         for file in files if hasattr(os, "posix_fadvise") else []:
             with file.open("rb") as handle:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def write(self, name: str, tensors: Tensors) -> None:
+    def write(self, unit: str, tensors: Tensors) -> None:
         """Write all tensors of a unit, some of which have changed, in the dtypes they came in."""
-        before = self.read(name, list(tensors))
-        path = self.folder / f"{name or 'rest'}.safetensors"
+        before = self.read(unit, list(tensors))
+        path = self.folder / f"{unit or 'rest'}.safetensors"
         write_tensors(path, {key: value.to(before[key].dtype) for key, value in tensors.items()})
-        self.units[name] = path
+        self.units[unit] = path
 
     def revert(self) -> None:
-        """Forget all changes."""
         self.units.clear()
 
 
 @dataclass(eq=False)
 class Unit:
-    """Parameters, by their names in the model, that come to the device together."""
+    """Parameters, by their names in the model, that come to the device together.
+
+    depth: how many uses of them are under way. hooked: whether they come and go with the runs of
+    the module.
+    """
 
     name: str
     module: nn.Module
@@ -132,53 +134,42 @@ class Unit:
     offload: Offload
     depth: int = 0
     version: int = 0
-    hooked: bool = True  # whether it comes and goes with the runs of its module
-
-    def hook(self) -> list[RemovableHandle]:
-        """Let the parameters come when the module runs, and go when it is done."""
-        return [
-            self.module.register_forward_pre_hook(self.before, prepend=True),
-            self.module.register_forward_hook(self.after, always_call=True),
-        ]
+    hooked: bool = True
 
     def enter(self) -> None:
         """Bring the parameters to the device, where they are not there yet."""
         self.depth += 1
         if self.depth == 1:
+            device, copy = self.offload.device, self.offload.store.shared
             for name, tensor in self.offload.fetch(self).items():
-                own = self.parameters[name]
-                copy = self.offload.store.shared
-                own.data = tensor.to(self.offload.device, own.dtype, non_blocking=True, copy=copy)
+                parameter = self.parameters[name]
+                parameter.data = tensor.to(device, parameter.dtype, non_blocking=True, copy=copy)
             self.version = self._version()
 
     def leave(self) -> None:
-        """Put back what has changed, and give the memory back, where nobody is left inside."""
+        """Put back what has changed, and give the memory back, where no other use is under way."""
         self.depth -= 1
         if self.depth:
             return
         if self._version() != self.version:
-            self.offload.store.write(
-                self.name, {name: value.detach() for name, value in self.parameters.items()}
-            )
+            changed = {name: parameter.detach() for name, parameter in self.parameters.items()}
+            self.offload.store.write(self.name, changed)
         self.forget()
 
     def before(self, *_: object) -> None:
-        """Come to the device for a run of the module."""
         if self.hooked:
             self.enter()
 
     def after(self, *_: object) -> None:
-        """Go again after it."""
         if self.hooked:
             self.leave()
 
     def forget(self) -> None:
-        """Let the parameters hold NaN, in the memory of a single number."""
-        for own in self.parameters.values():
-            own.data = absent(own.shape, own.dtype, self.offload.device)
+        for parameter in self.parameters.values():
+            parameter.data = placeholder(parameter.shape, parameter.dtype, self.offload.device)
 
     def _version(self) -> int:
-        return sum(own._version for own in self.parameters.values())
+        return sum(parameter._version for parameter in self.parameters.values())
 
 
 class Offload:
@@ -200,16 +191,19 @@ class Offload:
         self.next: tuple[Unit, Future[Tensors]] | None = None
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gblm-read")
         self.hooks: list[RemovableHandle] = []
-        away = {own for unit in self.units for own in unit.parameters.values()}
-        stays = {name: own for name, own in model.named_parameters() if own not in away}
+        away = {parameter for unit in self.units for parameter in unit.parameters.values()}
+        stays = {name: value for name, value in model.named_parameters() if value not in away}
         for name, tensor in store.read("", list(stays)).items():
             stays[name].data = tensor.to(self.device, stays[name].dtype, copy=True)
         for buffer in model.buffers():
             buffer.data = buffer.to(self.device)
         for unit in self.units:
             unit.forget()
-            KNOWN[id(unit.module)] = unit
-            self.hooks += unit.hook()
+            UNITS[id(unit.module)] = unit
+            self.hooks += [
+                unit.module.register_forward_pre_hook(unit.before, prepend=True),
+                unit.module.register_forward_hook(unit.after, always_call=True),
+            ]
 
     @property
     def kind(self) -> str:
@@ -217,20 +211,19 @@ class Offload:
         return "cpu" if isinstance(self.store, Memory) else "disk"
 
     def fetch(self, unit: Unit) -> Tensors:
-        """Return the tensors of a unit from the store, and start to read the one likely next."""
-        ready, self.next = self.next, None
-        tensors = ready[1].result() if ready and ready[0] is unit else self._read(unit)
-        if unit in self.blocks:
-            at = self.blocks.index(unit)
-            back = self.last in self.blocks[at + 1 :]
-            after = at - 1 if back else at + 1
-            if 0 <= after < len(self.blocks):
-                following = self.blocks[after]
-                if self.device.type == "cpu":  # no room of our own for what is near already
-                    self.store.expect(following.name, list(following.parameters))
-                else:
-                    self.next = (following, self.reader.submit(self._read, following))
-            self.last = unit
+        """Return the tensors of a unit from the store, and start to read the block likely next."""
+        ahead, self.next = self.next, None
+        tensors = ahead[1].result() if ahead and ahead[0] is unit else self._read(unit)
+        if unit not in self.blocks:
+            return tensors
+        at = self.blocks.index(unit)
+        backwards = self.last in self.blocks[at + 1 :]
+        for block in self.blocks[at - 1 : at] if backwards else self.blocks[at + 1 : at + 2]:
+            if self.device.type == "cpu":  # no room of our own for what is near already
+                self.store.read_ahead(block.name, list(block.parameters))
+            else:
+                self.next = (block, self.reader.submit(self._read, block))
+        self.last = unit
         return tensors
 
     def _read(self, unit: Unit) -> Tensors:
@@ -247,8 +240,8 @@ class Offload:
         try:
             for unit in self.units:
                 for name, tensor in self._read(unit).items():
-                    own = unit.parameters[name]
-                    own.data = tensor.to("cpu", own.dtype)
+                    parameter = unit.parameters[name]
+                    parameter.data = tensor.to("cpu", parameter.dtype)
             yield
         finally:
             for unit in self.units:
@@ -261,7 +254,17 @@ class Offload:
         for hook in self.hooks:
             hook.remove()
         for unit in self.units:
-            KNOWN.pop(id(unit.module), None)
+            UNITS.pop(id(unit.module), None)
+
+
+def _units(offload: Offload, model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
+    names = {parameter: name for name, parameter in model.named_parameters()}  # one of tied weights
+    inside = {module for block in blocks.values() for module in block.modules()}
+    return [
+        Unit(name, module, {names[p]: p for p in module.parameters()}, offload)
+        for name, module in model.named_modules()
+        if name in blocks or (isinstance(module, nn.Embedding | nn.Linear) and module not in inside)
+    ]
 
 
 def map_large() -> None:
@@ -275,7 +278,7 @@ def map_large() -> None:
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
-def absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of NaN, in the memory of a single number."""
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
 
@@ -291,17 +294,16 @@ def offloaded(
 
     On disk that is in the folder. None where they live on the device, and are there then.
     """
-    kind = find_offload(offload, sum(own.nbytes for own in model.parameters()), device)
+    parameters = dict(model.named_parameters())
+    kind = find_offload(offload, sum(value.nbytes for value in parameters.values()), device)
     if kind == "none":
         model.to(device)
         return None
     if kind == "cpu":
-        store = Memory(dict(model.named_parameters()), pinned=device.type == "cuda")
-        return Offload(model, blocks, store, device)
-    files: dict[str, Path] = {}
-    for i, (name, tensor) in enumerate(model.named_parameters()):
-        files[name] = folder / f"dense-{i}.safetensors"
-        write_tensors(files[name], {name: tensor.detach()})
+        return Offload(model, blocks, Memory(parameters, device.type == "cuda"), device)
+    files = {name: folder / f"dense-{i}.safetensors" for i, name in enumerate(parameters)}
+    for name, parameter in parameters.items():
+        write_tensors(files[name], {name: parameter.detach()})
     return Offload(model, blocks, Disk(files, folder), device)
 
 
@@ -317,71 +319,50 @@ def read_when_used(
     files: the file of every tensor, buffers too where they are in one. Changed units go into the
     folder.
     """
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay so
     for module in model.modules():
-        for name, own in module.named_parameters(recurse=False):
-            if own not in made:
-                empty = absent(own.shape, own.dtype, device)
-                made[own] = nn.Parameter(empty, requires_grad=False)
-            module.register_parameter(name, made[own])
+        for name, meta in module.named_parameters(recurse=False):
+            if meta not in replaced:
+                empty = placeholder(meta.shape, meta.dtype, device)
+                replaced[meta] = nn.Parameter(empty, requires_grad=False)
+            module.register_parameter(name, replaced[meta])
     for name, buffer in model.named_buffers():
         if name in files:
             buffer.copy_(read_tensors(files[name], [name])[name])
     return Offload(model, blocks, Disk(files, folder), device)
 
 
-# By the id of the module, which its unit keeps alive as long as it is here itself.
-KNOWN: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
+# By the id of the module, which its unit keeps alive as long as it is in here.
+UNITS: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
 
 
 @contextmanager
-def here(module: nn.Module) -> Iterator[None]:
+def onload(module: nn.Module) -> Iterator[None]:
     """Have the parameters of a module on the device for a time: nothing to do where they live."""
-    unit = KNOWN.get(id(module))
-    if unit is None:
-        yield
-        return
-    unit.enter()
+    unit = UNITS.get(id(module))
+    if unit:
+        unit.enter()
     try:
         yield
     finally:
-        unit.leave()
+        if unit:
+            unit.leave()
 
 
 @contextmanager
-def stay_away(module: nn.Module) -> Iterator[None]:
-    """Let the parameters of a module not come and go with its runs for a time; `here` has them."""
-    unit = KNOWN.get(id(module))
-    if unit is None:
-        yield
-        return
-    unit.hooked = False
+def unhooked(module: nn.Module) -> Iterator[None]:
+    """Let parameters not come and go with runs of their module for a time; `onload` has them."""
+    unit = UNITS.get(id(module))
+    if unit:
+        unit.hooked = False
     try:
         yield
     finally:
-        unit.hooked = True
+        if unit:
+            unit.hooked = True
 
 
 def offload_of(model: nn.Module) -> Offload | None:
     """Return how a model is offloaded, None where it is not."""
-    units = (KNOWN.get(id(module)) for module in model.modules())
+    units = (UNITS.get(id(module)) for module in model.modules())
     return next((unit.offload for unit in units if unit), None)
-
-
-def _units(offload: Offload, model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
-    known = {own: name for name, own in model.named_parameters()}  # one name of tied weights
-    within = {inner for block in blocks.values() for inner in block.modules()}
-    chosen = {
-        name: module
-        for name, module in model.named_modules()
-        if name in blocks or (isinstance(module, nn.Embedding | nn.Linear) and module not in within)
-    }
-    return [
-        Unit(name, module, {known[own]: own for own in module.parameters()}, offload)
-        for name, module in chosen.items()
-    ]
-
-
-def _pinned(tensor: Tensor, pinned: bool) -> Tensor:
-    tensor = tensor.detach().to("cpu")
-    return tensor.pin_memory() if pinned else tensor

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch, GblmError, Kind
 from gblm.machine.device import MicroBatch
-from gblm.machine.offload import here
+from gblm.machine.offload import onload
 
 OTHERS = 16  # samples at most that are tried until every linear of a block has been used,
 FRUITLESS = 3  # and the fewest before one that brings nothing new is the last
@@ -470,7 +470,7 @@ def _unfit(block: Block, linear: Linear, owners: dict[nn.Parameter, list[str]]) 
         return f"its weight is a {type(weight.data).__name__}"
     if not weight.is_floating_point() or weight.itemsize < 2:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    with here(block.module):
+    with onload(block.module):
         seen = linear.kind.weight(module)
         if not valueless(seen) and seen.data_ptr() != weight.data_ptr():
             raise GblmError(
@@ -486,7 +486,7 @@ def parameters(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tupl
     within = {module for block in blocks for module in block.modules()} - set(blocks)
     for name, module in model.named_modules():
         if module not in within:
-            with here(module):  # all of a block at once, of another module what is its own
+            with onload(module):  # all of a block at once, of another module what is its own
                 yield from module.named_parameters(name, recurse=module in blocks)
 
 
