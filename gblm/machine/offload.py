@@ -14,12 +14,11 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,68 +55,45 @@ def find_offload(offload: str, size: int, device: torch.device) -> str:
     return offload
 
 
-class Memory:
-    """Weights in main memory, pinned where a GPU fetches them from there."""
-
-    shared = True  # what it reads is what it keeps, and must not be written to
-
-    def __init__(self, tensors: Mapping[str, Tensor], pinned: bool) -> None:
-        self.dense = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
-        if pinned:
-            self.dense = {name: tensor.pin_memory() for name, tensor in self.dense.items()}
-        self.changed: Tensors = {}
-
-    def read(self, unit: str, names: list[str]) -> Tensors:
-        return {name: self.changed.get(name, self.dense[name]) for name in names}
-
-    def read_ahead(self, unit: str, names: list[str]) -> None:
-        """Do nothing: what is in memory is near."""
-
-    def write(self, unit: str, tensors: Tensors) -> None:
-        for name, tensor in tensors.items():
-            self.changed[name] = tensor.to("cpu", self.dense[name].dtype, copy=True)
-
-    def revert(self) -> None:
-        self.changed.clear()
-
-
 @dataclass
-class Disk:
-    """Weights in safetensors files: the dense ones where they lie, changed units in `folder`.
+class Store:
+    """Where the weights of a model rest: tensors in main memory, or the files that hold them.
 
-    files: the file of every tensor. units: the files of the units that have changed.
+    dense: the tensor or the file of every name. folder: for files of what has changed, None to keep
+    that in main memory.
     """
 
-    shared: ClassVar[bool] = False
-    files: dict[str, Path]
-    folder: Path
-    units: dict[str, Path] = field(default_factory=dict)
+    dense: Mapping[str, Tensor | Path]
+    folder: Path | None = None
+    changed: dict[str, Tensor | Path] = field(default_factory=dict)
 
-    def read(self, unit: str, names: list[str]) -> Tensors:
-        if unit in self.units:
-            return read_tensors(self.units[unit], way=AGAIN)
-        tensors: Tensors = {}
-        for file in dict.fromkeys(self.files[name] for name in names):
+    def read(self, names: Iterable[str]) -> Tensors:
+        """Return tensors by their names; what rests in memory is not to be written to."""
+        places = {name: self.changed.get(name, self.dense[name]) for name in names}
+        tensors = {name: place for name, place in places.items() if isinstance(place, Tensor)}
+        for file in {place for place in places.values() if isinstance(place, Path)}:
             way = {"way": AGAIN} if file.parent == self.folder else {}
-            tensors |= read_tensors(file, [n for n in names if self.files[n] == file], **way)
+            tensors |= read_tensors(file, [n for n in places if places[n] == file], **way)
         return tensors
 
-    def read_ahead(self, unit: str, names: list[str]) -> None:
-        """Let the system read the files of a unit ahead, where it can."""
-        files = [self.units[unit]] if unit in self.units else {self.files[name] for name in names}
-        for file in files if hasattr(os, "posix_fadvise") else []:
-            with file.open("rb") as handle:
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the system read the files of tensors ahead, where it can."""
+        for place in {self.changed.get(name, self.dense[name]) for name in names}:
+            if isinstance(place, Path) and hasattr(os, "posix_fadvise"):
+                with place.open("rb") as handle:
+                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def write(self, unit: str, tensors: Tensors) -> None:
-        """Write all tensors of a unit, some of which have changed, in the dtypes they came in."""
-        before = self.read(unit, list(tensors))
-        path = self.folder / f"{unit or 'rest'}.safetensors"
-        write_tensors(path, {key: value.to(before[key].dtype) for key, value in tensors.items()})
-        self.units[unit] = path
-
-    def revert(self) -> None:
-        self.units.clear()
+        """Keep all tensors of a unit, some of which have changed, in the dtypes they came in."""
+        kept = self.read(tensors)
+        for name, tensor in tensors.items():
+            kept[name] = tensor.to("cpu", kept[name].dtype, copy=not self.folder)
+        if self.folder:
+            file = self.folder / f"{unit}.safetensors"
+            write_tensors(file, kept)
+            self.changed |= dict.fromkeys(kept, file)
+        else:
+            self.changed |= kept
 
 
 @dataclass(eq=False)
@@ -140,7 +116,7 @@ class Unit:
         """Bring the parameters to the device, where they are not there yet."""
         self.depth += 1
         if self.depth == 1:
-            device, copy = self.offload.device, self.offload.store.shared
+            device, copy = self.offload.device, not self.offload.store.folder
             for name, tensor in self.offload.fetch(self).items():
                 parameter = self.parameters[name]
                 parameter.data = tensor.to(device, parameter.dtype, non_blocking=True, copy=copy)
@@ -179,7 +155,7 @@ class Offload:
         self,
         model: nn.Module,
         blocks: Mapping[str, nn.Module],
-        store: Memory | Disk,
+        store: Store,
         device: torch.device | None = None,
     ) -> None:
         map_large()
@@ -193,7 +169,7 @@ class Offload:
         self.hooks: list[RemovableHandle] = []
         away = {parameter for unit in self.units for parameter in unit.parameters.values()}
         stays = {name: value for name, value in model.named_parameters() if value not in away}
-        for name, tensor in store.read("", list(stays)).items():
+        for name, tensor in store.read(stays).items():
             stays[name].data = tensor.to(self.device, stays[name].dtype, copy=True)
         for buffer in model.buffers():
             buffer.data = buffer.to(self.device)
@@ -208,38 +184,37 @@ class Offload:
     @property
     def kind(self) -> str:
         """Where the weights live: "cpu" or "disk"."""
-        return "cpu" if isinstance(self.store, Memory) else "disk"
+        return "disk" if self.store.folder else "cpu"
 
     def fetch(self, unit: Unit) -> Tensors:
         """Return the tensors of a unit from the store, and start to read the block likely next."""
         ahead, self.next = self.next, None
-        tensors = ahead[1].result() if ahead and ahead[0] is unit else self._read(unit)
+        tensors = (
+            ahead[1].result() if ahead and ahead[0] is unit else self.store.read(unit.parameters)
+        )
         if unit not in self.blocks:
             return tensors
         at = self.blocks.index(unit)
         backwards = self.last in self.blocks[at + 1 :]
         for block in self.blocks[at - 1 : at] if backwards else self.blocks[at + 1 : at + 2]:
             if self.device.type == "cpu":  # no room of our own for what is near already
-                self.store.read_ahead(block.name, list(block.parameters))
+                self.store.read_ahead(block.parameters)
             else:
-                self.next = (block, self.reader.submit(self._read, block))
+                self.next = (block, self.reader.submit(self.store.read, block.parameters))
         self.last = unit
         return tensors
-
-    def _read(self, unit: Unit) -> Tensors:
-        return self.store.read(unit.name, list(unit.parameters))
 
     def revert(self) -> None:
         """Make all weights dense again."""
         self.next = None
-        self.store.revert()
+        self.store.changed.clear()
 
     @contextmanager
     def home(self) -> Iterator[None]:
         """Have all parameters in main memory, as they are now, for a time."""
         try:
             for unit in self.units:
-                for name, tensor in self._read(unit).items():
+                for name, tensor in self.store.read(unit.parameters).items():
                     parameter = unit.parameters[name]
                     parameter.data = tensor.to("cpu", parameter.dtype)
             yield
@@ -300,11 +275,14 @@ def offloaded(
         model.to(device)
         return None
     if kind == "cpu":
-        return Offload(model, blocks, Memory(parameters, device.type == "cuda"), device)
+        dense = {name: value.detach().to("cpu") for name, value in parameters.items()}
+        if device.type == "cuda":  # which fetches faster from pinned memory
+            dense = {name: tensor.pin_memory() for name, tensor in dense.items()}
+        return Offload(model, blocks, Store(dense), device)
     files = {name: folder / f"dense-{i}.safetensors" for i, name in enumerate(parameters)}
     for name, parameter in parameters.items():
         write_tensors(files[name], {name: parameter.detach()})
-    return Offload(model, blocks, Disk(files, folder), device)
+    return Offload(model, blocks, Store(files, folder), device)
 
 
 def read_when_used(
@@ -329,7 +307,7 @@ def read_when_used(
     for name, buffer in model.named_buffers():
         if name in files:
             buffer.copy_(read_tensors(files[name], [name])[name])
-    return Offload(model, blocks, Disk(files, folder), device)
+    return Offload(model, blocks, Store(files, folder), device)
 
 
 # By the id of the module, which its unit keeps alive as long as it is in here.
