@@ -320,6 +320,11 @@ def _group_of(flag: Argument) -> str:
     return flag.parameter.group[0].name  # type: ignore[index]
 
 
+def keeps(settings: Settings) -> bool:
+    """Say whether anything is to be kept or rounded in a folder, or taken from a former run."""
+    return bool(settings.work_dir or settings.gradients or settings.gradient_dtype != "float32")
+
+
 def filled(settings: S, **usual: Any) -> S:
     """Return settings in which what was not given has the usual value."""
     return replace(settings, **{k: value for k, value in usual.items() if not getattr(settings, k)})

@@ -1,6 +1,7 @@
 """What a command prints: what there is, the plan of a dry run, the table of its runs."""
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from gblm.command.estimate import Task, estimate
 from gblm.command.job import Opened, Run
-from gblm.command.settings import Settings
+from gblm.command.settings import Settings, keeps
 from gblm.machine.device import free_memory
 from gblm.machine.offload import find_offload
 from gblm.machine.processes import rank, world
@@ -36,8 +37,8 @@ def methods() -> list[tuple[str, str]]:
     lines = []
     for name, text in _first_sentences(METHODS):
         options = inspect.signature(METHODS[name]).parameters.values()
-        named = ":".join(f"{option.name}={option.default}" for option in options)
-        lines.append((name, f"{text} [:{named}]" if named else text))
+        defaults = ":".join(f"{option.name}={option.default}" for option in options)
+        lines.append((name, f"{text} [:{defaults}]" if defaults else text))
     mended = "the mask of any of these, mended by"
     return lines + [(f"METHOD+{name}", f"{mended} {name}") for name in SOLVERS]
 
@@ -94,17 +95,15 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
     first = {name: entry for name, entry in entries if entry["metric"] not in ASIDE}
     columns = ("pattern", "sparsity", *map(short, first), "seconds")
     metrics = ", ".join(dict.fromkeys(entry["metric"] for entry in first.values())) or "no metric"
-    table = columned(
-        f"{title}: {metrics}, pruned with {reports[0].calibration}", "method", *columns
-    )
-    dense = [shown(value, "dense") for value in first.values()]
+    heading = f"{title}: {metrics}, pruned with {reports[0].calibration}"
+    table = columned(heading, "method", *columns)
+    dense = [shown(entry, "dense") for entry in first.values()]
     table.add_row("dense", "", "", *dense, "", end_section=True)
     for report in reports:
-        values = [shown(report.evaluation[name], "pruned") for name in first]
+        name = (report.method, report.pattern, f"{report.sparsity:.4f}")
+        values = [shown(report.evaluation[data], "pruned") for data in first]
         cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
-        table.add_row(
-            report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
-        )
+        table.add_row(*name, *values, f"{cost:.1f}")
     console().print(table)
     if len(reports) == 1:
         worst = sorted(reports[0].linears, key=lambda linear: -linear.relative_error)[:3]
@@ -140,15 +139,14 @@ def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torc
     for run in runs:
         check(sight.blocks, run.method, run.pattern)
     offload = find_offload(settings.offload, sight.weights, device) != "none"
-    folders = settings.work_dir or settings.gradients or offload
     evaluated, together = opened.evaluated()
-    samples = -(-size_of(opened.batch) // world())
+    samples = math.ceil(size_of(opened.batch) / world())
     task = Task(
         samples,
-        evaluated=-(-evaluated // world()),
+        evaluated=math.ceil(evaluated / world()),
         together=together,
         several=len(runs) > 1,
-        kept=bool(folders) or settings.gradient_dtype != "float32",
+        kept=offload or keeps(settings),
         offload=offload,
         micro=micro_batch_for(sight.blocks, samples, settings.micro_batch, device).samples,
         backward="blocks" if offload else settings.backward,
@@ -159,7 +157,7 @@ def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torc
     terminal.print(_linears(title, sight))
     for line in _lines(opened, runs, sight):
         terminal.print(line, soft_wrap=True, highlight=False)
-    dtype = next(own.dtype for own in sight.linears[0].module.parameters())
+    dtype = next(sight.linears[0].module.parameters()).dtype
     width = max(linear.shape[1] for linear in sight.linears)
     terminal.print(_costs(sight, runs, task, measure(device, dtype, width)))
     if device.type == "cpu":
@@ -194,14 +192,14 @@ def _lines(opened: Opened, runs: list[Run], sight: Sight) -> list[str]:
     )
     times = f"{len(runs)} × " if len(runs) > 1 else ""
     result = f"{times}{size(sight.numbers * opened.stored.itemsize)}"
-    to = opened.settings.output
+    output = opened.settings.output
     return [
         f"pruned: {pruned:,} of {sight.numbers:,} weights ({pruned / sight.numbers:.1%}), in "
         f"{len(sight.linears)} linears",
         f"dense: {sight.numbers - pruned:,} weights: what stands outside of the blocks, norms, "
         f"biases{', and' if why else ''}",
         *(f"    {number} × {name}: {reason}" for (name, reason), number in why.items()),
-        f"written: {f'{result}, to {to}' if to else f'nothing; {result} with --output'}",
+        f"written: {f'{result}, to {output}' if output else f'nothing; {result} with --output'}",
     ]
 
 

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from gblm import METHODS, prune
-from gblm.llm.adapters import adapter
 from gblm.report import LinearReport, Mask, figures
-from gblm.report.masks import chosen, masks, picture
-from gblm.walk.survey import survey
+from gblm.report.masks import masks, picture, pictured
 
 
 def titles(svg: str) -> list[str]:
@@ -86,10 +84,9 @@ def test_a_damaged_mask_is_refused():
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_masks_are_those_of_the_model(llama, batch, pattern: str):
-    blocks = survey(llama, batch, adapter(llama))
-    report = prune(llama, batch, METHODS["wanda"](), pattern, blocks=blocks)
-    found = masks(report, blocks)
-    assert list(found) == chosen(report)
+    report = prune(llama, batch, METHODS["wanda"](), pattern)
+    found = masks(report, lambda name: llama.get_parameter(f"{name}.weight"))
+    assert list(found) == pictured(report)
     worst = max(report.linears, key=lambda linear: linear.relative_error).name
     assert next(iter(found)) == worst
     weight = llama.get_parameter(f"{worst}.weight")
