@@ -26,7 +26,7 @@ def offloaded(model, kind, tmp_path):
         write_tensors(tmp_path / "dense.safetensors", tensors)
         (tmp_path / "changed").mkdir()
         store = Store(dict.fromkeys(tensors, tmp_path / "dense.safetensors"), tmp_path / "changed")
-    return Offload(model, adapter(model).blocks(model), store)
+    return Offload(model, adapter(model).blocks(model), store, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -116,7 +116,7 @@ def test_a_model_is_left_to_itself_after_the_end(llama, kind, tmp_path):
     assert offload_of(llama) is None
     with onload(llama.model.layers[0]):
         assert llama.model.layers[0].mlp.up_proj.weight.isnan().all()
-    again = Offload(llama, adapter(llama).blocks(llama), parts.store)
+    again = Offload(llama, adapter(llama).blocks(llama), parts.store, torch.device("cpu"))
     with onload(llama.model.layers[0]):
         assert not llama.model.layers[0].mlp.up_proj.weight.isnan().any()
     again.close()

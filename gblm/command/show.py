@@ -63,10 +63,9 @@ LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
 
 def listing(what: str) -> None:
     """Print a line for each of what there is."""
-    lines = LISTS[what]()
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        print(f"{name:{width}}  {text}")
+    lines = dict(LISTS[what]())
+    for name, text in lines.items():
+        print(f"{name:{max(map(len, lines))}}  {text}")
 
 
 # The table of the runs.
@@ -102,7 +101,7 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
     for report in reports:
         name = (report.method, report.pattern, f"{report.sparsity:.4f}")
         values = [shown(report.evaluation[data], "pruned") for data in first]
-        cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
+        cost = report.seconds.get("gradients", 0) + report.seconds["prune"]
         table.add_row(*name, *values, f"{cost:.1f}")
     console().print(table)
     if len(reports) == 1:
@@ -131,8 +130,7 @@ def shown(entry: dict[str, Any], when: str) -> str:
 def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torch.device) -> None:
     """Print the plan of a command, in process 0 alone; nothing is run and nothing written.
 
-    Raises `GblmError` where a run cannot have its pattern, or `--include` and `--exclude` leave
-    nothing.
+    Raises `GblmError` where a run cannot have its pattern, or no linear is left to prune.
     """
     settings = opened.settings
     choose(sight.blocks, list(settings.include), list(settings.exclude))
@@ -162,9 +160,9 @@ def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torc
     terminal.print(_costs(sight, runs, task, measure(device, dtype, width)))
     if device.type == "cpu":
         terminal.print(f"of the memory, {size(task.taken)} are those of libraries and data")
-    for line in ("seconds are without reading the model and the data", *opened.notes):
+    closing = "nothing was run, nothing was written"
+    for line in ("seconds are without reading the model and the data", *opened.notes, closing):
         terminal.print(line)
-    terminal.print("nothing was run, nothing was written")
 
 
 def _linears(title: str, sight: Sight) -> Table:
@@ -211,12 +209,12 @@ def _costs(sight: Sight, runs: list[Run], task: Task, machine: Machine) -> Table
     table = columned(title, "method", *columns)
     for run in runs:
         cost = estimate(sight, task, run.method, run.pattern, machine, free)
-        gradients, prune = cost.seconds.get("gradients", 0.0), cost.seconds["prune"]
-        both = cost.seconds.get("evaluate dense", 0.0) + cost.seconds.get("evaluate", 0.0)
-        total = cost.memory  # on a GPU that of its tensors, as a report has it
+        seconds = [cost.seconds.get(phase, 0.0) for phase in ("gradients", "prune", "evaluate")]
+        seconds[-1] += cost.seconds.get("evaluate dense", 0.0)
+        memory = cost.memory  # on a GPU that of its tensors, as a report has it
         if machine.device.type == "cpu":
-            total = max(task.peak, task.taken + cost.memory)
-        memory = size(total) + (" (!)" if cost.memory > free else "")
-        seconds = [f"{value:.1f}" for value in (gradients, prune, both, gradients + prune + both)]
-        table.add_row(run.method.name, run.pattern.name, memory, *seconds)
+            memory = max(task.peak, task.taken + memory)
+        words = size(memory) + (" (!)" if cost.memory > free else "")
+        numbers = [f"{value:.1f}" for value in (*seconds, sum(seconds))]
+        table.add_row(run.method.name, run.pattern.name, words, *numbers)
     return table

@@ -99,21 +99,20 @@ def halved(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def exact(device: torch.device) -> Iterator[None]:
     """Have products in the dtype of their operands, all of its bits: no autocast, no TF32."""
     backends: Any = torch.backends
-    products = backends.cuda.matmul, backends.mkldnn.matmul
-    precision, precisions = "", []
+    precision, backend_precisions = "highest", {}
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by the backends alone
-        precisions = [kind.fp32_precision for kind in products]
+        products = (backends.cuda.matmul, backends.mkldnn.matmul)
+        backend_precisions = {backend: backend.fp32_precision for backend in products}
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if precision:
-            torch.set_float32_matmul_precision(precision)
-        for kind, before in zip(products, precisions, strict=False):
-            kind.fp32_precision = before
+        torch.set_float32_matmul_precision(precision)
+        for backend, before in backend_precisions.items():
+            backend.fp32_precision = before
 
 
 @dataclass

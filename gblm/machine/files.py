@@ -94,7 +94,10 @@ def written_into(folder: Path) -> AbstractContextManager[Path]:
 def _beside(
     path: Path, make: Callable[[Path], None], place: Callable[[Path, Path], None]
 ) -> Iterator[Path]:
-    """Give what `make` has made beside a path; `place(beside, path)` it where nothing fails."""
+    """Give what `make` has made beside a path; `place(beside, path)` it where nothing fails.
+
+    It is on the disk before it is placed, with the rights of a new folder, or of a file in it.
+    """
     path = Path(os.path.realpath(path))
     # Named before it is there, so that an interruption at any time finds what to remove.
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -104,7 +107,12 @@ def _beside(
         rights = stat.S_IMODE(beside.stat().st_mode)
         yield beside
         for written in (*beside.rglob("*"), beside):
-            _settle(written, rights)
+            if written.is_symlink():
+                continue
+            _sync(written)
+            mode = rights if written.is_dir() else rights & 0o666
+            if stat.S_IMODE(written.stat().st_mode) != mode:  # libraries have rights of their own
+                written.chmod(mode)
         place(beside, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
@@ -116,16 +124,6 @@ def _beside(
         shutil.rmtree(beside, ignore_errors=True)
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-
-
-def _settle(path: Path, rights: int) -> None:
-    """Force what was written to the disk, with the rights of a new folder, or of a file there."""
-    if path.is_symlink():
-        return
-    _sync(path)
-    mode = rights if path.is_dir() else rights & 0o666
-    if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors lets its owner alone read a file
-        path.chmod(mode)
 
 
 def _exchange(beside: Path, folder: Path) -> None:

@@ -152,23 +152,25 @@ class Offload:
     """The units of a model, and the store they come from; ends with `close`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        blocks: Mapping[str, nn.Module],
-        store: Store,
-        device: torch.device | None = None,
+        self, model: nn.Module, blocks: Mapping[str, nn.Module], store: Store, device: torch.device
     ) -> None:
         map_large()
-        self.store = store
-        self.device = device or next(model.parameters()).device
-        self.units = _units(self, model, blocks)
+        self.store, self.device = store, device
+        names = {value: name for name, value in model.named_parameters()}  # one of tied weights
+        inside = {module for block in blocks.values() for module in block.modules()}
+        self.units = [
+            Unit(name, module, {names[value]: value for value in module.parameters()}, self)
+            for name, module in model.named_modules()
+            if name in blocks
+            or (isinstance(module, nn.Embedding | nn.Linear) and module not in inside)
+        ]
         self.blocks = [unit for unit in self.units if unit.name in blocks]
         self.last: Unit | None = None
         self.next: tuple[Unit, Future[Tensors]] | None = None
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gblm-read")
         self.hooks: list[RemovableHandle] = []
-        away = {parameter for unit in self.units for parameter in unit.parameters.values()}
-        stays = {name: value for name, value in model.named_parameters() if value not in away}
+        away = {name for unit in self.units for name in unit.parameters}
+        stays = {name: value for name, value in model.named_parameters() if name not in away}
         for name, tensor in store.read(stays).items():
             stays[name].data = tensor.to(self.device, stays[name].dtype, copy=True)
         for buffer in model.buffers():
@@ -230,16 +232,6 @@ class Offload:
             hook.remove()
         for unit in self.units:
             UNITS.pop(id(unit.module), None)
-
-
-def _units(offload: Offload, model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
-    names = {parameter: name for name, parameter in model.named_parameters()}  # one of tied weights
-    inside = {module for block in blocks.values() for module in block.modules()}
-    return [
-        Unit(name, module, {names[p]: p for p in module.parameters()}, offload)
-        for name, module in model.named_modules()
-        if name in blocks or (isinstance(module, nn.Embedding | nn.Linear) and module not in inside)
-    ]
 
 
 def map_large() -> None:

@@ -7,8 +7,8 @@ which lets the page shine through. A unit of a figure is a pixel of the page at 
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -63,21 +63,14 @@ MAPS = (  # of which value of a linear; title, what it says, label, colour
         SPARSITY,
     ),
 )
-Columns = dict[int, list[LinearReport]]  # the linears of a kind by the number of their block
-
-
-@dataclass
-class Cell:
-    """A value of a heat map, and what is said of it where a pointer rests on it."""
-
-    value: float
-    tip: str
+Row = dict[int, list[LinearReport]]  # the linears of a kind by the number of their block
+Cells = dict[int, tuple[float, str]]  # a value, and what is said where a pointer rests on it
 
 
 def heat_maps(report: Report) -> list[tuple[str, str, Markup]]:
     """Return title, what it says, and picture of error and of sparsity: depth × kind."""
-    rows: dict[str, Columns] = defaultdict(lambda: defaultdict(list))
-    whole: Columns = defaultdict(list)
+    rows: dict[str, Row] = defaultdict(lambda: defaultdict(list))
+    whole: Row = defaultdict(list)
     for linear in report.linears:
         block, kind = report.place(linear.name)
         if block in report.blocks:
@@ -97,40 +90,40 @@ def heat_maps(report: Report) -> list[tuple[str, str, Markup]]:
     return maps
 
 
-def _cell(linears: list[LinearReport], of: str, block: str) -> Cell:
-    """Return the mean of a value over linears, each by its size."""
+def _cell(linears: list[LinearReport], of: str, block: str) -> tuple[float, str]:
+    """Return the mean of a value over linears, each by its size, and what is said of it."""
     sizes = [linear.size for linear in linears]
     value = float(np.average([getattr(linear, of) for linear in linears], weights=sizes))
     name = linears[0].name if len(linears) == 1 else f"{block}, {len(linears)} linears"
-    return Cell(value, f"{name}: {percent(value)}")
+    return value, f"{name}: {percent(value)}"
 
 
-def heat(name: str, label: str, rows: dict[str, dict[int, Cell]], colour: str) -> Markup:
+def heat(name: str, label: str, rows: dict[str, Cells], colour: str) -> Markup:
     """Return a heat map of shares: a row per kind, the last one set apart, a column per block."""
     columns = 1 + max(column for row in rows.values() for column in row)
     left, high, gap, below = 6 + 6 * max(map(len, rows)), 24, 6, 62
     wide = max(WIDTH - left - 4, 7 * columns)
     step = wide / columns
     bottom = high * len(rows) + gap
-    values = [cell.value for row in rows.values() for cell in row.values()]
+    values = [value for row in rows.values() for value, _ in row.values()]
     low, top = min(values), max(values)
     if top - low < 0.005:  # all alike: shown as what they are between nothing and all
         low, top = 0.0, 1.0
     tips: list[str] = []
-    with drawn(name):
+    with style(name):
         figure, axes = canvas(left + wide + 4, bottom + below)
         for y, (kind, row) in enumerate(rows.items()):
             above = y * high + (gap if y == len(rows) - 1 else 0)
             text(axes, left - 6, above + high / 2, kind, "right", 11)
-            for column, cell in row.items():
+            for column, (value, tip) in row.items():
                 x = left + column * step
                 box = Rectangle((x + 0.5, above + 0.5), step - 1, high - 1, lw=0)
-                share = (cell.value - low) / (top - low)
-                box.set(facecolor=colour, alpha=opacity(share), gid=f"tip-{len(tips)}")
-                tips.append(cell.tip)
+                alpha = opacity((value - low) / (top - low))
+                box.set(facecolor=colour, alpha=alpha, gid=f"tip-{len(tips)}")
+                tips.append(tip)
                 axes.add_patch(box)
                 if columns <= 8:
-                    text(axes, x + step / 2, above + high / 2, f"{100 * cell.value:.0f}", "center")
+                    text(axes, x + step / 2, above + high / 2, f"{100 * value:.0f}", "center")
         every = next(n for n in (1, 2, 4, 5, 8, 10, 20, 50, 100) if columns / n <= 12 or n == 100)
         for column in range(0, columns, every):
             text(axes, left + (column + 0.5) * step, bottom + 9, str(column), "center")
@@ -169,7 +162,7 @@ def mask(name: str, picture: Mask, shape: Sequence[int]) -> Markup:
     rows, columns = grid.shape if corner else shape
     wide, high = (side * min(1.0, max(0.35, x)) for x in (columns / rows, rows / columns))
     width, height = round(wide), round(high) + (2 if corner else 40)
-    with drawn(name):
+    with style(name):
         figure, axes = canvas(width, height)
         axes.imshow(colours, interpolation="none", extent=(0, wide, high, 0), aspect="auto")
         axes.set(xlim=(0, width), ylim=(height, 0))
@@ -190,7 +183,7 @@ class Point:
     window: bool = False  # of n:m
 
 
-def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metric) -> Markup:
+def pareto(name: str, points: Sequence[Point], dense: dict[str, float], metric: Metric) -> Markup:
     """Return the plot of a metric against sparsity; dense models are levels.
 
     A method has a colour, and one line for its sparsities, one with hollow marks for n:m.
@@ -203,7 +196,7 @@ def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metr
     under = 50 + 17 * -(-len(series) // columns)
     height = 210 + under
     tips: list[str] = []
-    with drawn(name):
+    with style(name):
         figure = Figure((WIDTH / 72, height / 72))
         axes = figure.add_axes((0.15, under / height, 0.79, 195 / height))
         for label, line in series.items():
@@ -224,7 +217,7 @@ def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metr
                 tips.append(point.tip)
         for label, value in dense.items():
             axes.axhline(value, color=INK, lw=1, ls=(0, (4, 3)), alpha=0.7)
-            side = of.better or 1  # away from the runs
+            side = metric.better or 1  # away from the runs
             axes.annotate(
                 label,
                 (1, value),
@@ -235,7 +228,7 @@ def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metr
                 va="bottom" if side > 0 else "top",
             )
         values = [*(point.value for point in points), *dense.values()]
-        if of.better < 0 and min(values) > 0 and max(values) > 5 * min(values):
+        if metric.better < 0 and min(values) > 0 and max(values) > 5 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
@@ -248,14 +241,12 @@ def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metr
         axes.set_xlabel("sparsity")
         axes.grid(axis="y", color=INK, alpha=0.15, lw=0.6)
         figure.legend(loc="lower left", bbox_to_anchor=(0, 0), ncols=columns, frameon=False)
-        return svg(figure, f"{of.title} against sparsity", tips)
+        return svg(figure, f"{metric.title} against sparsity", tips)
 
 
-@contextmanager
-def drawn(name: str) -> Iterator[None]:
+def style(name: str) -> AbstractContextManager[None]:
     """Draw in the style of the report; the ids of a figure hang on its name."""
-    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name}):
-        yield
+    return matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name})
 
 
 def canvas(width: int, height: int) -> tuple[Figure, Any]:

@@ -100,13 +100,13 @@ def comparison_page(runs: dict[str, Report], links: dict[str, str] | None = None
         best = max(rows, key=lambda row: row.values[first].pruned * metrics[first].better)
     return render(
         "comparison.html.j2",
-        title=f"{wording.some(len(rows), 'run')} of {', '.join(models)}",
+        title=f"{wording.counted(len(rows), 'run')} of {', '.join(models)}",
         rows=rows,
         models=models,
         metrics=metrics,
         first=first,
         best=best,
-        plots={key: plot(rows, key, of) for key, of in metrics.items()},
+        plots={key: plot(rows, key, metric) for key, metric in metrics.items()},
     )
 
 
@@ -118,7 +118,7 @@ def beats(one: Row, other: Row, key: tuple[str, str]) -> bool:
     return sparsity >= 0 and quality >= 0 and (sparsity > 0 or quality > 0)
 
 
-def plot(rows: list[Row], key: tuple[str, str], of: wording.Metric) -> Markup:
+def plot(rows: list[Row], key: tuple[str, str], metric: wording.Metric) -> Markup:
     """Return the plot of a metric against sparsity; models are named where there are several."""
     points: list[figures.Point] = []
     dense: dict[str, float] = {}
@@ -126,12 +126,13 @@ def plot(rows: list[Row], key: tuple[str, str], of: wording.Metric) -> Markup:
     several = len({row.model for row in measured}) > 1
     for row in measured:
         report, change = row.report, row.values[key]
-        name = f"{row.model}, " if several else ""
-        method, tip = f"{name}{report.method}", f"{report.method}, {report.pattern}: {change.after}"
+        model = f"{row.model}, " if several else ""
+        method = f"{model}{report.method}"
+        tip = f"{method}, {report.pattern}: {change.after}"
         window = ":" in report.pattern
-        points.append(figures.Point(method, report.sparsity, change.pruned, name + tip, window))
-        dense[f"{name}dense"] = change.dense
-    return figures.pareto(" ".join(key), points, dense, of)
+        points.append(figures.Point(method, report.sparsity, change.pruned, tip, window))
+        dense[f"{model}dense"] = change.dense
+    return figures.pareto(" ".join(key), points, dense, metric)
 
 
 def dotted(name: str) -> Markup:
@@ -149,6 +150,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     pages.filters["dotted"] = dotted
-    words = ("number", "percent", "count", "size", "time", "some", "short")
+    words = ("number", "percent", "count", "size", "time", "counted", "short")
     pages.filters |= {word: getattr(wording, word) for word in words}
     return pages.get_template(template).render(values)

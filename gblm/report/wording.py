@@ -21,7 +21,6 @@ class Metric:
 
     @property
     def direction(self) -> str:
-        """Which way is better, in words."""
         return {1: "higher is better", -1: "lower is better", 0: ""}[self.better]
 
 
@@ -198,7 +197,7 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def some(value: int, word: str) -> str:
+def counted(value: int, word: str) -> str:
     """Return a count and its word, in the plural unless the count is 1."""
     return f"{value:,} {word}" if value == 1 else f"{value:,} {word}s"
 
