@@ -159,13 +159,11 @@ class Report:
             report.examples = [Example(**example) for example in stored["examples"]]
             _check(report)
         except FileNotFoundError:
-            raise GblmError(
-                f"{folder} holds no report.json; give a folder that --output or --report wrote"
-            ) from None
+            way = "give a folder that --output or --report wrote"
+            raise GblmError(f"{folder} holds no report.json; {way}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise GblmError(
-                f"{path} is no report ({type(error).__name__}: {error}); run the command again"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise GblmError(f"{path} is no report ({reason}); run the command again") from error
         return report
 
 
