@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import gblm
 from gblm import methods
 from gblm.machine.device import peak_memory
-from gblm.machine.offload import Memory, Offload
+from gblm.machine.offload import offloaded
 from gblm.walk.gradients import sweep
 from gblm.walk.journal import GradientFolder
 from gblm.walk.prune import Pruning, method_pattern
@@ -302,8 +302,8 @@ def offload_part(sizes: Sizes, device: torch.device, pattern: str) -> str:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     adapter = find_adapter(model)
-    held = Memory(dict(model.named_parameters()), pinned=device.type == "cuda")
-    offload = Offload(model, adapter.blocks(model), held, device)
+    offload = offloaded("cpu", model, adapter.blocks(model), Path(), device)
+    assert offload
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -11,7 +11,7 @@ from gblm import methods
 from gblm.llm.adapters import adapter
 from gblm.machine import offload
 from gblm.machine.files import write_tensors
-from gblm.machine.offload import KNOWN, Disk, Memory, Offload, here, offload_of
+from gblm.machine.offload import UNITS, Offload, Store, offload_of, onload
 from gblm.walk.survey import find_adapter
 
 METHODS = ["magnitude", "wanda", "gblm", "sparsegpt", "best"]
@@ -21,12 +21,12 @@ def offloaded(model, kind, tmp_path):
     """Offload a model in place; return its Offload."""
     tensors = {name: value.detach().clone() for name, value in model.named_parameters()}
     if kind == "cpu":
-        store = Memory(tensors, pinned=False)
+        store = Store(tensors)
     else:
         write_tensors(tmp_path / "dense.safetensors", tensors)
         (tmp_path / "changed").mkdir()
-        store = Disk(dict.fromkeys(tensors, tmp_path / "dense.safetensors"), tmp_path / "changed")
-    return Offload(model, adapter(model).blocks(model), store)
+        store = Store(dict.fromkeys(tensors, tmp_path / "dense.safetensors"), tmp_path / "changed")
+    return Offload(model, adapter(model).blocks(model), store, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -38,7 +38,7 @@ def test_offloaded_models_get_the_same_bits(make_llama, batch, name, kind, tmp_p
     gblm.prune(plain, batch, made, "0.5", backward="blocks")
     gblm.prune(other, batch, made, "0.5")
     for unit in parts.units:
-        with here(unit.module):
+        with onload(unit.module):
             for key, value in unit.parameters.items():
                 assert torch.equal(value, plain.get_parameter(key)), key
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_weights_that_are_away_are_nan_and_hold_no_memory(llama, batch, tmp_path
     weight = block.mlp.up_proj.weight
     assert weight.isnan().all()
     assert weight.untyped_storage().nbytes() == weight.element_size()
-    with here(block):
+    with onload(block):
         assert not weight.isnan().any()
         assert llama.model.layers[0].mlp.up_proj.weight.isnan().all()
     assert weight.isnan().all()
@@ -75,7 +75,7 @@ def test_a_block_that_fails_goes_away_as_it_was(llama, batch, tmp_path):
     with pytest.raises(gblm.GblmError, match=r"layers\.1.*NaN"):
         gblm.prune(llama, batch, broken, "0.5")
     assert all(unit.depth == 0 for unit in parts.units)
-    assert set(parts.store.units) == {"model.layers.0"}
+    assert {file.stem for file in parts.store.changed.values()} == {"model.layers.0"}
     parts.close()
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_named(llama, batch, tmp_path):
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_model_that_nobody_holds_is_freed(make_llama, batch, kind, closed, tmp_path):
     gc.collect()
-    before = dict(KNOWN)
+    before = dict(UNITS)
     model = make_llama()
     parts = offloaded(model, kind, tmp_path)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_model_that_nobody_holds_is_freed(make_llama, batch, kind, closed, tmp
     del model, parts
     gc.collect()
     assert [one() for one in held] == [None, None]
-    assert dict(KNOWN) == before
+    assert dict(UNITS) == before
 
 
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
@@ -114,10 +114,10 @@ def test_a_model_is_left_to_itself_after_the_end(llama, kind, tmp_path):
     parts.close()
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llama.modules()]
     assert offload_of(llama) is None
-    with here(llama.model.layers[0]):
+    with onload(llama.model.layers[0]):
         assert llama.model.layers[0].mlp.up_proj.weight.isnan().all()
-    again = Offload(llama, adapter(llama).blocks(llama), parts.store)
-    with here(llama.model.layers[0]):
+    again = Offload(llama, adapter(llama).blocks(llama), parts.store, torch.device("cpu"))
+    with onload(llama.model.layers[0]):
         assert not llama.model.layers[0].mlp.up_proj.weight.isnan().any()
     again.close()
 

@@ -17,6 +17,7 @@ beside the largest of: the activations that a backward pass keeps; what the step
 the evaluation. Within about a factor of 1.5, as seconds are within about 2.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -79,8 +80,8 @@ def estimate(
     sums = sum(_sum_bytes(linear, needs) for linear in run.linears)
     backward = task.backward
     if backward == "auto":
-        whole = (run.kept + run.kept_head) * max(1, task.micro // 4) + sums
-        backward = "model" if whole <= (free - run.weights) / 2 else "blocks"
+        by_model = (run.kept + run.kept_head) * max(1, task.micro // 4) + sums
+        backward = "model" if by_model <= (free - run.weights) / 2 else "blocks"
     steps = (step.cost(run) for step in method.steps)
     pruning = reduce(add, steps, _allocation(run, method, pattern))
     by_phase = {"prune": pruning.on(machine)}
@@ -92,7 +93,6 @@ def estimate(
     evaluation = Cost(task.evaluated * (run.trunk + run.head)).on(machine)
     if task.evaluated:
         by_phase |= {"evaluate dense": evaluation, "evaluate": evaluation}
-    memory = _resting_bytes(run, task)
     held = 0 if task.kept else sums
     work = [held + HELD * pruning.memory]
     if needs:
@@ -100,24 +100,23 @@ def estimate(
     if task.evaluated:
         batch = HEAD * run.kept_head + run.kept // len(run.blocks)
         work.append(held + task.together * batch)
-    return Estimate(by_phase, round(memory + max(work)), backward)
+    return Estimate(by_phase, round(_resting_bytes(run, task) + max(work)), backward)
 
 
 def _sum_bytes(linear: Linear, needs: frozenset[str]) -> int:
     """Return the bytes of the sums of gradients of a linear."""
-    outputs, inputs = linear.shape
-    table = stats.GRADIENT
-    shapes = [table[name].shape(outputs, inputs, linear.positions) for name in needs & set(table)]
-    return sum(4 * torch.Size(shape).numel() for shape in shapes)
+    names = needs & stats.GRADIENT.keys()
+    shapes = [stats.GRADIENT[name].shape(*linear.shape, linear.positions) for name in names]
+    return sum(4 * math.prod(shape) for shape in shapes)
 
 
 def _allocation(run: Sight, method: Method, pattern: Pattern) -> Cost:
     """Return the cost of spreading a budget over the linears."""
-    spread = allocated(method, pattern)
-    if not spread or spread.name == "uniform":
+    allocation = allocated(method, pattern)
+    if not allocation or allocation.name == "uniform":
         return Cost()
     weights = sum(linear.weight.numel() for linear in run.linears)
-    passes = run.samples if spread.needs & set(stats.INPUT) else 0
+    passes = run.samples if allocation.needs & stats.INPUT.keys() else 0
     return Cost(passes * run.trunk, 400 * weights)
 
 

@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.command.settings import Recipe, Settings
 from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.files import claimed, locked, written_beside
-from gblm.machine.offload import Offload, here
+from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
@@ -29,7 +28,7 @@ from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import GradientFolder, Journal, fingerprint
 from gblm.walk.journal import Settings as Fingerprint
 from gblm.walk.prune import Pruning, check, needed
-from gblm.walk.survey import Block, Linear
+from gblm.walk.survey import Block
 from gblm.walk.visit import Snapshot
 from gblm.walk.walk import Walk
 
@@ -41,14 +40,13 @@ def bars() -> Iterator[Bars]:
     """Show one bar per phase with the time left; nothing where there is no terminal."""
     console = Console(file=sys.stderr)  # this very one, whatever is redirected meanwhile
     columns = (TextColumn("{task.description:>12}"), BarColumn(), TimeRemainingColumn())
+    hidden = bool(rank()) or not console.is_terminal
     tasks: dict[str, TaskID] = {}
-    with Progress(
-        *columns, console=console, transient=True, disable=bool(rank()) or not console.is_terminal
-    ) as progress:
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
 
         def show(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=total)
+                tasks[phase] = progress.add_task(phase)
             progress.update(tasks[phase], completed=done, total=total)
             if done >= total:
                 progress.remove_task(tasks.pop(phase))
@@ -68,47 +66,37 @@ class Run:
 
 @dataclass
 class Work:
-    """The work folder of a command: see `gblm.walk.journal`.
-
-    former: the folder of gradients that the user named. kept: whether runs are kept in journals.
-    """
+    """The work folder of a command, the user's or a passing one: see `gblm.walk.journal`."""
 
     folder: Path
-    resume: bool = False
-    former: Path | None = None
-    dtype: str = "float32"
-    kept: bool = True
+    settings: Settings
 
     @property
     def scratch(self) -> Path:
         """What this process needs for the time of the command."""
         return self.folder / f"process-{rank()}"
 
-    @property
-    def asked(self) -> bool:
-        """Whether the user wants anything kept, rounded, or taken from former runs."""
-        return self.kept or self.former is not None or self.dtype != "float32"
+    def journal(self, run: Run, origin: Fingerprint) -> Journal | None:
+        """Return the journal of a run; raises `GblmError` where its folder holds another.
 
-    def settings(self, job: "Job") -> Fingerprint:
-        """Return what tells apart the model and the samples of a job."""
-        return fingerprint(job.opened.model, job.opened.batch, job.blocks)
-
-    def journal(self, run: Run, settings: Fingerprint) -> Journal | None:
-        """Return the journal of a run; raises `GblmError` where its folder holds another."""
-        if not self.kept:
+        origin: what tells apart the model and the samples.
+        """
+        if not self.settings.work_dir:
             return None
-        own = {**settings, **run.method.key(), "pattern": run.pattern.name}
-        return Journal(self.folder / run.label, own, self.resume)
+        key = {**origin, **run.method.key(), "pattern": run.pattern.name}
+        return Journal(self.folder / run.label, key, self.settings.resume)
 
-    def gradients(
-        self, settings: Fingerprint, needs: frozenset[str], share: float
-    ) -> GradientFolder:
+    def gradients(self, origin: Fingerprint, needs: frozenset[str], share: float) -> GradientFolder:
         """Return the folder of gradients, with what they must be."""
-        own = {**settings, "needs": sorted(needs), "share": share, "dtype": self.dtype}
+        dtype = self.settings.gradient_dtype
+        key = {**origin, "needs": sorted(needs), "share": share, "dtype": dtype}
         name = "gradients" if share == 1 else f"gradients-{share:g}"
-        folder = self.former or self.folder / name
-        dtype = DTYPES[self.dtype] if self.dtype != "float32" else None
-        return GradientFolder(folder, own, dtype, journal=self.kept)
+        return GradientFolder(
+            self.settings.gradients or self.folder / name,
+            key,
+            DTYPES[dtype] if dtype != "float32" else None,
+            journal=self.settings.work_dir is not None,
+        )
 
 
 @contextmanager
@@ -118,20 +106,19 @@ def work_folder(settings: Settings) -> Iterator[Work]:
     That one lies beside the output, where there is room for the model. Other commands are kept out
     of both the output and the work folder: raises `GblmError` where one is in it.
     """
-    output, named = settings.output, settings.work_dir
+    output, folder = settings.output, settings.work_dir
     with ExitStack() as stack:
         if output and not rank():
             stack.enter_context(claimed(output))
-        if named and not rank():
-            stack.enter_context(locked(named, named / "lock"))
-        if not named:
+        if folder and not rank():
+            stack.enter_context(locked(folder, folder / "lock"))
+        if not folder:
             parent = output.absolute().parent if output else None
             if parent:
                 parent.mkdir(parents=True, exist_ok=True)
             passing = tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent)
-        folder = named or Path(stack.enter_context(passing))
-        former, dtype = settings.gradients, settings.gradient_dtype
-        work = Work(folder, settings.resume, former, dtype, kept=named is not None)
+            folder = Path(stack.enter_context(passing))
+        work = Work(folder, settings)
         shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
         work.scratch.mkdir(parents=True)
         stack.callback(shutil.rmtree, work.scratch, ignore_errors=True)
@@ -200,22 +187,22 @@ class Job:
     def walk(self, progress: Bars, share: float = 1.0) -> Walk:
         """Return the walk of a share of the samples through the model."""
         opened = self.opened
-        # Only where the weights do not live on the device is there a need of files.
-        folder = self.work.scratch if self.work and opened.offload else None
         walk = Walk.of(
             opened.model,
             opened.batch if share == 1 else first(opened.batch, share),
             opened.adapter,
             blocks=self.blocks,
             micro_batch=self.settings.micro_batch,
-            folder=folder,
+            # Only where the weights do not live on the device is there a need of files.
+            folder=self.work.scratch if self.work and opened.offload else None,
         )
         half = find_compute_dtype(self.settings.compute_dtype, walk.device)
         return replace(walk, half=half, progress=progress)
 
-    def weight(self, block: Block, linear: Linear) -> Tensor:
+    def weight(self, name: str) -> Tensor:
         """Return the weight of a linear, on the device."""
-        with here(block.module):
+        block, linear = next((b, x) for b in self.blocks for x in b.linears if x.name == name)
+        with onload(block.module):
             return linear.weight.clone()
 
 
@@ -226,34 +213,33 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
     """
     for run in runs:
         check(job.blocks, run.method, run.pattern)
+    opened, work = job.opened, job.work
     # A single run needs no way back to the dense model, and an offloaded one has its own.
-    several = len(runs) > 1 and not job.opened.offload
+    several = len(runs) > 1 and not opened.offload
     dense = [Snapshot(block) for block in job.blocks if several]
-    settings = job.work.settings(job) if job.work else {}
-    journals = {run.label: job.work.journal(run, settings) if job.work else None for run in runs}
-    reports = []
+    origin = fingerprint(opened.model, opened.batch, job.blocks) if work else {}
+    journals = [work.journal(run, origin) if work else None for run in runs]
+    reports: list[Report] = []
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
-            before = job.opened.evaluate(show)
+            before = opened.evaluate(show)
             check_sound(before)
             if job.examples:
-                job.examples.before(job.opened.model)
-        gradients = shared_gradients(job, runs, settings, show)
-        for run in runs:
+                job.examples.before(opened.model)
+        gradients = shared_gradients(job, runs, origin, show)
+        for run, journal in zip(runs, journals, strict=True):
             reset_peak(job.device)
-            if job.opened.offload:
-                job.opened.offload.revert()
+            if opened.offload:
+                opened.offload.revert()
             with torch.no_grad():
                 for snapshot in dense:
                     snapshot.write()
             share = run.method.share if needed(run.method, run.pattern) else 0
-            own = gradients.get(share, DenseGradients())
-            pruning = Pruning(
-                job.walk(show), run.method, run.pattern, own.sums, journals[run.label]
-            )
-            reports.append(perform(job, pruning, own, before))
+            shared = gradients.get(share, DenseGradients())
+            pruning = Pruning(job.walk(show), run.method, run.pattern, shared.sums, journal)
+            reports.append(perform(job, pruning, shared, before))
             if not rank():
-                keep(job, runs, reports, own)
+                keep(job, runs, reports, shared)
     return reports
 
 
@@ -268,23 +254,6 @@ def check_sound(before: Evaluation) -> None:
                 )
 
 
-def keep(job: Job, runs: list[Run], reports: list[Report], gradients: "DenseGradients") -> None:
-    """Write the last result, where it is to go, and then its page."""
-    report, labels = reports[-1], [run.label for run in runs]
-    if output := job.settings.output:
-        folder = output / labels[len(reports) - 1] if len(runs) > 1 else output
-        report.loading = job.opened.loading(folder)
-        with written_beside(folder) as beside:
-            with clock(report.seconds, "save"):
-                job.opened.save(beside)
-            report.write(beside)
-            job.recipe.write(beside, **runs[len(reports) - 1].flags, **gradients.flags)
-    if job.settings.report:
-        from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
-
-        write_pages(job.settings.report, labels, reports)
-
-
 @dataclass
 class DenseGradients:
     """Gradients that some runs share: their sums, the seconds they took, the flags they had."""
@@ -295,7 +264,7 @@ class DenseGradients:
 
 
 def shared_gradients(
-    job: Job, runs: list[Run], settings: Fingerprint, show: Bars
+    job: Job, runs: list[Run], origin: Fingerprint, show: Bars
 ) -> dict[float, DenseGradients]:
     """Return the gradients that the runs need, by the share of the samples they are taken of.
 
@@ -307,18 +276,16 @@ def shared_gradients(
             needs[run.method.share] = needs.get(run.method.share, frozenset()) | names
     gradients = {}
     for share, names in needs.items():
-        own = gradients[share] = DenseGradients()
-        with clock(own.seconds, "gradients"):
-            folder = job.work.gradients(settings, names, share) if job.work else None
-            stored = (
-                folder.stored(must=job.work.former is not None) if folder and job.work else None
-            )
-            if stored is not None:
-                own.sums = stored
+        shared = gradients[share] = DenseGradients()
+        with clock(shared.seconds, "gradients"):
+            folder = job.work.gradients(origin, names, share) if job.work else None
+            former = folder.stored(must=bool(job.settings.gradients)) if folder else None
+            if former is not None:
+                shared.sums = former
                 continue
             sums, backward = sweep(job.walk(show, share), names, job.settings.backward, folder)
-            own.flags["backward"] = backward
-            own.sums = folder.finish() if folder else sums
+            shared.flags["backward"] = backward
+            shared.sums = folder.finish() if folder else sums
     return gradients
 
 
@@ -334,8 +301,23 @@ def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evalu
     report.model, report.seed, report.notes = str(settings.model), settings.seed, opened.notes
     report.calibration, report.compute_dtype = opened.calibration, settings.compute_dtype
     if settings.output or settings.report:
-        linears = [(block, linear) for block in job.blocks for linear in block.linears]
-        weights = {linear.name: partial(job.weight, block, linear) for block, linear in linears}
-        report.masks = masks(report, weights)
+        report.masks = masks(report, job.weight)
     report.peak_memory_bytes = peak_memory(job.device)
     return report
+
+
+def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradients) -> None:
+    """Write the last result, where it is to go, and then its page."""
+    run, report = runs[len(reports) - 1], reports[-1]
+    if output := job.settings.output:
+        folder = output / run.label if len(runs) > 1 else output
+        report.loading = job.opened.loading(folder)
+        with written_beside(folder) as beside:
+            with clock(report.seconds, "save"):
+                job.opened.save(beside)
+            report.write(beside)
+            job.recipe.write(beside, **run.flags, **gradients.flags)
+    if job.settings.report:
+        from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
+
+        write_pages(job.settings.report, [run.label for run in runs], reports)

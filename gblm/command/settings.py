@@ -82,19 +82,10 @@ class Value:
             raise GblmError(f"{source}{error}") from None
 
 
-def one(words: Collection[str]) -> Value:
-    """Return what takes one of some words."""
-    return Value(offers=words)
-
-
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 18 or int(text) < 1:
         raise ValueError
     return int(text)
-
-
-def _whole(text: str) -> int | None:
-    return None if text == "auto" else _count(text)
 
 
 TEXT, FOLDER, FILE = Value(), Value(offers="folder"), Value(offers="file")
@@ -103,7 +94,11 @@ COUNT = Value(_count, "a whole number of 1 or more", (int,))
 NUMBER = Value(int, "a whole number", (int,))
 REAL = Value(float, "a number", (int, float))
 AMOUNT = Value(meaning="a number or a string", types=(int, float, str))
-WHOLE = replace(AMOUNT, read=_whole, meaning="auto or a whole number of 1 or more")
+WHOLE = replace(
+    AMOUNT,
+    read=lambda text: None if text == "auto" else _count(text),
+    meaning="auto or a whole number of 1 or more",
+)
 SEVERAL = Value(meaning="a string, or a list of them", types=(str, int, float, list), several=True)
 FILES = replace(SEVERAL, offers="file")
 MENDED = [f"{method}+{solver}" for method in METHODS for solver in SOLVERS]
@@ -159,11 +154,11 @@ class Settings:
     """0.5, 2:4, …; see --list patterns"""
     alpha: Annotated[str, HOW(AMOUNT, "ALPHA")] = ""
     """factor of the gradient term, or auto: equal medians"""
-    norm: Annotated[str, HOW(one(NORMS), "NORM")] = ""
+    norm: Annotated[str, HOW(Value(offers=NORMS), "NORM")] = ""
     """of gradients over samples: l1, l2 [as published]"""
-    group: Annotated[str, HOW(one(["auto", *patterns.GROUPS]), "GROUP")] = "auto"
+    group: Annotated[str, HOW(Value(offers=["auto", *patterns.GROUPS]), "GROUP")] = "auto"
     """comparison group: row, layer [as published]"""
-    allocation: Annotated[str, HOW(one(ALLOCATIONS), "NAME")] = ""
+    allocation: Annotated[str, HOW(Value(offers=ALLOCATIONS), "NAME")] = ""
     """spread the budget over the linears; see --list allocations"""
     refine: Annotated[float | None, HOW(REAL, "PASSES")] = None
     """passes over the samples that refine each block's weights"""
@@ -177,15 +172,15 @@ class Settings:
     """data sets or local paths, with commas"""
     device: Annotated[str, MEMORY(TEXT, "DEVICE")] = "auto"
     """cpu, cuda, cuda:1, … [a GPU where there is one]"""
-    dtype: Annotated[str, MEMORY(one(["auto", *DTYPES]), "DTYPE")] = "auto"
+    dtype: Annotated[str, MEMORY(Value(offers=["auto", *DTYPES]), "DTYPE")] = "auto"
     """float32, bfloat16, float16 [as stored]"""
-    compute_dtype: Annotated[str, MEMORY(one(COMPUTE_DTYPES), "DTYPE")] = "auto"
+    compute_dtype: Annotated[str, MEMORY(Value(offers=COMPUTE_DTYPES), "DTYPE")] = "auto"
     """of products in blocks of float32: float32, bfloat16 [by the device]"""
     micro_batch: Annotated[int | None, MEMORY(WHOLE, "N")] = None
     """samples a block sees at a time [auto]"""
-    backward: Annotated[str, MEMORY(one(BACKWARDS), "HOW")] = "auto"
+    backward: Annotated[str, MEMORY(Value(offers=BACKWARDS), "HOW")] = "auto"
     """gradients by blocks, or by the whole model [auto]"""
-    offload: Annotated[str, SCALE(one(OFFLOADS), "WHERE")] = "auto"
+    offload: Annotated[str, SCALE(Value(offers=OFFLOADS), "WHERE")] = "auto"
     """weights away from the device: none, cpu, disk [auto]"""
     work_dir: Annotated[Path | None, SCALE(PATH, "DIR")] = None
     """for gradients, finished blocks and their journal"""
@@ -193,7 +188,7 @@ class Settings:
     """go on with the run that --work-dir holds"""
     gradients: Annotated[Path | None, SCALE(PATH, "DIR")] = None
     """of a former run: the gradients in its --work-dir"""
-    gradient_dtype: Annotated[str, SCALE(one(DTYPES), "DTYPE")] = "float32"
+    gradient_dtype: Annotated[str, SCALE(Value(offers=DTYPES), "DTYPE")] = "float32"
     """of gradients in a folder [float32]"""
     output: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
     """for the pruned model and its report.json"""
@@ -213,9 +208,9 @@ class CommandLine:
 
     config: Annotated[Path | None, HELP(replace(PATH, offers="file"), "FILE")] = None
     """a TOML file of flags, such as the config.toml of a result"""
-    list: Annotated[str | None, HELP(one(LISTS), "WHAT")] = None
+    list: Annotated[str | None, HELP(Value(offers=LISTS), "WHAT")] = None
     """say what there is: methods, patterns, allocations"""
-    completion: Annotated[str | None, HELP(one(SHELLS), "SHELL")] = None
+    completion: Annotated[str | None, HELP(Value(offers=SHELLS), "SHELL")] = None
     """a script for bash, zsh or tcsh"""
     version: Annotated[bool, HELP()] = False
     """of gblm and of the packages it stands on"""
@@ -238,19 +233,14 @@ def parse(app: App, argv: Sequence[str] | None = None) -> tuple[Any, CommandLine
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        parsed = _parsed(app, words)
+        parsed = app(words)
         if parsed and (path := parsed[1].config):
             app.config = (Dict(_stored(path, flags(app)), source=str(path)),)
-            parsed = _parsed(app, words)
+            parsed = app(words)
     except CycloptsError as error:
         text = str(error).rstrip(".").replace(". Did", "; did")
         raise GblmError(f"{text[:1].lower()}{text[1:]}; see --help") from None
     return parsed
-
-
-def _parsed(app: App, words: list[str]) -> tuple[Any, CommandLine] | None:
-    command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
-    return command(*bound.args, **bound.kwargs)
 
 
 def make_app(program: str, text: str, kind: type[Settings]) -> App:
@@ -264,6 +254,9 @@ def make_app(program: str, text: str, kind: type[Settings]) -> App:
         help_formatter=_panel,
         version_flags=(),
         console=Console(width=100),
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
         default_parameter=Parameter(allow_repeating=True, negative=()),
     )
     app["--help"].group, app["--help"].help = HELP().group, "show this"  # type: ignore[assignment]
@@ -290,7 +283,7 @@ def _panel(console: Console, options: Any, panel: HelpPanel) -> None:
     console.print(f"{panel.title}:", table, "", highlight=False)
 
 
-def _stored(path: Path, known: dict[str, Argument]) -> dict[str, Any]:
+def _stored(path: Path, arguments: dict[str, Argument]) -> dict[str, Any]:
     """Return what a file of flags holds; raises `GblmError` for what no flag takes."""
     try:
         stored = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -298,13 +291,14 @@ def _stored(path: Path, known: dict[str, Argument]) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise GblmError(f"{path} cannot be read ({reason}); give a TOML file of flags") from error
     for key, content in stored.items():
-        if key == "help" or (key in known and _group_of(known[key]) == GROUPS[-1]):
+        flag = arguments.get(key)
+        if key == "help" or (flag and _group_of(flag) == GROUPS[-1]):
             raise GblmError(f"{path}: {key} goes on the command line alone; remove it")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+        if not flag:
+            near = difflib.get_close_matches(key, arguments, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise GblmError(f"{path}: no flag is called {key}{hint}; see --help")
-        value = _value_of(known[key]) or Value(meaning="true or false", types=(bool,))
+        value = _value_of(flag) or Value(meaning="true or false", types=(bool,))
         for part in content if isinstance(content, list) and value.several else [content]:
             right = isinstance(part, value.types)
             if not right or isinstance(part, bool) != (bool in value.types):
@@ -318,6 +312,11 @@ def _value_of(flag: Argument) -> Value | None:
 
 def _group_of(flag: Argument) -> str:
     return flag.parameter.group[0].name  # type: ignore[index]
+
+
+def keeps(settings: Settings) -> bool:
+    """Say whether anything is to be kept or rounded in a folder, or taken from a former run."""
+    return bool(settings.work_dir or settings.gradients or settings.gradient_dtype != "float32")
 
 
 def filled(settings: S, **usual: Any) -> S:
@@ -335,13 +334,12 @@ class Recipe:
     def write(self, folder: Path, **run: Any) -> None:
         """Write the flags into the folder of one run, whose own stand in their place."""
         packages = ", ".join(f"{name} {number}" for name, number in versions().items())
-        head = [
-            f"Repeat this run: {self.program} --config {NAME} --output DIR",
-            f"It ran with {packages};",
-            f"processes: {world()}, threads of each: {torch.get_num_threads()}.",
-        ]
-        text = "".join(f"# {line}\n" for line in head) + "\n" + tomli_w.dumps(self.flags | run)
-        write_text(folder / NAME, text)
+        head = (
+            f"# Repeat this run: {self.program} --config {NAME} --output DIR\n"
+            f"# It ran with {packages};\n"
+            f"# processes: {world()}, threads of each: {torch.get_num_threads()}.\n\n"
+        )
+        write_text(folder / NAME, head + tomli_w.dumps(self.flags | run))
 
 
 def recipe(app: App, settings: Settings, names: Collection[str]) -> Recipe:
@@ -354,23 +352,21 @@ def recipe(app: App, settings: Settings, names: Collection[str]) -> Recipe:
         content = getattr(settings, flag.keys[-1], None)
         if _group_of(flag) not in RECIPE or key in APART or content in (None, False, (), ""):
             continue
-        value = _value_of(flag)
+        offers = value.offers if (value := _value_of(flag)) else ()
         if isinstance(content, tuple):
-            parts = [_absolute(value, part, names) for part in content]
+            parts = [_absolute(part, offers, names) for part in content]
             content = parts[0] if len(parts) == 1 else parts
         elif isinstance(content, str | Path):
-            content = _absolute(value, str(content), names)
+            content = _absolute(str(content), offers, names)
         stored[key] = content
     return Recipe(app.name[0], stored)
 
 
-def _absolute(value: Value | None, text: str, names: Collection[str]) -> str:
+def _absolute(text: str, offers: str | Collection[str], names: Collection[str]) -> str:
     """Return a text, absolute where it is the path of something that is there."""
     path = Path(text).expanduser()
-    if text in names or value is None or value.offers not in ("folder", "file"):
-        return text
-    there = path.is_dir() if value.offers == "folder" else path.exists()
-    return os.path.abspath(path) if there else text
+    is_path = {"folder": path.is_dir, "file": path.exists}.get(str(offers))
+    return os.path.abspath(path) if is_path and text not in names and is_path() else text
 
 
 def completion(app: App, shell: str) -> str:

@@ -1,6 +1,7 @@
 """What a command prints: what there is, the plan of a dry run, the table of its runs."""
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from gblm.command.estimate import Task, estimate
 from gblm.command.job import Opened, Run
-from gblm.command.settings import Settings
+from gblm.command.settings import Settings, keeps
 from gblm.machine.device import free_memory
 from gblm.machine.offload import find_offload
 from gblm.machine.processes import rank, world
@@ -36,8 +37,8 @@ def methods() -> list[tuple[str, str]]:
     lines = []
     for name, text in _first_sentences(METHODS):
         options = inspect.signature(METHODS[name]).parameters.values()
-        named = ":".join(f"{option.name}={option.default}" for option in options)
-        lines.append((name, f"{text} [:{named}]" if named else text))
+        defaults = ":".join(f"{option.name}={option.default}" for option in options)
+        lines.append((name, f"{text} [:{defaults}]" if defaults else text))
     mended = "the mask of any of these, mended by"
     return lines + [(f"METHOD+{name}", f"{mended} {name}") for name in SOLVERS]
 
@@ -62,10 +63,9 @@ LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
 
 def listing(what: str) -> None:
     """Print a line for each of what there is."""
-    lines = LISTS[what]()
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        print(f"{name:{width}}  {text}")
+    lines = dict(LISTS[what]())
+    for name, text in lines.items():
+        print(f"{name:{max(map(len, lines))}}  {text}")
 
 
 # The table of the runs.
@@ -94,17 +94,15 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
     first = {name: entry for name, entry in entries if entry["metric"] not in ASIDE}
     columns = ("pattern", "sparsity", *map(short, first), "seconds")
     metrics = ", ".join(dict.fromkeys(entry["metric"] for entry in first.values())) or "no metric"
-    table = columned(
-        f"{title}: {metrics}, pruned with {reports[0].calibration}", "method", *columns
-    )
-    dense = [shown(value, "dense") for value in first.values()]
+    heading = f"{title}: {metrics}, pruned with {reports[0].calibration}"
+    table = columned(heading, "method", *columns)
+    dense = [shown(entry, "dense") for entry in first.values()]
     table.add_row("dense", "", "", *dense, "", end_section=True)
     for report in reports:
-        values = [shown(report.evaluation[name], "pruned") for name in first]
-        cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
-        table.add_row(
-            report.method, report.pattern, f"{report.sparsity:.4f}", *values, f"{cost:.1f}"
-        )
+        name = (report.method, report.pattern, f"{report.sparsity:.4f}")
+        values = [shown(report.evaluation[data], "pruned") for data in first]
+        cost = report.seconds.get("gradients", 0) + report.seconds["prune"]
+        table.add_row(*name, *values, f"{cost:.1f}")
     console().print(table)
     if len(reports) == 1:
         worst = sorted(reports[0].linears, key=lambda linear: -linear.relative_error)[:3]
@@ -132,23 +130,21 @@ def shown(entry: dict[str, Any], when: str) -> str:
 def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torch.device) -> None:
     """Print the plan of a command, in process 0 alone; nothing is run and nothing written.
 
-    Raises `GblmError` where a run cannot have its pattern, or `--include` and `--exclude` leave
-    nothing.
+    Raises `GblmError` where a run cannot have its pattern, or no linear is left to prune.
     """
     settings = opened.settings
     choose(sight.blocks, list(settings.include), list(settings.exclude))
     for run in runs:
         check(sight.blocks, run.method, run.pattern)
     offload = find_offload(settings.offload, sight.weights, device) != "none"
-    folders = settings.work_dir or settings.gradients or offload
     evaluated, together = opened.evaluated()
-    samples = -(-size_of(opened.batch) // world())
+    samples = math.ceil(size_of(opened.batch) / world())
     task = Task(
         samples,
-        evaluated=-(-evaluated // world()),
+        evaluated=math.ceil(evaluated / world()),
         together=together,
         several=len(runs) > 1,
-        kept=bool(folders) or settings.gradient_dtype != "float32",
+        kept=offload or keeps(settings),
         offload=offload,
         micro=micro_batch_for(sight.blocks, samples, settings.micro_batch, device).samples,
         backward="blocks" if offload else settings.backward,
@@ -159,14 +155,14 @@ def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torc
     terminal.print(_linears(title, sight))
     for line in _lines(opened, runs, sight):
         terminal.print(line, soft_wrap=True, highlight=False)
-    dtype = next(own.dtype for own in sight.linears[0].module.parameters())
+    dtype = next(sight.linears[0].module.parameters()).dtype
     width = max(linear.shape[1] for linear in sight.linears)
     terminal.print(_costs(sight, runs, task, measure(device, dtype, width)))
     if device.type == "cpu":
         terminal.print(f"of the memory, {size(task.taken)} are those of libraries and data")
-    for line in ("seconds are without reading the model and the data", *opened.notes):
+    closing = "nothing was run, nothing was written"
+    for line in ("seconds are without reading the model and the data", *opened.notes, closing):
         terminal.print(line)
-    terminal.print("nothing was run, nothing was written")
 
 
 def _linears(title: str, sight: Sight) -> Table:
@@ -194,14 +190,14 @@ def _lines(opened: Opened, runs: list[Run], sight: Sight) -> list[str]:
     )
     times = f"{len(runs)} × " if len(runs) > 1 else ""
     result = f"{times}{size(sight.numbers * opened.stored.itemsize)}"
-    to = opened.settings.output
+    output = opened.settings.output
     return [
         f"pruned: {pruned:,} of {sight.numbers:,} weights ({pruned / sight.numbers:.1%}), in "
         f"{len(sight.linears)} linears",
         f"dense: {sight.numbers - pruned:,} weights: what stands outside of the blocks, norms, "
         f"biases{', and' if why else ''}",
         *(f"    {number} × {name}: {reason}" for (name, reason), number in why.items()),
-        f"written: {f'{result}, to {to}' if to else f'nothing; {result} with --output'}",
+        f"written: {f'{result}, to {output}' if output else f'nothing; {result} with --output'}",
     ]
 
 
@@ -213,12 +209,12 @@ def _costs(sight: Sight, runs: list[Run], task: Task, machine: Machine) -> Table
     table = columned(title, "method", *columns)
     for run in runs:
         cost = estimate(sight, task, run.method, run.pattern, machine, free)
-        gradients, prune = cost.seconds.get("gradients", 0.0), cost.seconds["prune"]
-        both = cost.seconds.get("evaluate dense", 0.0) + cost.seconds.get("evaluate", 0.0)
-        total = cost.memory  # on a GPU that of its tensors, as a report has it
+        seconds = [cost.seconds.get(phase, 0.0) for phase in ("gradients", "prune", "evaluate")]
+        seconds[-1] += cost.seconds.get("evaluate dense", 0.0)
+        memory = cost.memory  # on a GPU that of its tensors, as a report has it
         if machine.device.type == "cpu":
-            total = max(task.peak, task.taken + cost.memory)
-        memory = size(total) + (" (!)" if cost.memory > free else "")
-        seconds = [f"{value:.1f}" for value in (gradients, prune, both, gradients + prune + both)]
-        table.add_row(run.method.name, run.pattern.name, memory, *seconds)
+            memory = max(task.peak, task.taken + memory)
+        words = size(memory) + (" (!)" if cost.memory > free else "")
+        numbers = [f"{value:.1f}" for value in (*seconds, sum(seconds))]
+        table.add_row(run.method.name, run.pattern.name, words, *numbers)
     return table

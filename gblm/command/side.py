@@ -16,7 +16,7 @@ from torch import nn
 from gblm.base import GblmError
 from gblm.command import show
 from gblm.command.job import Job, Opened, Run, Work, compare, work_folder
-from gblm.command.settings import S, Settings, completion, filled, make_app, parse, recipe
+from gblm.command.settings import S, Settings, completion, filled, keeps, make_app, parse, recipe
 from gblm.machine.device import DTYPES, find_compute_dtype, find_device
 from gblm.machine.files import check_output, check_report
 from gblm.machine.processes import launched, rank, world
@@ -62,28 +62,26 @@ class Side(Generic[S]):
 
 
 def main(side: Side[S], argv: Sequence[str] | None = None) -> int:
-    """Run the command of a side, `sys.argv` where no arguments are given, and return its exit code.
+    """Run the command of a side, by `sys.argv` where there is no `argv`; return its exit code."""
+    return guarded(lambda: answer(side, argv))
 
-    That is 0, 2 for an error of the user's, which is said, or 130 for Ctrl-C.
-    """
 
-    def answer() -> None:
-        app = side.app()
-        parsed = parse(app, argv)
-        if parsed is None:
-            return
-        settings, line = parsed
-        if line.list:
-            show.listing(line.list)
-        elif line.completion:
-            print(completion(app, line.completion))
-        elif line.version:
-            print("\n".join(f"{name} {number}" for name, number in versions().items()))
-        else:
-            with logged(settings.verbose):
-                command(side, settings)
-
-    return guarded(answer)
+def answer(side: Side[S], argv: Sequence[str] | None) -> None:
+    """Do what a command line asks for."""
+    app = side.app()
+    parsed = parse(app, argv)
+    if parsed is None:
+        return
+    settings, line = parsed
+    if line.list:
+        show.listing(line.list)
+    elif line.completion:
+        print(completion(app, line.completion))
+    elif line.version:
+        print("\n".join(f"{name} {number}" for name, number in versions().items()))
+    else:
+        with logged(settings.verbose):
+            command(side, settings)
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -140,8 +138,8 @@ def resolved(side: Side[S], settings: S) -> S:
         return settings
     if not side.demo:
         raise GblmError("no model to prune; name one by --model")
-    if named := [name for name in side.alone if getattr(settings, name)]:
-        raise GblmError(f"--{named[0]} goes with --model; without a model the demo brings its own")
+    if flag := next((name for name in side.alone if getattr(settings, name)), None):
+        raise GblmError(f"--{flag} goes with --model; without a model the demo brings its own")
     return filled(settings, **side.demo)
 
 
@@ -184,18 +182,18 @@ def dry_run(side: Side[S], settings: S, runs: list[Run], title: str) -> None:
     device = find_device(settings.device)
     try:
         with side.sketch(settings, device) as opened:
-            shapes = seen(opened)
+            shapes = sight_of(opened)
     except GblmError:
         raise
     except Exception as error:  # whatever the model's code had against it
         log.info("weights are read, for their shapes do not suffice: %s", error)
-        here = replace(settings, offload="none", output=None)
-        opened = side.load(here, torch.device("cpu"), Path(), {})
-        opened.settings, shapes = settings, seen(opened)
+        near = replace(settings, offload="none", output=None)
+        opened = side.load(near, torch.device("cpu"), Path(), {})
+        opened.settings, shapes = settings, sight_of(opened)
     show.plan(title, opened, runs, shapes, device)
 
 
-def seen(opened: Opened) -> Sight:
+def sight_of(opened: Opened) -> Sight:
     """Return what one sample of zeros tells of a model."""
     device = next(opened.model.parameters()).device
     zeros = {
@@ -211,17 +209,16 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: st
     opened = side.load(settings, find_device(settings.device), work.scratch, seconds)
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), list(settings.exclude))
-    settled = with_choices(opened)
-    # A model that comes to the device block by block makes examples for --report alone: they take
-    # many passes.
+    used = with_choices(opened)
+    # Of a model that comes to the device block by block examples take long: for --report alone.
     shows = not rank() and (settings.report or (settings.output and not opened.offload))
     job = Job(
         opened,
-        settled,
+        used,
         blocks,
-        recipe(side.app(), settled, side.sources),
+        recipe(side.app(), used, side.sources),
         seconds,
-        work if work.asked or opened.offload else None,
+        work if opened.offload or keeps(settings) else None,
         opened.examples() if shows else None,
     )
     show.results(title, compare(job, runs), settings)
@@ -230,12 +227,11 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: st
 def with_choices(opened: Opened) -> Settings:
     """Return the settings of what was opened, with what gblm chose filled in."""
     settings, device = opened.settings, find_device(opened.settings.device)
-    stored = next(opened.model.parameters()).dtype
     names = {dtype: name for name, dtype in DTYPES.items()}
     return replace(
         settings,
         device="cuda" if world() > 1 and settings.device != "cpu" else str(device),
-        dtype=names.get(stored, settings.dtype),
+        dtype=names.get(next(opened.model.parameters()).dtype, settings.dtype),
         compute_dtype=names[find_compute_dtype(settings.compute_dtype, device)],
         offload=opened.offload.kind if opened.offload else "none",
     )

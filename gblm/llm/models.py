@@ -36,7 +36,6 @@ from gblm.llm.checkpoint import (
 from gblm.machine.device import find_device, find_dtype
 from gblm.machine.files import write_json, write_tensors, written_into
 from gblm.machine.offload import (
-    Disk,
     Offload,
     find_offload,
     offload_of,
@@ -285,11 +284,11 @@ def save(
     offload, shards = offload_of(model), read_index(like)
     with written_into(Path(folder)) as beside:
         tokenizer.save_pretrained(beside)
-        if offload and isinstance(offload.store, Disk):
+        if offload and offload.kind == "disk":
             model.config.save_pretrained(beside)
             if model.can_generate():
                 model.generation_config.save_pretrained(beside)
-            _save_units(offload, offload.store, dict(model.named_parameters()), beside)
+            _save_units(offload, dict(model.named_parameters()), beside)
             return
         with offload.home() if offload else nullcontext():
             _save(model, beside, like, shards)
@@ -304,21 +303,19 @@ def _save(model: PreTrainedModel, folder: Path, like: str, shards: dict[str, str
         reshard(folder, shards)
 
 
-def _save_units(
-    offload: Offload, store: Disk, parameters: dict[str, nn.Parameter], folder: Path
-) -> None:
+def _save_units(offload: Offload, parameters: dict[str, nn.Parameter], folder: Path) -> None:
     """Write a shard for every unit of a model on disk, and one for the rest, and their index."""
     left = dict(parameters)  # a tied weight goes with the first unit that has it
     units = []
     for unit in offload.units:
         if names := [name for name in unit.parameters if left.pop(name, None) is not None]:
-            units.append((unit.name, names))
-    units += [("", list(left))] if left else []
+            units.append(names)
+    units += [list(left)] if left else []
     found: dict[str, str] = {}
     total = 0
-    for i, (name, names) in enumerate(units):
+    for i, names in enumerate(units):
         shard = f"model-{i + 1:05}-of-{len(units):05}.safetensors"
-        tensors = store.read(name, names)
+        tensors = offload.store.read(names)
         write_tensors(folder / shard, tensors)
         total += sum(value.nbytes for value in tensors.values())
         found |= dict.fromkeys(tensors, shard)

@@ -55,20 +55,19 @@ def _plain(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     if device != "cpu" or dtype != half or query.ndim != 4 or attn_mask is not None or dropout_p:
         return None
-    together = SCORES // (query[0, ..., 0].numel() * key.shape[-2])  # samples
-    if not together:
+    samples = SCORES // (query[0, ..., 0].numel() * key.shape[-2])  # at a time
+    if not samples:
         return None
     query = query.to(half) * (query.shape[-1] ** -0.5 if scale is None else scale)
     key, value = key.to(half).transpose(-1, -2), value.to(half)
     if enable_gqa:
         shared = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
-    scores = query.shape[-2], key.shape[-1]
-    later = query.new_full(scores, -torch.inf).triu(1) if is_causal else None
+    future = query.new_full((query.shape[-2], key.shape[-1]), -torch.inf).triu(1)
     outputs = []
-    for q, k, v in zip(*(x.split(together) for x in (query, key, value)), strict=True):
-        weights = q @ k
-        if later is not None:
-            weights += later
-        outputs.append(weights.softmax(-1) @ v)
+    for q, k, v in zip(*(x.split(samples) for x in (query, key, value)), strict=True):
+        scores = q @ k
+        if is_causal:
+            scores += future
+        outputs.append(scores.softmax(-1) @ v)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -36,12 +36,11 @@ def find_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise GblmError(f"device {device} is not there ({reason}); use cpu, cuda or auto") from None
-    return found
+    return torch.device(device)
 
 
 def find_dtype(
@@ -56,15 +55,12 @@ def find_dtype(
     one_of(dtype, ["auto", *DTYPES], "dtype")
     if dtype != "auto" or device.type != "cpu":
         return DTYPES.get(dtype)
-    found = stored()
-    return torch.float32 if found in CPU_PRODUCTS and not has_products(device, found) else None
+    kept = stored()
+    return torch.float32 if kept in CPU_PRODUCTS and not has_products(device, kept) else None
 
 
 def find_compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of products in an fp32 block: bfloat16 for "auto" where the device has them.
-
-    Raises `GblmError` for another name than auto, float32 and bfloat16.
-    """
+    """Return the dtype of products in fp32 blocks; "auto" is bfloat16 where a device has those."""
     one_of(dtype, COMPUTE_DTYPES, "compute dtype")
     if dtype == "auto":
         return torch.bfloat16 if has_products(device, torch.bfloat16) else torch.float32
@@ -75,12 +71,10 @@ def find_compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def has_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether a device multiplies in a dtype of 16 bits, by what it is; process 0 decides."""
     if device.type == "cuda":
-        own = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        own = any(map(_cpu_has, CPU_PRODUCTS[dtype]))
+        able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        own = False
-    return processes.gathered(own)[0]
+        able = device.type == "cpu" and any(map(_cpu_has, CPU_PRODUCTS[dtype]))
+    return processes.gathered(able)[0]
 
 
 def _cpu_has(name: str) -> bool:
@@ -105,21 +99,20 @@ def halved(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def exact(device: torch.device) -> Iterator[None]:
     """Have products in the dtype of their operands, all of its bits: no autocast, no TF32."""
     backends: Any = torch.backends
-    products = backends.cuda.matmul, backends.mkldnn.matmul
-    precision, precisions = "", []
+    precision, backend_precisions = "highest", {}
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by the backends alone
-        precisions = [kind.fp32_precision for kind in products]
+        products = (backends.cuda.matmul, backends.mkldnn.matmul)
+        backend_precisions = {backend: backend.fp32_precision for backend in products}
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if precision:
-            torch.set_float32_matmul_precision(precision)
-        for kind, before in zip(products, precisions, strict=False):
-            kind.fp32_precision = before
+        torch.set_float32_matmul_precision(precision)
+        for backend, before in backend_precisions.items():
+            backend.fp32_precision = before
 
 
 @dataclass
@@ -132,9 +125,8 @@ class MicroBatch:
     def run(self, work: Callable[[int], T], undo: Callable[[], None] = lambda: None) -> T:
         """Return `work(samples)`, begun anew with half as many while memory does not suffice.
 
-        undo: takes back what the work had done until then.
-
-        Raises `GblmError` where a single sample, or the size the user fixed, is too much.
+        undo: takes back what the work had done until then. Raises `GblmError` where a single
+        sample, or the size the user fixed, is too much.
         """
         while True:
             try:
@@ -148,7 +140,7 @@ class MicroBatch:
                         "--micro-batch, shorter samples or another device"
                     ) from error
             undo()
-            self.samples = self.samples // 2
+            self.samples //= 2
             log.info("out of memory; on with micro-batches of %d", self.samples)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -162,10 +154,8 @@ def memory_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise GblmError(
-            "out of memory; use a smaller --micro-batch, shorter samples, --offload or another "
-            "device"
-        ) from error
+        way = "use a smaller --micro-batch, shorter samples, --offload or another device"
+        raise GblmError(f"out of memory; {way}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -176,7 +166,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free memory of a device, in bytes."""
+    """Return the bytes that are free on a device, those that torch holds unused among them."""
     if device.type in ("cpu", "mps", "meta"):
         return psutil.virtual_memory().available
     module = torch.get_device_module(device)
@@ -185,7 +175,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def resident() -> int:
-    """Return the main memory that this process takes now, in bytes."""
+    """Return the bytes of main memory that this process takes now."""
     return psutil.Process().memory_info().rss
 
 
@@ -199,7 +189,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory since `reset_peak`, in bytes: on a GPU that of its tensors."""
+    """Return the most bytes taken since `reset_peak`: on a GPU by its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):

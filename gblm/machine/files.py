@@ -42,10 +42,7 @@ def read_tensors(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file.
-
-    Raises `GblmError` where the disk is full, or rights are missing.
-    """
+    """Write a safetensors file; raises `GblmError` where the disk is full or rights are missing."""
     contiguous = {name: tensor.contiguous().to("cpu") for name, tensor in tensors.items()}
     with _beside(path, Path.touch, os.replace) as beside:
         save_file(contiguous, beside, metadata={"format": "pt"})
@@ -72,10 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8.
-
-    Raises `GblmError` where the disk is full, or rights are missing.
-    """
+    """Write a file of UTF-8; raises `GblmError` where the disk is full or rights are missing."""
     with _beside(path, Path.touch, os.replace) as beside:
         beside.write_text(text, "utf-8")
 
@@ -89,9 +83,9 @@ def written_beside(folder: Path) -> AbstractContextManager[Path]:
 
 
 def written_into(folder: Path) -> AbstractContextManager[Path]:
-    """Give a folder to write to, whose files go into `folder` once they are whole.
+    """Give a folder to write to, whose files go into `folder`, beside others, once they are whole.
 
-    Others stay there. Raises `GblmError` where the disk is full, or rights are missing.
+    Raises `GblmError` where the disk is full, or rights are missing.
     """
     return _beside(folder / "new files", Path.mkdir, _unpack)
 
@@ -100,7 +94,10 @@ def written_into(folder: Path) -> AbstractContextManager[Path]:
 def _beside(
     path: Path, make: Callable[[Path], None], place: Callable[[Path, Path], None]
 ) -> Iterator[Path]:
-    """Give what `make` has made beside a path; `place(beside, path)` it where nothing fails."""
+    """Give what `make` has made beside a path; `place(beside, path)` it where nothing fails.
+
+    It is on the disk before it is placed, with the rights of a new folder, or of a file in it.
+    """
     path = Path(os.path.realpath(path))
     # Named before it is there, so that an interruption at any time finds what to remove.
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -110,7 +107,12 @@ def _beside(
         rights = stat.S_IMODE(beside.stat().st_mode)
         yield beside
         for written in (*beside.rglob("*"), beside):
-            _settle(written, rights)
+            if written.is_symlink():
+                continue
+            _sync(written)
+            mode = rights if written.is_dir() else rights & 0o666
+            if stat.S_IMODE(written.stat().st_mode) != mode:  # libraries have rights of their own
+                written.chmod(mode)
         place(beside, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
@@ -119,17 +121,9 @@ def _beside(
             f"{path} cannot be written ({reason}); make space, check the rights, or go elsewhere"
         ) from error
     finally:
-        _remove(beside)
-
-
-def _settle(path: Path, rights: int) -> None:
-    """Force what was written to the disk, with the rights of a new folder, or of a file there."""
-    if path.is_symlink():
-        return
-    _sync(path)
-    mode = rights if path.is_dir() else rights & 0o666
-    if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors lets its owner alone read a file
-        path.chmod(mode)
+        shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def _exchange(beside: Path, folder: Path) -> None:
@@ -140,22 +134,17 @@ def _exchange(beside: Path, folder: Path) -> None:
             os.replace(folder, old)
         os.replace(beside, folder)
     finally:
-        if old.exists() and folder.exists():
-            _remove_old(old, folder)
-        elif old.exists():
+        if old.exists() and not folder.exists():
             os.replace(old, folder)
-
-
-def _remove_old(old: Path, folder: Path) -> None:
-    """Remove what a folder held before; where that fails, say where it is left."""
-    try:
-        shutil.rmtree(old)
-    except BaseException as error:
-        log.warning(
-            "%s is written; what it held before is in %s (%s); remove that", folder, old, error
-        )
-        if not isinstance(error, OSError):
-            raise
+        try:
+            if old.exists():
+                shutil.rmtree(old)
+        except BaseException as error:
+            log.warning(
+                "%s is written; what it held before is in %s (%s); remove that", folder, old, error
+            )
+            if not isinstance(error, OSError):
+                raise
 
 
 def _unpack(beside: Path, path: Path) -> None:
@@ -167,13 +156,6 @@ def _unpack(beside: Path, path: Path) -> None:
         else:
             os.replace(file, place)
             _sync(place.parent)
-
-
-def _remove(path: Path) -> None:
-    """Remove what is left of a file or a folder."""
-    shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -198,10 +180,10 @@ def check_output(folder: Path, size: int, overwrite: bool) -> None:
     if folder.is_mount():
         raise GblmError(f"output {folder} is a mount point; give a folder in it")
     if folder.is_dir():
-        _writable(folder, folder, "output")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise GblmError(f"output {folder} is not empty; give another folder, or --overwrite")
-    _writable(parent, folder, "output")
+        _check_rights(folder, folder, "output")
+        if any(folder.iterdir()) and not overwrite:
+            raise GblmError(f"output {folder} is not empty; give another folder, or --overwrite")
+    _check_rights(parent, folder, "output")
     free = shutil.disk_usage(parent).free
     if free < size:
         raise GblmError(
@@ -219,16 +201,16 @@ def check_report(folder: Path, overwrite: bool) -> None:
     parent = _parent(folder, "report")
     if (folder / "report.html").exists() and not overwrite:
         raise GblmError(f"report {folder} is there already; give another folder, or --overwrite")
-    _writable(folder if folder.exists() else parent, folder, "report")
+    _check_rights(folder if folder.exists() else parent, folder, "report")
 
 
 def _parent(folder: Path, what: str) -> Path:
     """Return the nearest folder above that is there; raises `GblmError` where a file is instead."""
     try:
-        there = folder.exists()
+        is_file = folder.exists() and not folder.is_dir()
     except OSError as error:  # no folder can have that name
         raise GblmError(f"{what} {str(folder)[:60]}…: {error.strerror}; give another") from error
-    if there and not folder.is_dir():
+    if is_file:
         raise GblmError(f"{what} {folder} is a file; give a folder")
     parent = Path(os.path.realpath(folder)).parent
     while not parent.exists():
@@ -238,7 +220,7 @@ def _parent(folder: Path, what: str) -> Path:
     return parent
 
 
-def _writable(place: Path, folder: Path, what: str) -> None:
+def _check_rights(place: Path, folder: Path, what: str) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise GblmError(f"{what} {folder}: no right to write in {place}; give another folder")
 

@@ -14,12 +14,11 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,89 +41,68 @@ def find_offload(offload: str, size: int, device: torch.device) -> str:
     That is on the device where they take at most half of its free memory, else in main memory by
     the same measure, else on disk.
     """
-    free, cpu = free_memory(device), torch.device("cpu")
-    if offload != "auto":
-        found = offload
-    elif size <= free / 2:
-        found = "none"
-    else:
-        found = "cpu" if device.type != "cpu" and size <= free_memory(cpu) / 2 else "disk"
+    free = free_memory(device)
+    if offload == "auto":
+        if size <= free / 2:
+            offload = "none"
+        elif device.type != "cpu" and size <= free_memory(torch.device("cpu")) / 2:
+            offload = "cpu"
+        else:
+            offload = "disk"
     log.debug(
-        "weights: %.3g GB; free on %s: %.3g GB; offload %s", size / 1e9, device, free / 1e9, found
+        "weights: %.3g GB; free on %s: %.3g GB; offload %s", size / 1e9, device, free / 1e9, offload
     )
-    return found
-
-
-class Memory:
-    """Weights in main memory, pinned where a GPU fetches them from there."""
-
-    shared = True  # what it reads is what it keeps, and must not be written to
-
-    def __init__(self, tensors: Mapping[str, Tensor], pinned: bool) -> None:
-        self.dense = {name: _pinned(tensor, pinned) for name, tensor in tensors.items()}
-        self.changed: Tensors = {}
-
-    def read(self, name: str, names: list[str]) -> Tensors:
-        """Return the tensors of a unit."""
-        return {name: self.changed.get(name, self.dense[name]) for name in names}
-
-    def expect(self, name: str, names: list[str]) -> None:
-        """Do nothing: the tensors of a unit are here."""
-
-    def write(self, name: str, tensors: Tensors) -> None:
-        """Keep the changed tensors of a unit."""
-        for key, tensor in tensors.items():
-            self.changed[key] = tensor.to("cpu", self.dense[key].dtype, copy=True)
-
-    def revert(self) -> None:
-        """Forget all changes."""
-        self.changed.clear()
+    return offload
 
 
 @dataclass
-class Disk:
-    """Weights in safetensors files: the dense ones where they lie, changed units in `folder`.
+class Store:
+    """Where the weights of a model rest: tensors in main memory, or the files that hold them.
 
-    files: the file of every tensor.
+    dense: the tensor or the file of every name. folder: for files of what has changed, None to keep
+    that in main memory.
     """
 
-    shared: ClassVar[bool] = False
-    files: dict[str, Path]
-    folder: Path
-    units: dict[str, Path] = field(default_factory=dict)  # those that have changed
+    dense: Mapping[str, Tensor | Path]
+    folder: Path | None = None
+    changed: dict[str, Tensor | Path] = field(default_factory=dict)
 
-    def read(self, name: str, names: list[str]) -> Tensors:
-        """Return the tensors of a unit."""
-        if name in self.units:
-            return read_tensors(self.units[name], way=AGAIN)
-        found: Tensors = {}
-        for file in dict.fromkeys(self.files[key] for key in names):
+    def read(self, names: Iterable[str]) -> Tensors:
+        """Return tensors by their names; what rests in memory is not to be written to."""
+        places = {name: self.changed.get(name, self.dense[name]) for name in names}
+        tensors = {name: place for name, place in places.items() if isinstance(place, Tensor)}
+        for file in {place for place in places.values() if isinstance(place, Path)}:
             way = {"way": AGAIN} if file.parent == self.folder else {}
-            found |= read_tensors(file, [key for key in names if self.files[key] == file], **way)
-        return found
+            tensors |= read_tensors(file, [n for n in places if places[n] == file], **way)
+        return tensors
 
-    def expect(self, name: str, names: list[str]) -> None:
-        """Let the system read the files of a unit ahead, where it can."""
-        files = [self.units[name]] if name in self.units else {self.files[key] for key in names}
-        for file in files if hasattr(os, "posix_fadvise") else []:
-            with file.open("rb") as handle:
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the system read the files of tensors ahead, where it can."""
+        for place in {self.changed.get(name, self.dense[name]) for name in names}:
+            if isinstance(place, Path) and hasattr(os, "posix_fadvise"):
+                with place.open("rb") as handle:
+                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def write(self, name: str, tensors: Tensors) -> None:
-        """Write all tensors of a unit, some of which have changed, in the dtypes they came in."""
-        before = self.read(name, list(tensors))
-        path = self.folder / f"{name or 'rest'}.safetensors"
-        write_tensors(path, {key: value.to(before[key].dtype) for key, value in tensors.items()})
-        self.units[name] = path
-
-    def revert(self) -> None:
-        """Forget all changes."""
-        self.units.clear()
+    def write(self, unit: str, tensors: Tensors) -> None:
+        """Keep all tensors of a unit, some of which have changed, in the dtypes they came in."""
+        kept = self.read(tensors)
+        for name, tensor in tensors.items():
+            kept[name] = tensor.to("cpu", kept[name].dtype, copy=not self.folder)
+        if self.folder:
+            file = self.folder / f"{unit}.safetensors"
+            write_tensors(file, kept)
+            self.changed |= dict.fromkeys(kept, file)
+        else:
+            self.changed |= kept
 
 
 @dataclass(eq=False)
 class Unit:
-    """Parameters, by their names in the model, that come to the device together."""
+    """Parameters, by their names in the model, that come to the device together.
+
+    depth: how many uses of them are under way. hooked: whether they come and go with the runs of
+    the module.
+    """
 
     name: str
     module: nn.Module
@@ -132,123 +110,115 @@ class Unit:
     offload: Offload
     depth: int = 0
     version: int = 0
-    hooked: bool = True  # whether it comes and goes with the runs of its module
-
-    def hook(self) -> list[RemovableHandle]:
-        """Let the parameters come when the module runs, and go when it is done."""
-        return [
-            self.module.register_forward_pre_hook(self.before, prepend=True),
-            self.module.register_forward_hook(self.after, always_call=True),
-        ]
+    hooked: bool = True
 
     def enter(self) -> None:
         """Bring the parameters to the device, where they are not there yet."""
         self.depth += 1
         if self.depth == 1:
+            device, copy = self.offload.device, not self.offload.store.folder
             for name, tensor in self.offload.fetch(self).items():
-                own = self.parameters[name]
-                copy = self.offload.store.shared
-                own.data = tensor.to(self.offload.device, own.dtype, non_blocking=True, copy=copy)
+                parameter = self.parameters[name]
+                parameter.data = tensor.to(device, parameter.dtype, non_blocking=True, copy=copy)
             self.version = self._version()
 
     def leave(self) -> None:
-        """Put back what has changed, and give the memory back, where nobody is left inside."""
+        """Put back what has changed, and give the memory back, where no other use is under way."""
         self.depth -= 1
         if self.depth:
             return
         if self._version() != self.version:
-            self.offload.store.write(
-                self.name, {name: value.detach() for name, value in self.parameters.items()}
-            )
+            changed = {name: parameter.detach() for name, parameter in self.parameters.items()}
+            self.offload.store.write(self.name, changed)
         self.forget()
 
     def before(self, *_: object) -> None:
-        """Come to the device for a run of the module."""
         if self.hooked:
             self.enter()
 
     def after(self, *_: object) -> None:
-        """Go again after it."""
         if self.hooked:
             self.leave()
 
     def forget(self) -> None:
-        """Let the parameters hold NaN, in the memory of a single number."""
-        for own in self.parameters.values():
-            own.data = absent(own.shape, own.dtype, self.offload.device)
+        for parameter in self.parameters.values():
+            parameter.data = placeholder(parameter.shape, parameter.dtype, self.offload.device)
 
     def _version(self) -> int:
-        return sum(own._version for own in self.parameters.values())
+        return sum(parameter._version for parameter in self.parameters.values())
 
 
 class Offload:
     """The units of a model, and the store they come from; ends with `close`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        blocks: Mapping[str, nn.Module],
-        store: Memory | Disk,
-        device: torch.device | None = None,
+        self, model: nn.Module, blocks: Mapping[str, nn.Module], store: Store, device: torch.device
     ) -> None:
         map_large()
-        self.store = store
-        self.device = device or next(model.parameters()).device
-        self.units = _units(self, model, blocks)
+        self.store, self.device = store, device
+        names = {value: name for name, value in model.named_parameters()}  # one of tied weights
+        inside = {module for block in blocks.values() for module in block.modules()}
+        self.units = [
+            Unit(name, module, {names[value]: value for value in module.parameters()}, self)
+            for name, module in model.named_modules()
+            if name in blocks
+            or (isinstance(module, nn.Embedding | nn.Linear) and module not in inside)
+        ]
         self.blocks = [unit for unit in self.units if unit.name in blocks]
         self.last: Unit | None = None
         self.next: tuple[Unit, Future[Tensors]] | None = None
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gblm-read")
         self.hooks: list[RemovableHandle] = []
-        away = {own for unit in self.units for own in unit.parameters.values()}
-        stays = {name: own for name, own in model.named_parameters() if own not in away}
-        for name, tensor in store.read("", list(stays)).items():
+        away = {name for unit in self.units for name in unit.parameters}
+        stays = {name: value for name, value in model.named_parameters() if name not in away}
+        for name, tensor in store.read(stays).items():
             stays[name].data = tensor.to(self.device, stays[name].dtype, copy=True)
         for buffer in model.buffers():
             buffer.data = buffer.to(self.device)
         for unit in self.units:
             unit.forget()
-            KNOWN[id(unit.module)] = unit
-            self.hooks += unit.hook()
+            UNITS[id(unit.module)] = unit
+            self.hooks += [
+                unit.module.register_forward_pre_hook(unit.before, prepend=True),
+                unit.module.register_forward_hook(unit.after, always_call=True),
+            ]
 
     @property
     def kind(self) -> str:
         """Where the weights live: "cpu" or "disk"."""
-        return "cpu" if isinstance(self.store, Memory) else "disk"
+        return "disk" if self.store.folder else "cpu"
 
     def fetch(self, unit: Unit) -> Tensors:
-        """Return the tensors of a unit from the store, and start to read the one likely next."""
-        ready, self.next = self.next, None
-        tensors = ready[1].result() if ready and ready[0] is unit else self._read(unit)
-        if unit in self.blocks:
-            at = self.blocks.index(unit)
-            back = self.last in self.blocks[at + 1 :]
-            after = at - 1 if back else at + 1
-            if 0 <= after < len(self.blocks):
-                following = self.blocks[after]
-                if self.device.type == "cpu":  # no room of our own for what is near already
-                    self.store.expect(following.name, list(following.parameters))
-                else:
-                    self.next = (following, self.reader.submit(self._read, following))
-            self.last = unit
+        """Return the tensors of a unit from the store, and start to read the block likely next."""
+        ahead, self.next = self.next, None
+        tensors = (
+            ahead[1].result() if ahead and ahead[0] is unit else self.store.read(unit.parameters)
+        )
+        if unit not in self.blocks:
+            return tensors
+        at = self.blocks.index(unit)
+        backwards = self.last in self.blocks[at + 1 :]
+        for block in self.blocks[at - 1 : at] if backwards else self.blocks[at + 1 : at + 2]:
+            if self.device.type == "cpu":  # no room of our own for what is near already
+                self.store.read_ahead(block.parameters)
+            else:
+                self.next = (block, self.reader.submit(self.store.read, block.parameters))
+        self.last = unit
         return tensors
-
-    def _read(self, unit: Unit) -> Tensors:
-        return self.store.read(unit.name, list(unit.parameters))
 
     def revert(self) -> None:
         """Make all weights dense again."""
         self.next = None
-        self.store.revert()
+        self.store.changed.clear()
 
     @contextmanager
     def home(self) -> Iterator[None]:
         """Have all parameters in main memory, as they are now, for a time."""
         try:
             for unit in self.units:
-                for name, tensor in self._read(unit).items():
-                    own = unit.parameters[name]
-                    own.data = tensor.to("cpu", own.dtype)
+                for name, tensor in self.store.read(unit.parameters).items():
+                    parameter = unit.parameters[name]
+                    parameter.data = tensor.to("cpu", parameter.dtype)
             yield
         finally:
             for unit in self.units:
@@ -261,7 +231,7 @@ class Offload:
         for hook in self.hooks:
             hook.remove()
         for unit in self.units:
-            KNOWN.pop(id(unit.module), None)
+            UNITS.pop(id(unit.module), None)
 
 
 def map_large() -> None:
@@ -275,7 +245,7 @@ def map_large() -> None:
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
-def absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of NaN, in the memory of a single number."""
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
 
@@ -291,18 +261,20 @@ def offloaded(
 
     On disk that is in the folder. None where they live on the device, and are there then.
     """
-    kind = find_offload(offload, sum(own.nbytes for own in model.parameters()), device)
+    parameters = dict(model.named_parameters())
+    kind = find_offload(offload, sum(value.nbytes for value in parameters.values()), device)
     if kind == "none":
         model.to(device)
         return None
     if kind == "cpu":
-        store = Memory(dict(model.named_parameters()), pinned=device.type == "cuda")
-        return Offload(model, blocks, store, device)
-    files: dict[str, Path] = {}
-    for i, (name, tensor) in enumerate(model.named_parameters()):
-        files[name] = folder / f"dense-{i}.safetensors"
-        write_tensors(files[name], {name: tensor.detach()})
-    return Offload(model, blocks, Disk(files, folder), device)
+        dense = {name: value.detach().to("cpu") for name, value in parameters.items()}
+        if device.type == "cuda":  # which fetches faster from pinned memory
+            dense = {name: tensor.pin_memory() for name, tensor in dense.items()}
+        return Offload(model, blocks, Store(dense), device)
+    files = {name: folder / f"dense-{i}.safetensors" for i, name in enumerate(parameters)}
+    for name, parameter in parameters.items():
+        write_tensors(files[name], {name: parameter.detach()})
+    return Offload(model, blocks, Store(files, folder), device)
 
 
 def read_when_used(
@@ -317,71 +289,50 @@ def read_when_used(
     files: the file of every tensor, buffers too where they are in one. Changed units go into the
     folder.
     """
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay so
     for module in model.modules():
-        for name, own in module.named_parameters(recurse=False):
-            if own not in made:
-                empty = absent(own.shape, own.dtype, device)
-                made[own] = nn.Parameter(empty, requires_grad=False)
-            module.register_parameter(name, made[own])
+        for name, meta in module.named_parameters(recurse=False):
+            if meta not in replaced:
+                empty = placeholder(meta.shape, meta.dtype, device)
+                replaced[meta] = nn.Parameter(empty, requires_grad=False)
+            module.register_parameter(name, replaced[meta])
     for name, buffer in model.named_buffers():
         if name in files:
             buffer.copy_(read_tensors(files[name], [name])[name])
-    return Offload(model, blocks, Disk(files, folder), device)
+    return Offload(model, blocks, Store(files, folder), device)
 
 
-# By the id of the module, which its unit keeps alive as long as it is here itself.
-KNOWN: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
+# By the id of the module, which its unit keeps alive as long as it is in here.
+UNITS: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
 
 
 @contextmanager
-def here(module: nn.Module) -> Iterator[None]:
+def onload(module: nn.Module) -> Iterator[None]:
     """Have the parameters of a module on the device for a time: nothing to do where they live."""
-    unit = KNOWN.get(id(module))
-    if unit is None:
-        yield
-        return
-    unit.enter()
+    unit = UNITS.get(id(module))
+    if unit:
+        unit.enter()
     try:
         yield
     finally:
-        unit.leave()
+        if unit:
+            unit.leave()
 
 
 @contextmanager
-def stay_away(module: nn.Module) -> Iterator[None]:
-    """Let the parameters of a module not come and go with its runs for a time; `here` has them."""
-    unit = KNOWN.get(id(module))
-    if unit is None:
-        yield
-        return
-    unit.hooked = False
+def unhooked(module: nn.Module) -> Iterator[None]:
+    """Let parameters not come and go with runs of their module for a time; `onload` has them."""
+    unit = UNITS.get(id(module))
+    if unit:
+        unit.hooked = False
     try:
         yield
     finally:
-        unit.hooked = True
+        if unit:
+            unit.hooked = True
 
 
 def offload_of(model: nn.Module) -> Offload | None:
     """Return how a model is offloaded, None where it is not."""
-    units = (KNOWN.get(id(module)) for module in model.modules())
+    units = (UNITS.get(id(module)) for module in model.modules())
     return next((unit.offload for unit in units if unit), None)
-
-
-def _units(offload: Offload, model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
-    known = {own: name for name, own in model.named_parameters()}  # one name of tied weights
-    within = {inner for block in blocks.values() for inner in block.modules()}
-    chosen = {
-        name: module
-        for name, module in model.named_modules()
-        if name in blocks or (isinstance(module, nn.Embedding | nn.Linear) and module not in within)
-    }
-    return [
-        Unit(name, module, {known[own]: own for own in module.parameters()}, offload)
-        for name, module in chosen.items()
-    ]
-
-
-def _pinned(tensor: Tensor, pinned: bool) -> Tensor:
-    tensor = tensor.detach().to("cpu")
-    return tensor.pin_memory() if pinned else tensor

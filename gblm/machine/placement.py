@@ -40,7 +40,6 @@ class Placement:
             self.place = "memory"
 
     def rest(self, x: Tensor) -> Tensor:
-        """Return the tensor where it may rest: itself where that is the device."""
         if self.place == "device" or (self.place == "memory" and x.device == CPU):
             return x
         if self.place == "file" and self.folder:
@@ -48,15 +47,13 @@ class Placement:
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x)
 
     def wake(self, x: Tensor) -> Tensor:
-        """Return the tensor on the device."""
         return x.to(self.device, non_blocking=True)
 
 
 def _in_file(x: Tensor, folder: Path) -> Tensor:
     """Return the tensor as a mapping of a file, which goes when nobody holds the tensor."""
-    plain = x.detach().to("cpu").contiguous()
     with tempfile.NamedTemporaryFile(dir=folder, prefix="rest-") as file:
-        file.write(plain.view(-1).view(torch.uint8).numpy().data)
+        file.write(x.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         mapped = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype)
     return mapped.view(x.shape)

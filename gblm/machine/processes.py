@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,12 +39,12 @@ def launched(device: str) -> Iterator[str]:
         yield device
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
     if cuda:
-        torch.cuda.set_device(own)
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     try:
-        yield own
+        yield device
         dist.barrier()  # nobody leaves while others still need its connections
     finally:
         dist.destroy_process_group()
@@ -74,31 +74,23 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their sums over all processes, by one all-reduce for each dtype."""
     if world() == 1:
         return
-    kinds: dict[torch.dtype, list[Tensor]] = {}
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        kinds.setdefault(tensor.dtype, []).append(tensor)
-    for found in kinds.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in found])
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for alike in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
         dist.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in found])
-        for tensor, part in zip(found, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        for tensor, total in zip(alike, flat.split([x.numel() for x in alike]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
-def add_statistics(found: list[Statistics]) -> None:
+def add_statistics(statistics: list[Statistics]) -> None:
     """Make statistics those of the samples of all processes."""
-    if world() == 1:
-        return
-    tensors = [tensor for statistics in found for tensor in statistics.sums.values()]
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    counts = [torch.tensor(_counts(statistics), device=device) for statistics in found]
-    add_up(tensors + counts)
-    for statistics, count in zip(found, counts, strict=True):
-        statistics.samples, statistics.positions, statistics.differentiated = count.tolist()
-
-
-def _counts(statistics: Statistics) -> list[int]:
-    return [statistics.samples, statistics.positions, statistics.differentiated]
+    add_up(tensor for each in statistics for tensor in each.sums.values())
+    counts = gathered([(each.samples, each.positions, each.differentiated) for each in statistics])
+    for each, of_processes in zip(statistics, zip(*counts, strict=True), strict=True):
+        totals = map(sum, zip(*of_processes, strict=True))
+        each.samples, each.positions, each.differentiated = totals
 
 
 def sent(value: Tensor, source: int) -> Tensor:
@@ -111,11 +103,10 @@ def sent(value: Tensor, source: int) -> Tensor:
 
 def gathered(value: T) -> list[T]:
     """Return the values of all processes, in their order."""
-    if world() == 1:
-        return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def wait() -> None:
@@ -126,8 +117,8 @@ def wait() -> None:
 
 def agree(what: str, value: object) -> None:
     """Raise `GblmError` where a value is not the same in all processes."""
-    found = gathered(value)
-    if other := [i for i, each in enumerate(found) if each != found[0]]:
+    values = gathered(value)
+    if other := [i for i, theirs in enumerate(values) if theirs != values[0]]:
         raise GblmError(
             f"{what} of process {other[0]} is not that of process 0; check that all processes "
             "have the same files, packages and devices"

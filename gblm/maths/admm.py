@@ -87,12 +87,12 @@ def solve(
     """
     for dtype in (weight.dtype, torch.float64):
         problem = Problem.of(weight, statistics, damping, mix, dtype)
-        chosen = _mask(problem, pattern) if keep is None else keep
-        if chosen is None:
+        mask, steps = (keep, EXACT) if keep is not None else (_mask(problem, pattern), REFITS)
+        if mask is None:
             continue
-        new = refit(problem, chosen, REFITS if keep is None else EXACT) / problem.scale
+        new = refit(problem, mask, steps) / problem.scale
         if torch.isfinite(new).all():
-            return new.to(weight.dtype), chosen
+            return new.to(weight.dtype), mask
     raise GblmError("input_gram is too badly conditioned to factor; use more calibration samples")
 
 
@@ -147,9 +147,8 @@ def refit(problem: Problem, keep: Tensor, steps: int) -> Tensor:
         step.masked_fill_((norm <= least) | (curvature <= limits.tiny), 0)
         new += step * direction
         residual -= step * curved
-        now = residual.square().sum(dim=1, keepdim=True)
-        if (now <= least).all():
+        before, norm = norm, residual.square().sum(dim=1, keepdim=True)
+        if (norm <= least).all():
             break
-        direction = residual + now / norm.clamp_min(limits.tiny) * direction
-        norm = now
+        direction = residual + norm / before.clamp_min(limits.tiny) * direction
     return new

@@ -70,9 +70,7 @@ class Allocation:
 
 def uniform() -> Allocation:
     """Take the same share of every linear."""
-    return Allocation(
-        "uniform", frozenset(), lambda linears, budget: [budget.sparsity] * len(linears)
-    )
+    return Allocation("uniform", frozenset(), lambda x, budget: [budget.sparsity] * len(x))
 
 
 def gradient(norm: str = "l1", bound: float = 0.15) -> Allocation:
@@ -157,15 +155,15 @@ def patterns_for(
     for linear in linears:
         _check(allocation, linear, pattern)
     budget = _budget(pattern)
-    chosen = _counts(linears, allocation.shares(linears, budget), budget)
-    found: dict[str, Pattern] = {}
-    for linear, count in zip(linears, chosen, strict=True):
+    counts = _counts(linears, allocation.shares(linears, budget), budget)
+    by_name: dict[str, Pattern] = {}
+    for linear, count in zip(linears, counts, strict=True):
         width = budget.width(linear.weight)
         if budget.window:
-            found[linear.name] = patterns.nm(width - count, width)
+            by_name[linear.name] = patterns.nm(width - count, width)
         elif count:
-            found[linear.name] = patterns.unstructured(count / width, budget.group)
-    return found
+            by_name[linear.name] = patterns.unstructured(count / width, budget.group)
+    return by_name
 
 
 def loss_curve(linear: Weighed, norm: str, width: int) -> Tensor:
@@ -190,8 +188,8 @@ def _by_loss(name: str, norm: str, bound: float, group: str | None = None) -> Al
         raise GblmError(f"bound {bound:g} is outside (0, 1]; 0.15 is the usual one")
 
     def shares(linears: Sequence[Weighed], budget: Budget) -> list[float]:
-        own = Budget(budget.sparsity, group) if group else budget
-        curves = [loss_curve(x, norm, own.width(x.weight)) for x in linears]
+        compared = Budget(budget.sparsity, group) if group else budget
+        curves = [loss_curve(x, norm, compared.width(x.weight)) for x in linears]
         reach = max(bound, 1 / budget.window) if budget.window else bound
         return _cheapest(curves, [x.weight.numel() for x in linears], budget.sparsity, reach)
 
@@ -224,49 +222,48 @@ def _counts(linears: Sequence[Weighed], shares: list[float], budget: Budget) -> 
     budget; then linears nearest to their next step take one more, as long as one fits.
     """
     widths = [budget.width(linear.weight) for linear in linears]
-    drops = [x.weight.numel() // width for x, width in zip(linears, widths, strict=True)]
-    least = 1 if budget.window else 0
     sizes = [linear.weight.numel() for linear in linears]
+    drops = [size // width for size, width in zip(sizes, widths, strict=True)]
+    least = 1 if budget.window else 0
     total = math.floor(budget.sparsity * sum(sizes) + 1e-6)
 
-    def counts(moved: float) -> list[int]:
+    def counts_at(moved: float) -> list[int]:
         exact = [(s + moved) * width + 1e-6 for s, width in zip(shares, widths, strict=True)]
         return [max(least, min(math.floor(k), n - 1)) for k, n in zip(exact, widths, strict=True)]
 
-    def left(chosen: list[int]) -> int:
-        return total - sum(k * drop for k, drop in zip(chosen, drops, strict=True))
+    def left(counts: list[int]) -> int:
+        return total - sum(k * drop for k, drop in zip(counts, drops, strict=True))
 
     low, high = -1.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if left(counts(middle)) >= 0 else (low, middle)
-    chosen = counts(low)
+        low, high = (middle, high) if left(counts_at(middle)) >= 0 else (low, middle)
+    counts = counts_at(low)
 
     def distance(i: int) -> tuple[float, str]:
-        return (chosen[i] + 1) / widths[i] - shares[i], linears[i].name
+        return (counts[i] + 1) / widths[i] - shares[i], linears[i].name
 
-    room = left(chosen)
-    while fits := [i for i, n in enumerate(widths) if drops[i] <= room and chosen[i] < n - 1]:
+    room = left(counts)
+    while fits := [i for i, n in enumerate(widths) if drops[i] <= room and counts[i] < n - 1]:
         nearest = min(fits, key=distance)
-        chosen[nearest] += 1
+        counts[nearest] += 1
         room -= drops[nearest]
-    return chosen
+    return counts
 
 
 def _outliers(block: list[Weighed], m: float) -> float:
     """Return the share of the scores |W|·‖X‖₂ of a block that lie above m times their mean."""
-    found = [scores.wanda(*x.values()).flatten() for x in block]
-    size = sum(len(score) for score in found)
-    threshold = m * sum(score.sum(dtype=torch.float64).item() for score in found) / size
-    return sum((score > threshold).sum().item() for score in found) / size
+    values = [scores.wanda(*linear.values()) for linear in block]
+    size = sum(score.numel() for score in values)
+    threshold = m * sum(score.sum(dtype=torch.float64).item() for score in values) / size
+    return sum((score > threshold).sum().item() for score in values) / size
 
 
 def _budget(pattern: Pattern) -> Budget:
     """Return the budget that a pattern names; raises `GblmError` where it names none."""
     patterns.parse(pattern.name)
-    if pattern.window:
-        n, m = map(int, pattern.name.split(":"))
-        return Budget((m - n) / m, window=m)
+    if pattern.window and pattern.kept:
+        return Budget((pattern.window - pattern.kept) / pattern.window, window=pattern.window)
     sparsity, _, group = pattern.name.partition("/")
     return Budget(float(sparsity), group or "row")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gblm import kernels
-from gblm.base import GblmError, Pattern
+from gblm.base import GblmError, Pattern, one_of
 
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
@@ -26,8 +26,7 @@ def unstructured(sparsity: float, group: str = "row") -> Pattern:
     """
     if not 0 < sparsity < 1:
         raise GblmError(f"sparsity {sparsity:g} is outside (0, 1); 0.5 drops half of the weights")
-    if group not in GROUPS:
-        raise GblmError(f"unknown comparison group {group!r}; choose from {', '.join(GROUPS)}")
+    one_of(group, GROUPS, "comparison group")
 
     def keep(score: Tensor) -> Tensor:
         groups = score if group == "row" else score.reshape(1, -1)
@@ -72,14 +71,14 @@ def parse(text: str, group: str = "row") -> Pattern:
     """
     if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip()):
         return nm(int(match[1]), int(match[2]))
-    sparsity, _, named = text.strip().partition("/")
+    sparsity, _, own_group = text.strip().partition("/")
     try:
         value = float(sparsity)
     except ValueError:
         raise GblmError(
             f"pattern {text!r} is neither a sparsity such as 0.5 nor n:m such as 2:4"
         ) from None
-    return unstructured(value, named or group)
+    return unstructured(value, own_group or group)
 
 
 def _keep_highest(groups: Tensor, kept: int) -> Tensor:
@@ -109,5 +108,5 @@ def _smallest(groups: Tensor, k: int) -> Tensor:
     if groups.device.type != "cpu" or groups.dtype not in (torch.float32, torch.float64):
         return groups.kthvalue(k, dim=1, keepdim=True).values
     # Up to ten times as quick as torch's own.
-    found = np.partition(groups.numpy(), k - 1, axis=1)[:, k - 1 : k]
-    return torch.from_numpy(np.ascontiguousarray(found))
+    smallest = np.partition(groups.numpy(), k - 1, axis=1)[:, k - 1 : k]
+    return torch.from_numpy(np.ascontiguousarray(smallest))

@@ -27,8 +27,8 @@ def solve(
     """
     factor, dead = inverse_factor(statistics, damping)
     rows = weight.T.masked_fill(dead[:, None], 0).contiguous()  # one per column: [in, out]
-    given = None if keep is None else keep.T
-    keep = torch.zeros_like(rows, dtype=torch.bool)
+    choose = keep is None
+    keep = torch.zeros_like(rows, dtype=torch.bool) if keep is None else keep.T.contiguous()
     if pattern.window:  # a column block holds whole windows
         columns = max(1, columns // pattern.window) * pattern.window
     for start in range(0, len(rows), columns):
@@ -38,15 +38,13 @@ def solve(
         window = pattern.window or len(block)
         errors = torch.empty_like(block)
         for first in range(0, len(block), window):
-            chosen = slice(first, min(first + window, len(block)))
-            if given is None:
-                score = (block[chosen] / diagonal[chosen]).square()
-                kept = pattern.keep(finite(score, "score").T).T
-            else:
-                kept = given[start:stop][chosen]
-            keep[start:stop][chosen] = kept
-            scale = ~kept / diagonal[chosen]
-            for j in range(chosen.start, chosen.stop):
+            part = slice(first, min(first + window, len(block)))
+            kept = keep[start:stop][part]
+            if choose:
+                score = (block[part] / diagonal[part]).square()
+                kept.copy_(pattern.keep(finite(score, "score").T).T)
+            scale = ~kept / diagonal[part]
+            for j in range(part.start, part.stop):
                 torch.mul(block[j], scale[j - first], out=errors[j])
                 block[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
         rows[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

@@ -19,16 +19,8 @@ from torch import nn
 from gblm.base import GblmError
 from gblm.machine.files import write_json
 
-PACKAGES = (
-    "gblm",
-    "torch",
-    "transformers",
-    "timm",
-    "datasets",
-    "accelerate",
-    "safetensors",
-    "lm_eval",
-)
+PACKAGES: tuple[str, ...] = ("gblm", "torch", "transformers", "timm", "datasets")
+PACKAGES += ("accelerate", "safetensors", "lm_eval")
 
 Evaluation = dict[str, dict[str, float]]  # by data set: metric and value, METRIC_stderr its error
 
@@ -47,6 +39,10 @@ class LinearReport:
     relative_error: float
     seconds: float
 
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
 
 @dataclass
 class Mask:
@@ -63,8 +59,8 @@ class Mask:
 
     def grid(self) -> np.ndarray:
         """Return the kept shares 0 … 1, `[rows, columns]`; raises `ValueError` for damage."""
-        found = np.frombuffer(base64.b64decode(self.kept, validate=True), np.uint8)
-        return found.reshape(self.rows, self.columns) / 255
+        cells = np.frombuffer(base64.b64decode(self.kept, validate=True), np.uint8)
+        return cells.reshape(self.rows, self.columns) / 255
 
 
 @dataclass
@@ -97,11 +93,11 @@ def command() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages a result depends on."""
-    found = {"python": sys.version.split()[0]}
+    numbers = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            numbers[package] = version(package)
+    return numbers
 
 
 @dataclass
@@ -133,49 +129,41 @@ class Report:
     @property
     def weights(self) -> int:
         """The number of weights of all pruned linears."""
-        return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+        return sum(linear.size for linear in self.linears)
 
     @property
     def sparsity(self) -> float:
         """The share of the weights of all pruned linears that are exactly 0."""
-        sizes = [linear.shape[0] * linear.shape[1] for linear in self.linears]
-        zeros = [linear.sparsity * size for linear, size in zip(self.linears, sizes, strict=True)]
-        return sum(zeros) / sum(sizes)
+        return sum(linear.sparsity * linear.size for linear in self.linears) / self.weights
 
     def place(self, linear: str) -> tuple[str, str]:
         """Return the block of a linear and what it is there, such as `self_attn.q_proj`."""
-        own = [block for block in self.blocks if linear.startswith(f"{block}.")]
-        block = max(own, key=len, default="")
+        around = [block for block in self.blocks if linear.startswith(f"{block}.")]
+        block = max(around, key=len, default="")
         return block, linear[len(block) :].lstrip(".")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as what `report.json` holds."""
-        return {**asdict(self), "sparsity": self.sparsity}
 
     def write(self, folder: Path) -> None:
         """Write `report.json` into the folder."""
-        write_json(folder / "report.json", self.to_dict())
+        write_json(folder / "report.json", {**asdict(self), "sparsity": self.sparsity})
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """Return the report of a run's folder; raises `GblmError` where it is none."""
         path = folder / "report.json"
         try:
-            found = json.loads(path.read_text("utf-8"))
-            known = {own.name for own in fields(cls)}
-            report = cls(**{key: value for key, value in found.items() if key in known})
-            report.linears = [LinearReport(**linear) for linear in found["linears"]]
-            report.masks = {k: Mask(**mask) for k, mask in found.get("masks", {}).items()}
-            report.examples = [Example(**example) for example in found.get("examples", [])]
+            stored = json.loads(path.read_text("utf-8"))
+            names = {entry.name for entry in fields(cls)}
+            report = cls(**{name: value for name, value in stored.items() if name in names})
+            report.linears = [LinearReport(**linear) for linear in stored["linears"]]
+            report.masks = {name: Mask(**mask) for name, mask in stored["masks"].items()}
+            report.examples = [Example(**example) for example in stored["examples"]]
             _check(report)
         except FileNotFoundError:
-            raise GblmError(
-                f"{folder} holds no report.json; give a folder that --output or --report wrote"
-            ) from None
+            way = "give a folder that --output or --report wrote"
+            raise GblmError(f"{folder} holds no report.json; {way}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise GblmError(
-                f"{path} is no report ({type(error).__name__}: {error}); run the command again"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise GblmError(f"{path} is no report ({reason}); run the command again") from error
         return report
 
 
@@ -185,16 +173,16 @@ def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
     Where a data set has several metrics, each stands under the name of the set and its own. The
     standard error of a metric stands beside its value.
     """
-    found = {}
-    for name, metrics in before.items():
-        own = [metric for metric in metrics if not metric.endswith("_stderr")]
-        for metric in own:
+    entries = {}
+    for data, values in before.items():
+        metrics = [name for name in values if not name.endswith("_stderr")]
+        for metric in metrics:
             entry: dict[str, Any] = {"metric": metric}
             for end in ("", "_stderr"):
-                if (key := f"{metric}{end}") in metrics:
-                    entry |= {f"dense{end}": metrics[key], f"pruned{end}": after[name][key]}
-            found[name if len(own) == 1 else f"{name} {metric}"] = entry
-    return found
+                if (key := f"{metric}{end}") in values:
+                    entry |= {f"dense{end}": values[key], f"pruned{end}": after[data][key]}
+            entries[data if len(metrics) == 1 else f"{data} {metric}"] = entry
+    return entries
 
 
 def check_pages() -> None:
@@ -218,23 +206,22 @@ def _check(report: Report) -> None:
     """Raise `ValueError`, `TypeError` or `KeyError` where a report holds other than it should."""
     parts: list[Any] = [report, *report.linears, *report.masks.values(), *report.examples]
     for part in parts:
-        for own in fields(part):
-            origin, value = get_origin(own.type), getattr(part, own.name)
-            kind: Any = origin if origin in (list, dict) else own.type
-            if not isinstance(value, int | float if kind is float else kind):
-                raise TypeError(f"{own.name} is {value!r:.40}")
-    for numbers in (report.seconds, *map(_values, report.evaluation.values())):
-        for name, value in numbers.items():
-            if not isinstance(value, int | float):
-                raise TypeError(f"{name} is {value!r:.40}")
+        for entry in fields(part):
+            origin = get_origin(entry.type)
+            kind = origin if origin in (list, dict) else entry.type
+            _check_kind(entry.name, getattr(part, entry.name), kind)
+    for phase, seconds in report.seconds.items():
+        _check_kind(phase, seconds, float)
+    for values in report.evaluation.values():
+        _check_kind("metric", values["metric"], str)
+        for key in ("dense", "pruned", *(key for key in values if key.endswith("_stderr"))):
+            _check_kind(key, values[key], float)
     for mask in report.masks.values():
         mask.grid()
     if not report.weights > 0:
         raise ValueError("no linear in it")
 
 
-def _values(evaluation: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(evaluation["metric"], str):
-        raise TypeError("a metric has no name")
-    errors = {key: value for key, value in evaluation.items() if key.endswith("_stderr")}
-    return {**errors, **{key: evaluation[key] for key in ("dense", "pruned")}}
+def _check_kind(name: str, value: object, kind: Any) -> None:
+    if not isinstance(value, int | float if kind is float else kind):
+        raise TypeError(f"{name} is {value!r:.40}")

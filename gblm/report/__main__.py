@@ -21,25 +21,20 @@ exit codes: 0 done, 2 something given is wrong (the message says what)
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of `python -m gblm.report`."""
-    new = argparse.ArgumentParser(
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(
         "python -m gblm.report",
         description="Show a run, or compare several, on one page.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    new.add_argument("runs", nargs="+", type=Path, help="folders of --output or --report")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of --output or --report")
     output = "the page to write [%(default)s]"
-    new.add_argument("--output", type=Path, default=Path("report.html"), help=output)
-    new.add_argument("--overwrite", action="store_true", help="replace a page that is there")
-    return new
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    args = parser().parse_args(argv)
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help=output)
+    parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
+    args = parser.parse_args(argv)
     try:
         run(args.runs, args.output, args.overwrite)
     except GblmError as error:
@@ -48,32 +43,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(given: list[Path], output: Path, overwrite: bool) -> None:
+def run(paths: list[Path], output: Path, overwrite: bool) -> None:
     """Read the reports of runs and write their page; raises `GblmError` for what is none."""
     if output.is_dir():
         raise GblmError(f"--output {output} is a folder; give a file, such as {output}/all.html")
     if output.exists() and not overwrite:
         raise GblmError(f"--output {output} is there already; give another file, or --overwrite")
     check_pages()
-    folders = list(dict.fromkeys(folder for path in given for folder in found(path)))
+    folders = list(dict.fromkeys(folder for path in paths for folder in run_folders(path)))
     reports = {str(folder): Report.read(folder) for folder in folders}
     from gblm.report.page import comparison_page, run_page
 
     if len(reports) == 1:
         page = run_page(*reports.values())
     else:
+        pages = [folder / "report.html" for folder in folders]
         start = output.absolute().parent
         links = {
-            str(folder): quote(os.path.relpath(folder / "report.html", start))
-            for folder in folders
-            if (folder / "report.html").is_file()
+            str(page.parent): quote(os.path.relpath(page, start))
+            for page in pages
+            if page.is_file()
         }
         page = comparison_page(reports, links)
     write_text(output, page)
     print(f"written to {output}")
 
 
-def found(path: Path) -> list[Path]:
+def run_folders(path: Path) -> list[Path]:
     """Return the folder of a run, or those of all runs of one command in a folder."""
     if (path / "report.json").is_file() or not path.is_dir():
         return [path]

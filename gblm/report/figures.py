@@ -6,8 +6,9 @@ which lets the page shine through. A unit of a figure is a pixel of the page at 
 
 import io
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -46,92 +47,88 @@ SVG = "{http://www.w3.org/2000/svg}"
 LINK = "http://www.w3.org/1999/xlink"
 
 
-@dataclass
-class Cell:
-    """A value of a heat map, and what is said of it where a pointer rests on it."""
-
-    value: float
-    tip: str
+MAPS = (  # of which value of a linear; title, what it says, label, colour
+    (
+        "relative_error",
+        "Error by linear",
+        "How far the outputs have moved, ‖(W\u00a0−\u00a0Ŵ)X‖\u00a0/\u00a0‖WX‖, in percent.",
+        "Relative error, block by block",
+        ERROR,
+    ),
+    (
+        "sparsity",
+        "Sparsity by linear",
+        "The share of the weights that are exactly 0, in percent.",
+        "Sparsity, block by block",
+        SPARSITY,
+    ),
+)
+Row = dict[int, list[LinearReport]]  # the linears of a kind by the number of their block
+Cells = dict[int, tuple[float, str]]  # a value, and what is said where a pointer rests on it
 
 
 def heat_maps(report: Report) -> list[tuple[str, str, Markup]]:
     """Return title, what it says, and picture of error and of sparsity: depth × kind."""
-    if not report.blocks or not report.linears:
-        return []
-    rows: dict[str, dict[int, list[LinearReport]]] = {}
+    rows: dict[str, Row] = defaultdict(lambda: defaultdict(list))
+    whole: Row = defaultdict(list)
     for linear in report.linears:
         block, kind = report.place(linear.name)
         if block in report.blocks:
-            row = rows.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", kind), {})
-            row.setdefault(report.blocks.index(block), []).append(linear)
-    whole: dict[int, list[LinearReport]] = {}
-    for row in rows.values():
-        for column, found in row.items():
-            whole.setdefault(column, []).extend(found)
+            column = report.blocks.index(block)
+            rows[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", kind)][column].append(linear)
+            whole[column].append(linear)
+    if not whole:
+        return []
     rows["whole block"] = whole
-
-    def cells(of: str) -> dict[str, dict[int, Cell]]:
-        return {
-            kind: {column: _cell(found, of, report.blocks[column]) for column, found in row.items()}
+    maps = []
+    for value, title, says, label, colour in MAPS:
+        cells = {
+            kind: {i: _cell(linears, value, report.blocks[i]) for i, linears in row.items()}
             for kind, row in rows.items()
         }
-
-    return [
-        (
-            "Error by linear",
-            "How far the outputs have moved, ‖(W\u00a0−\u00a0Ŵ)X‖\u00a0/\u00a0‖WX‖, in percent.",
-            heat("error", "Relative error, block by block", cells("relative_error"), ERROR),
-        ),
-        (
-            "Sparsity by linear",
-            "The share of the weights that are exactly 0, in percent.",
-            heat("sparsity", "Sparsity, block by block", cells("sparsity"), SPARSITY),
-        ),
-    ]
+        maps.append((title, says, heat(value, label, cells, colour)))
+    return maps
 
 
-def _cell(linears: list[LinearReport], of: str, block: str) -> Cell:
-    """Return the mean of a value over linears, each by its size."""
-    sizes = [linear.shape[0] * linear.shape[1] for linear in linears]
+def _cell(linears: list[LinearReport], of: str, block: str) -> tuple[float, str]:
+    """Return the mean of a value over linears, each by its size, and what is said of it."""
+    sizes = [linear.size for linear in linears]
     value = float(np.average([getattr(linear, of) for linear in linears], weights=sizes))
     name = linears[0].name if len(linears) == 1 else f"{block}, {len(linears)} linears"
-    return Cell(value, f"{name}: {percent(value)}")
+    return value, f"{name}: {percent(value)}"
 
 
-def heat(name: str, label: str, rows: dict[str, dict[int, Cell]], colour: str) -> Markup:
+def heat(name: str, label: str, rows: dict[str, Cells], colour: str) -> Markup:
     """Return a heat map of shares: a row per kind, the last one set apart, a column per block."""
     columns = 1 + max(column for row in rows.values() for column in row)
     left, high, gap, below = 6 + 6 * max(map(len, rows)), 24, 6, 62
     wide = max(WIDTH - left - 4, 7 * columns)
-    width, height = left + wide + 4, high * len(rows) + gap + below
-    found = [cell.value for row in rows.values() for cell in row.values()]
-    low, top = min(found), max(found)
+    step = wide / columns
+    bottom = high * len(rows) + gap
+    values = [value for row in rows.values() for value, _ in row.values()]
+    low, top = min(values), max(values)
     if top - low < 0.005:  # all alike: shown as what they are between nothing and all
         low, top = 0.0, 1.0
     tips: list[str] = []
-    with drawn(name):
-        figure, axes = canvas(width, height)
+    with style(name):
+        figure, axes = canvas(left + wide + 4, bottom + below)
         for y, (kind, row) in enumerate(rows.items()):
             above = y * high + (gap if y == len(rows) - 1 else 0)
-            axes.text(left - 6, above + high / 2, kind, ha="right", va="center_baseline")
-            for column, cell in row.items():
-                share = (cell.value - low) / (top - low)
-                corner = (left + column * wide / columns + 0.5, above + 0.5)
-                box = Rectangle(corner, wide / columns - 1, high - 1, lw=0)
-                box.set(facecolor=colour, alpha=opacity(share), gid=f"tip-{len(tips)}")
-                tips.append(cell.tip)
+            text(axes, left - 6, above + high / 2, kind, "right", 11)
+            for column, (value, tip) in row.items():
+                x = left + column * step
+                box = Rectangle((x + 0.5, above + 0.5), step - 1, high - 1, lw=0)
+                alpha = opacity((value - low) / (top - low))
+                box.set(facecolor=colour, alpha=alpha, gid=f"tip-{len(tips)}")
+                tips.append(tip)
                 axes.add_patch(box)
                 if columns <= 8:
-                    middle = (corner[0] + wide / columns / 2 - 0.5, above + high / 2)
-                    text = f"{100 * cell.value:.0f}"
-                    axes.text(*middle, text, ha="center", va="center_baseline", size=10)
-        under = high * len(rows) + gap
-        step = next(s for s in (1, 2, 4, 5, 8, 10, 20, 50, 100) if columns / s <= 12 or s == 100)
-        for column in range(0, columns, step):
-            x = left + (column + 0.5) * wide / columns
-            axes.text(x, under + 9, str(column), ha="center", va="center_baseline", size=10)
-        axes.text(left - 6, under + 9, "block", ha="right", va="center_baseline", size=10)
-        scale(axes, left, under + 32, wide, low, top, colour)
+                    text(axes, x + step / 2, above + high / 2, f"{100 * value:.0f}", "center")
+        every = next(n for n in (1, 2, 4, 5, 8, 10, 20, 50, 100) if columns / n <= 12 or n == 100)
+        for column in range(0, columns, every):
+            text(axes, left + (column + 0.5) * step, bottom + 9, str(column), "center")
+        text(axes, left - 6, bottom + 9, "block", "right")
+        scale(axes, left, bottom + 32, wide, low, top, colour)
         return svg(figure, label, tips)
 
 
@@ -139,10 +136,15 @@ def scale(axes: Any, x: float, y: float, wide: float, low: float, top: float, co
     """Draw what the opacities of a colour stand for."""
     for i in range(6):
         box = Rectangle((x + i * wide / 6 + 0.5, y), wide / 6 - 1, 8, lw=0)
-        axes.add_patch(box)
         box.set(facecolor=colour, alpha=opacity(i / 5))
-    axes.text(x, y + 19, percent(low), ha="left", va="center_baseline", size=10)
-    axes.text(x + wide, y + 19, percent(top), ha="right", va="center_baseline", size=10)
+        axes.add_patch(box)
+    text(axes, x, y + 19, percent(low), "left")
+    text(axes, x + wide, y + 19, percent(top), "right")
+
+
+def text(axes: Any, x: float, y: float, words: str, align: str, size: int = 10) -> None:
+    """Write words in a line whose middle is at y."""
+    axes.text(x, y, words, ha=align, va="center_baseline", size=size)
 
 
 def opacity(share: float) -> float:
@@ -150,27 +152,24 @@ def opacity(share: float) -> float:
     return 0.1 + 0.75 * share
 
 
-def mask(name: str, found: Mask, shape: Sequence[int]) -> Markup:
+def mask(name: str, picture: Mask, shape: Sequence[int]) -> Markup:
     """Return the picture of a mask of a weight `[out, in]`: the bluer, the more is kept."""
-    grid = found.grid()
-    low, top = (0.0, 1.0) if found.corner or np.ptp(grid) < 0.02 else (grid.min(), grid.max())
-    red, green, blue = matplotlib.colors.to_rgb(SPARSITY)
+    grid, corner, side = picture.grid(), picture.corner, 240
+    low, top = (0.0, 1.0) if corner or np.ptp(grid) < 0.02 else (grid.min(), grid.max())
     colours = np.empty((*grid.shape, 4))
-    colours[:] = red, green, blue, 0
+    colours[..., :3] = matplotlib.colors.to_rgb(SPARSITY)
     colours[..., 3] = np.clip((grid - low) / (top - low), 0, 1)
-    side = 240
-    rows, columns = (found.rows, found.columns) if found.corner else shape
+    rows, columns = grid.shape if corner else shape
     wide, high = (side * min(1.0, max(0.35, x)) for x in (columns / rows, rows / columns))
-    height = round(high) + (2 if found.corner else 40)
-    with drawn(name):
-        figure, axes = canvas(round(wide), height)
+    width, height = round(wide), round(high) + (2 if corner else 40)
+    with style(name):
+        figure, axes = canvas(width, height)
         axes.imshow(colours, interpolation="none", extent=(0, wide, high, 0), aspect="auto")
-        axes.set(xlim=(0, round(wide)), ylim=(height, 0))
+        axes.set(xlim=(0, width), ylim=(height, 0))
         axes.add_patch(Rectangle((0.5, 0.5), wide - 1, high - 1, fill=False, ec=INK, lw=0.5))
-        if not found.corner:
+        if not corner:
             scale(axes, 0, high + 8, wide, low, top, SPARSITY)
-        kept = f"{percent(float(grid.mean()))} kept"
-        return svg(figure, f"Mask of {name}: {kept}")
+        return svg(figure, f"Mask of {name}: {percent(float(grid.mean()))} kept")
 
 
 @dataclass
@@ -184,7 +183,7 @@ class Point:
     window: bool = False  # of n:m
 
 
-def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metric) -> Markup:
+def pareto(name: str, points: Sequence[Point], dense: dict[str, float], metric: Metric) -> Markup:
     """Return the plot of a metric against sparsity; dense models are levels.
 
     A method has a colour, and one line for its sparsities, one with hollow marks for n:m.
@@ -197,30 +196,39 @@ def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metr
     under = 50 + 17 * -(-len(series) // columns)
     height = 210 + under
     tips: list[str] = []
-    with drawn(name):
+    with style(name):
         figure = Figure((WIDTH / 72, height / 72))
         axes = figure.add_axes((0.15, under / height, 0.79, 195 / height))
-        for label, found in series.items():
-            i = methods.index(found[0].method)
-            look: dict[str, Any] = {
-                "color": SERIES[i % len(SERIES)],
-                "marker": MARKERS[i % len(MARKERS)],
-            }
-            look |= {"fillstyle": "none" if found[0].window else "full", "label": label}
-            x, y = [point.sparsity for point in found], [point.value for point in found]
-            axes.plot(x, y, lw=1.5, ms=6, **look)
-            for point in found:  # a larger target for the pointer
+        for label, line in series.items():
+            i = methods.index(line[0].method)
+            axes.plot(
+                [point.sparsity for point in line],
+                [point.value for point in line],
+                color=SERIES[i % len(SERIES)],
+                marker=MARKERS[i % len(MARKERS)],
+                fillstyle="none" if line[0].window else "full",
+                label=label,
+                lw=1.5,
+                ms=6,
+            )
+            for point in line:  # a larger target for the pointer
                 target = axes.plot(point.sparsity, point.value, "o", ms=16, alpha=0)[0]
                 target.set(gid=f"tip-{len(tips)}")
                 tips.append(point.tip)
         for label, value in dense.items():
             axes.axhline(value, color=INK, lw=1, ls=(0, (4, 3)), alpha=0.7)
-            side = of.better or 1  # away from the runs
-            place: dict[str, Any] = {"xytext": (0, 3 * side), "textcoords": "offset points"}
-            place |= {"ha": "right", "va": "bottom" if side > 0 else "top"}
-            axes.annotate(label, (1, value), xycoords=axes.get_yaxis_transform(), **place)
+            side = metric.better or 1  # away from the runs
+            axes.annotate(
+                label,
+                (1, value),
+                xycoords=axes.get_yaxis_transform(),
+                xytext=(0, 3 * side),
+                textcoords="offset points",
+                ha="right",
+                va="bottom" if side > 0 else "top",
+            )
         values = [*(point.value for point in points), *dense.values()]
-        if of.better < 0 and min(values) > 0 and max(values) > 5 * min(values):
+        if metric.better < 0 and min(values) > 0 and max(values) > 5 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
@@ -233,14 +241,12 @@ def pareto(name: str, points: Sequence[Point], dense: dict[str, float], of: Metr
         axes.set_xlabel("sparsity")
         axes.grid(axis="y", color=INK, alpha=0.15, lw=0.6)
         figure.legend(loc="lower left", bbox_to_anchor=(0, 0), ncols=columns, frameon=False)
-        return svg(figure, f"{of.title} against sparsity", tips)
+        return svg(figure, f"{metric.title} against sparsity", tips)
 
 
-@contextmanager
-def drawn(name: str) -> Iterator[None]:
+def style(name: str) -> AbstractContextManager[None]:
     """Draw in the style of the report; the ids of a figure hang on its name."""
-    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name}):
-        yield
+    return matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name})
 
 
 def canvas(width: int, height: int) -> tuple[Figure, Any]:
@@ -269,12 +275,12 @@ def svg(figure: Figure, label: str, tips: Sequence[str] = ()) -> Markup:
         if style := element.get("style"):
             style = re.sub(r"font-family:[^;]*;? ?", "", style)
             element.set("style", style.replace(INK, "currentColor"))
-        own = element.get("id", "")
-        if own and own not in used:
+        name = element.get("id", "")
+        if name and name not in used:
             del element.attrib["id"]
-        if own.startswith("tip-"):
+        if name.startswith("tip-"):
             title = ElementTree.Element(f"{SVG}title")
-            title.text = tips[int(own.removeprefix("tip-"))]
+            title.text = tips[int(name.removeprefix("tip-"))]
             element.insert(0, title)
     width = round(72 * figure.get_figwidth())
     for key in ("width", "height", "version"):

@@ -1,7 +1,7 @@
 """Pictures of masks, taken from the zeros of the pruned weights."""
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,19 +12,18 @@ from gblm.report import Mask, Report
 CELLS = 64  # of a picture, along each side at most
 
 
-def masks(report: Report, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Mask]:
+def masks(report: Report, weight: Callable[[str], Tensor]) -> dict[str, Mask]:
     """Return pictures of the linear with the largest error, and of its kind along the model.
 
-    Those are the linears of that kind in the first, the middle and the last block. Of n:m, where
-    every cell would look alike, the picture is of the first weights, one by one.
+    Of n:m, where every cell would look alike, the picture is of the first weights, one by one.
 
-    weights: for each linear by name, what gives its pruned weight `[out, in]`.
+    weight: gives the pruned weight `[out, in]` of a linear by its name.
     """
     corner = ":" in report.pattern
-    return {name: picture(weights[name](), corner) for name in chosen(report) if name in weights}
+    return {name: picture(weight(name), corner) for name in pictured(report)}
 
 
-def chosen(report: Report) -> list[str]:
+def pictured(report: Report) -> list[str]:
     """Return the linear with the largest error, and first, middle and last of its kind."""
     if not report.linears:
         return []

@@ -13,8 +13,6 @@ from gblm.machine.files import write_text
 from gblm.report import Report, figures, wording
 from gblm.report.wording import Change, changes
 
-WORST = 10  # linears in the table
-
 
 def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> None:
     """Write the page and `report.json` of the last report, and the comparison of those there are.
@@ -22,9 +20,9 @@ def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> None:
     labels: of all runs of a command, finished or not. A single run's files are in the folder
     itself; of several, each has a folder of its label, beside the comparison.
     """
-    own = folder / labels[len(reports) - 1] if len(labels) > 1 else folder
-    reports[-1].write(own)
-    write_text(own / "report.html", run_page(reports[-1]))
+    last = folder / labels[len(reports) - 1] if len(labels) > 1 else folder
+    reports[-1].write(last)
+    write_text(last / "report.html", run_page(reports[-1]))
     if len(labels) > 1:
         done = dict(zip(labels, reports, strict=False))
         page = comparison_page(done, {label: quote(f"{label}/report.html") for label in done})
@@ -33,22 +31,19 @@ def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> None:
 
 def run_page(report: Report) -> str:
     """Return the page of one run."""
-    linears = sorted(report.linears, key=lambda linear: -linear.relative_error)
-    found = changes(report)
+    measured = changes(report)
     shapes = {linear.name: linear.shape for linear in report.linears}
-    shares = [linear.sparsity for linear in report.linears]
+    left_dense: dict[str, list[str]] = {}
+    for name, reason in report.dense.items():
+        left_dense.setdefault(reason, []).append(name)
     return render(
         "run.html.j2",
         report=report,
         title=wording.headline(report),
         name=wording.short(report.model) or "model",
-        changes=found,
-        first=next(iter(found), None),
-        worst=linears[:WORST],
-        left=left_dense(report),
-        uneven=max(shares) - min(shares) > 0.005,
-        most=max(report.linears, key=lambda linear: linear.sparsity),
-        least=min(report.linears, key=lambda linear: linear.sparsity),
+        changes=measured,
+        first=next(iter(measured), None),
+        left=left_dense,
         maps=figures.heat_maps(report),
         masks={
             name: figures.mask(name, mask, shapes[name])
@@ -59,17 +54,7 @@ def run_page(report: Report) -> str:
         shapes=shapes,
         blocks=len({report.place(linear.name)[0] for linear in report.linears}),
         zeros=round(report.weights * report.sparsity),
-        total=sum(report.seconds.values()),
-        longest=max(report.seconds.values(), default=0),
     )
-
-
-def left_dense(report: Report) -> dict[str, list[str]]:
-    """Return the linears left dense, by the reason."""
-    found: dict[str, list[str]] = {}
-    for name, reason in report.dense.items():
-        found.setdefault(reason, []).append(name)
-    return found
 
 
 def common(one: str, other: str) -> int:
@@ -90,7 +75,6 @@ class Row:
 
     @property
     def model(self) -> str:
-        """The name of the model."""
         return wording.short(self.report.model) or "model"
 
     @property
@@ -106,23 +90,23 @@ def comparison_page(runs: dict[str, Report], links: dict[str, str] | None = None
     for label, report in runs.items():
         values = {(change.data, change.metric.title): change for change in changes(report)}
         rows.append(Row(label, report, (links or {}).get(label, ""), values))
-    found = {key: change.metric for row in rows for key, change in row.values.items()}
+    metrics = {key: change.metric for row in rows for key, change in row.values.items()}
     models = list(dict.fromkeys(row.model for row in rows))
-    first = next(iter(found), None)
+    first = next(iter(metrics), None)
     best = None
-    if first and found[first].better and all(first in row.values for row in rows):
+    if first and metrics[first].better and all(first in row.values for row in rows):
         for row in rows:
             row.front = not any(beats(other, row, first) for other in rows)
-        best = max(rows, key=lambda row: row.values[first].pruned * found[first].better)
+        best = max(rows, key=lambda row: row.values[first].pruned * metrics[first].better)
     return render(
         "comparison.html.j2",
-        title=f"{wording.some(len(rows), 'run')} of {', '.join(models)}",
+        title=f"{wording.counted(len(rows), 'run')} of {', '.join(models)}",
         rows=rows,
         models=models,
-        metrics=found,
+        metrics=metrics,
         first=first,
         best=best,
-        plots={key: plot(rows, key, of) for key, of in found.items()},
+        plots={key: plot(rows, key, metric) for key, metric in metrics.items()},
     )
 
 
@@ -134,7 +118,7 @@ def beats(one: Row, other: Row, key: tuple[str, str]) -> bool:
     return sparsity >= 0 and quality >= 0 and (sparsity > 0 or quality > 0)
 
 
-def plot(rows: list[Row], key: tuple[str, str], of: wording.Metric) -> Markup:
+def plot(rows: list[Row], key: tuple[str, str], metric: wording.Metric) -> Markup:
     """Return the plot of a metric against sparsity; models are named where there are several."""
     points: list[figures.Point] = []
     dense: dict[str, float] = {}
@@ -142,12 +126,13 @@ def plot(rows: list[Row], key: tuple[str, str], of: wording.Metric) -> Markup:
     several = len({row.model for row in measured}) > 1
     for row in measured:
         report, change = row.report, row.values[key]
-        name = f"{row.model}, " if several else ""
-        method, tip = f"{name}{report.method}", f"{report.method}, {report.pattern}: {change.after}"
+        model = f"{row.model}, " if several else ""
+        method = f"{model}{report.method}"
+        tip = f"{method}, {report.pattern}: {change.after}"
         window = ":" in report.pattern
-        points.append(figures.Point(method, report.sparsity, change.pruned, name + tip, window))
-        dense[f"{name}dense"] = change.dense
-    return figures.pareto(" ".join(key), points, dense, of)
+        points.append(figures.Point(method, report.sparsity, change.pruned, tip, window))
+        dense[f"{model}dense"] = change.dense
+    return figures.pareto(" ".join(key), points, dense, metric)
 
 
 def dotted(name: str) -> Markup:
@@ -165,6 +150,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     pages.filters["dotted"] = dotted
-    words = ("number", "percent", "count", "size", "time", "some", "short")
+    words = ("number", "percent", "count", "size", "time", "counted", "short")
     pages.filters |= {word: getattr(wording, word) for word in words}
     return pages.get_template(template).render(values)

@@ -21,10 +21,10 @@ class Metric:
 
     @property
     def direction(self) -> str:
-        """Which way is better, in words."""
         return {1: "higher is better", -1: "lower is better", 0: ""}[self.better]
 
 
+PERCENT = "\u00a0%"
 METRICS = {
     "perplexity": Metric(
         "perplexity",
@@ -32,30 +32,35 @@ METRICS = {
         -1,
     ),
     "top1": Metric(
-        "top-1", "The share of pictures whose most likely class is the correct one.", 1, "\u00a0%"
+        "top-1", "The share of pictures whose most likely class is the correct one.", 1, PERCENT
     ),
     "top5": Metric(
         "top-5",
         "The share of pictures with the correct class among the five most likely.",
         1,
-        "\u00a0%",
+        PERCENT,
     ),
     "cross_entropy": Metric(
         "cross-entropy",
         "The mean negative logarithm of the probability of the correct class, in nats.",
         -1,
     ),
-    "acc": Metric("accuracy", "The share of questions answered correctly.", 1, "\u00a0%", 100),
+    "acc": Metric("accuracy", "The share of questions answered correctly.", 1, PERCENT, 100),
     "acc_norm": Metric(
         "normalised accuracy",
         "The share of questions answered correctly, with scores divided by the answer's length.",
         1,
-        "\u00a0%",
+        PERCENT,
         100,
     ),
 }
-
-
+TONES = {
+    "": "",
+    "no significant change": "",
+    "as good as before": "good",
+    "almost unchanged": "good",
+    "slightly worse": "fair",
+}
 VALUES = ("dense", "pruned", "dense_stderr", "pruned_stderr")  # of an evaluation
 
 
@@ -66,7 +71,7 @@ def metric(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Change:
-    """A metric on a data set before and after pruning, with standard errors where there are any."""
+    """A metric on a data set before and after pruning, in words, with its standard errors."""
 
     data: str
     metric: Metric
@@ -77,12 +82,10 @@ class Change:
 
     @property
     def before(self) -> str:
-        """The metric of the dense model, in words."""
         return number(self.dense) + error(self.dense_error) + self.metric.unit
 
     @property
     def after(self) -> str:
-        """The metric of the pruned model, in words."""
         return number(self.pruned) + error(self.pruned_error) + self.metric.unit
 
     @property
@@ -118,38 +121,34 @@ class Change:
     @property
     def tone(self) -> str:
         """How the verdict is to be shown: good, fair or poor."""
-        tones = {
-            "": "",
-            "no significant change": "",
-            "as good as before": "good",
-            "almost unchanged": "good",
-        }
-        return tones.get(self.verdict, "fair" if self.verdict == "slightly worse" else "poor")
+        return TONES.get(self.verdict, "poor")
 
 
 def changes(report: Report) -> list[Change]:
     """Return the metrics of a run in words, in the order they were measured."""
-    found = report.evaluation.items()
-    names = [short(name.removesuffix(f" {value['metric']}")) for name, value in found]
-    keys = list(zip(names, (value["metric"] for _, value in found), strict=True))
-    known = []
-    for data, (name, value) in zip(names, found, strict=True):
-        of = metric(value["metric"])
-        numbers = [value.get(key, 0.0) * of.factor for key in VALUES]
-        one = keys.count((data, value["metric"])) == 1
-        known.append(Change(data if one else name, of, *numbers))
-    return known
+    entries = report.evaluation.items()
+    short_names = [
+        (short(name.removesuffix(f" {entry['metric']}")), entry["metric"])
+        for name, entry in entries
+    ]
+    measured = []
+    for key, (name, entry) in zip(short_names, entries, strict=True):
+        kind = metric(entry["metric"])
+        numbers = [entry.get(value, 0.0) * kind.factor for value in VALUES]
+        data = key[0] if short_names.count(key) == 1 else name
+        measured.append(Change(data, kind, *numbers))
+    return measured
 
 
 def headline(report: Report) -> str:
     """Return a run in one line: model, sparsity, metric before and after, the verdict."""
     start = f"{short(report.model) or 'A model'} at {percent(report.sparsity)} sparsity"
-    found = next(iter(changes(report)), None)
-    if found is None:
+    change = next(iter(changes(report)), None)
+    if change is None:
         return start
-    words = f", {found.verdict}" if found.verdict else ""
-    values = f"{found.before} → {found.after} ({found.difference})"
-    return f"{start}: {found.metric.title} {values}{words}"
+    verdict = f", {change.verdict}" if change.verdict else ""
+    values = f"{change.before} → {change.after} ({change.difference})"
+    return f"{start}: {change.metric.title} {values}{verdict}"
 
 
 def short(name: str) -> str:
@@ -198,7 +197,7 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def some(value: int, word: str) -> str:
+def counted(value: int, word: str) -> str:
     """Return a count and its word, in the plural unless the count is 1."""
     return f"{value:,} {word}" if value == 1 else f"{value:,} {word}s"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm.base import Adapter, Batch, GblmError, Kind
-from gblm.machine.offload import here
+from gblm.machine.offload import onload
 
 # Where a tensor holds its samples: the dimension, and how many entries of it each sample has.
 Carried = tuple[int, int] | None
@@ -108,7 +108,7 @@ def parameters(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tupl
     within = {module for block in blocks for module in block.modules()} - set(blocks)
     for name, module in model.named_modules():
         if module not in within:
-            with here(module):  # all of a block at once, of another module what is its own
+            with onload(module):  # all of a block at once, of another module what is its own
                 yield from module.named_parameters(name, recurse=module in blocks)
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.machine import processes
 from gblm.machine.device import MicroBatch, free_memory, memory_errors, out_of_memory
-from gblm.machine.offload import here, offload_of
+from gblm.machine.offload import offload_of, onload
 from gblm.maths import stats
 from gblm.walk.blocks import Block, Linear, cut, frozen, hooked, size, take, to_device
 from gblm.walk.call import Call, part, place
@@ -214,7 +214,7 @@ class Blocks:
     def _forward(self, block: Block, runs: list[Run]) -> None:
         """Take all micro-batches through a block, and keep what they leave there."""
         self.passed.append([])
-        with here(block.module):
+        with onload(block.module):
             for run in runs:
                 call = run.at(block)
                 with torch.no_grad():
@@ -259,7 +259,7 @@ class Blocks:
         if kept and self.resumed:
             self._advance()
             return {}
-        with here(block.module):
+        with onload(block.module):
             sums, gradients = self.walk.micro.run(lambda step: self._recompute(block, passed, step))
         for own, by_leaf in zip(passed, gradients, strict=True):
             if by_leaf:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gblm.base import DENSE_OUTPUTS, Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.machine import processes
 from gblm.machine.device import memory_errors
-from gblm.machine.offload import here
+from gblm.machine.offload import onload
 from gblm.maths import allocation, patterns, stats
 from gblm.maths.allocation import Allocation, Weighed
 from gblm.report import Report, clock
@@ -188,7 +188,7 @@ class Budget:
                 self.inputs |= {linear.name: inputs.statistics for linear in inputs.group}
 
     def _read(self, block: Block, linear: Linear) -> tuple[Tensor, Statistics]:
-        with here(block.module):
+        with onload(block.module):
             weight = linear.weight.clone()
         inputs = self.inputs.get(linear.name, Statistics({}))
         gradient = self.gradients.get(linear.name)
@@ -196,7 +196,7 @@ class Budget:
 
 
 def _checksum(block: Block) -> list[float]:
-    with torch.no_grad(), here(block.module):
+    with torch.no_grad(), onload(block.module):
         return [own.double().abs().sum().item() for own in block.module.parameters()]
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch, GblmError
 from gblm.machine.device import memory_errors
-from gblm.machine.offload import here
+from gblm.machine.offload import onload
 from gblm.walk.blocks import Block, Carried, Linear, cut, frozen, hooked, parameters, to_device
 
 OTHERS = 16  # samples at most that are tried until every linear of a block has been used,
@@ -268,7 +268,7 @@ def _unfit(block: Block, linear: Linear, owners: dict[nn.Parameter, list[str]]) 
         return f"its weight is a {type(weight.data).__name__}"
     if not weight.is_floating_point() or weight.itemsize < 2:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    with here(block.module):
+    with onload(block.module):
         matrix = linear.kind.weight(module)
         if not valueless(matrix) and matrix.data_ptr() != weight.data_ptr():
             raise GblmError(

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from gblm.base import GblmError, Pattern, Statistics
 from gblm.machine import processes
 from gblm.machine.device import exact
-from gblm.machine.offload import here
+from gblm.machine.offload import onload
 from gblm.maths import stats
 from gblm.report import LinearReport
 from gblm.walk.blocks import Block, Linear, frozen, hooked
@@ -216,7 +216,7 @@ def forward(
         dense, pruned = streams if beside else ([], streams[0])
         for block in walk.blocks:
             calls, beside_them = ([run.at(block) for run in runs] for runs in (pruned, dense))
-            with here(block.module):
+            with onload(block.module):
                 visit = Visit(walk, block, calls, beside_them, patterns, gradients)
                 work(visit)
                 if block is walk.blocks[-1]:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 from gblm.base import Adapter, Batch, GblmError
 from gblm.machine import processes
 from gblm.machine.device import MicroBatch, find_compute_dtype, memory_errors
-from gblm.machine.offload import absent, stay_away
+from gblm.machine.offload import placeholder, unhooked
 from gblm.machine.placement import Placement
 from gblm.walk.blocks import Block, Part, check_samples, cut, size, to_device
 from gblm.walk.call import Call, Forward, Output
@@ -108,7 +108,7 @@ class Walk:
         parts = self.micro_batches()
         with ExitStack() as stack:
             for block in self.blocks:
-                stack.enter_context(stay_away(block.module))
+                stack.enter_context(unhooked(block.module))
                 stack.callback(_restore(block.module))
                 block.module.forward = _Gate(block, block.module.forward)
             made = [[Run(self, part) for part in parts] for _ in range(streams)]
@@ -200,7 +200,7 @@ class Run:
         if placement.place != "device":
             for key, leaf in carried.items():
                 self.away.append((leaf, rests[key]))
-                leaf.data = absent(leaf.shape, leaf.dtype, leaf.device)
+                leaf.data = placeholder(leaf.shape, leaf.dtype, leaf.device)
             leaves = [rests.get(id(leaf), leaf) for leaf in leaves]
         return Call(
             arrival.block,

@@ -25,7 +25,7 @@ def test_sizes_and_times():
     times = [wording.time(value).replace("\u00a0", " ") for value in (1.23, 100, 3599.6, 7200)]
     assert times == ["1.2 s", "1 min 40 s", "1 h 00 min", "2 h 00 min"]
     assert wording.count(1234) == "1,234"
-    assert wording.some(1, "run") == "1 run"
+    assert wording.counted(1, "run") == "1 run"
 
 
 @pytest.mark.parametrize(
