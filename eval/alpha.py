@@ -25,7 +25,7 @@ from gblm.base import one_of
 from gblm.command.settings import listed
 from gblm.command.side import guarded
 from gblm.maths import scores
-from gblm.walk.survey import Linear
+from gblm.walk.blocks import Linear
 
 NOVELS = "$GBLM_ASSETS/text/novels"
 STORIES = "$GBLM_ASSETS/../golden/stories260K"

@@ -39,8 +39,8 @@ from gblm.base import one_of
 from gblm.command.settings import listed
 from gblm.command.side import guarded
 from gblm.maths import patterns, stats
+from gblm.walk.blocks import Linear
 from gblm.walk.prune import check
-from gblm.walk.survey import Linear
 
 Structure = tuple[float, float]  # of the columns of a mask, and of its rows
 

@@ -37,9 +37,9 @@ from gblm.command.side import guarded
 from gblm.machine.device import find_device
 from gblm.maths import patterns, stats
 from gblm.methods import METHODS, make
+from gblm.walk.blocks import Linear
 from gblm.walk.gradients import Gradients, sweep
 from gblm.walk.prune import Pruning, check, needed
-from gblm.walk.survey import Linear
 from gblm.walk.visit import Visit, forward, together
 from gblm.walk.walk import Walk
 

@@ -31,7 +31,7 @@ from gblm.base import Pattern, Solver, Statistics
 from gblm.command.settings import listed
 from gblm.maths import admm, patterns, sparsegpt, stats
 from gblm.maths.scores import wanda
-from gblm.walk.survey import Linear
+from gblm.walk.blocks import Linear
 
 
 def scaled(weight: Tensor, statistics: Statistics, damping: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,7 +31,7 @@ class Statistics:
     `sums` holds them by name: `input_sq [in]`, `input_gram [in, in]`, `grad_abs [out, in]`, …: see
     `gblm.maths.stats`. `samples` is the number of calibration samples, `positions` the number of
     input vectors they held, `differentiated` the number of samples whose gradients were added.
-    Nothing here is divided by a count: a score does that in sight.
+    Nothing here is divided by a count: a score does that in footprint.
     """
 
     sums: dict[str, Tensor]
@@ -95,8 +95,8 @@ class Step(ABC):
         """Work on one block: a `gblm.walk.visit.Visit` gives its calls, its inputs, its targets."""
 
     @abstractmethod
-    def cost(self, sight: Any) -> Any:
-        """Return the `gblm.machine.speed.Cost` of all blocks of a `gblm.walk.sight.Sight`."""
+    def cost(self, footprint: Any) -> Any:
+        """Return the `Cost` of all blocks of a model, by its `gblm.walk.footprint.Footprint`."""
 
     def key(self) -> dict[str, str]:
         """Return what tells this step from another in the journal of a run: its options."""

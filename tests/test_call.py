@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_flatten
 
 import gblm
 from gblm import methods
+from gblm.walk.blocks import Block
 from gblm.walk.call import Call, part, place
-from gblm.walk.survey import Block
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 

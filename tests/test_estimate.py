@@ -18,9 +18,10 @@ from gblm.machine.speed import Cost, Machine
 from gblm.maths import patterns
 from gblm.methods import METHODS, SOLVERS, make
 from gblm.vit.__main__ import main as vit_main
+from gblm.walk.blocks import frozen
+from gblm.walk.footprint import Footprint, footprint
 from gblm.walk.gradients import activations
-from gblm.walk.sight import Sight, sight
-from gblm.walk.survey import quiet, survey
+from gblm.walk.survey import survey
 
 MACHINE = Machine(torch.device("cpu"), operations=1e9, bytes=1e9, call=0)
 
@@ -31,7 +32,7 @@ def flags(llm: list[str]) -> list[str]:
     return [*llm[1:at], *llm[at + 2 :]]
 
 
-def shapes(found: Sight) -> list[tuple]:
+def shapes(found: Footprint) -> list[tuple]:
     blocks = [(b.name, b.dense, [[x.name for x in g] for g in b.groups]) for b in found.blocks]
     return [*blocks, *((x.name, x.shape, x.positions) for x in found.linears)]
 
@@ -41,10 +42,10 @@ def test_fake_tensors_show_what_values_do(make_llama):
     with FakeTensorMode():
         model = LlamaForCausalLM(config).eval()
         one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-        fake = sight(model, one, adapters.adapter(model))
+        fake = footprint(model, one, adapters.adapter(model))
     model = make_llama()
     one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-    real = sight(model, one, adapters.adapter(model))
+    real = footprint(model, one, adapters.adapter(model))
     assert shapes(fake) == shapes(real)
     for name in ("weights", "numbers", "sample", "stream", "trunk", "head"):
         assert getattr(fake, name) == getattr(real, name) > 0, name
@@ -55,17 +56,17 @@ def test_fake_tensors_show_what_values_do(make_llama):
 def test_operations_are_those_of_the_linears_at_least(make_llama):
     model = make_llama()
     one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-    found = sight(model, one, adapters.adapter(model))
+    found = footprint(model, one, adapters.adapter(model))
     linears = sum(2 * x.weight.numel() * x.positions for x in found.linears)
     assert linears <= found.trunk <= 1.2 * linears
     assert found.head == 2 * 12 * model.lm_head.weight.numel()
-    with quiet(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad():
         kept, head = activations(model, one, adapters.adapter(model), found.blocks)
     assert kept >= sum(4 * x.positions * x.shape[0] for x in found.linears)
     assert head >= 4 * 11 * model.lm_head.weight.shape[0]
 
 
-def cost(found: Sight, name: str, text: str = "0.5", **task) -> estimate.Estimate:
+def cost(found: Footprint, name: str, text: str = "0.5", **task) -> estimate.Estimate:
     method = gblm.METHODS[name]()
     whole = Task(**{"samples": 64, "micro": 8, "taken": 0, "peak": 0, **task})
     pattern = patterns.parse(text, method.group)
@@ -75,7 +76,7 @@ def cost(found: Sight, name: str, text: str = "0.5", **task) -> estimate.Estimat
 def test_estimates_grow_with_what_is_asked_for(make_llama):
     model = make_llama()
     one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-    found = sight(model, one, adapters.adapter(model))
+    found = footprint(model, one, adapters.adapter(model))
     seconds = {name: sum(cost(found, name).seconds.values()) for name in gblm.METHODS}
     assert seconds["wanda"] < seconds["gblm"] < seconds["best"]
     assert seconds["wanda"] < seconds["sparsegpt"] < seconds["best"]
@@ -97,7 +98,7 @@ def test_estimates_grow_with_what_is_asked_for(make_llama):
 def test_every_solver_has_a_cost_of_its_own(make_llama):
     model = make_llama()
     one = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
-    found = sight(model, one, adapters.adapter(model))
+    found = footprint(model, one, adapters.adapter(model))
     wanda = sum(step.cost(found).operations for step in make("wanda").steps)
     solving = {name for name in METHODS if "input_gram" in make(name).needs}
     for name in {*solving, *(f"wanda+{solver}" for solver in SOLVERS)}:
@@ -152,7 +153,7 @@ def test_a_dry_run_reads_weights_where_shapes_do_not_suffice(flags: list[str], c
             raise RuntimeError("this model looks at its values")
         return real(model, batch, adapter)
 
-    monkeypatch.setattr("gblm.walk.sight.survey", choosy)
+    monkeypatch.setattr("gblm.walk.footprint.survey", choosy)
     assert llm_main([*flags, "--dry-run", "--verbose"]) == 0
     said = capsys.readouterr()
     assert "this model looks at its values" in said.err

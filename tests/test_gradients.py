@@ -10,8 +10,8 @@ from gblm import methods
 from gblm.base import Statistics
 from gblm.machine.placement import Placement
 from gblm.walk import head
+from gblm.walk.blocks import Block
 from gblm.walk.gradients import Gradients, Inputs, sweep
-from gblm.walk.survey import Block
 from gblm.walk.walk import Walk
 
 NEEDS = {"grad_abs", "grad_sq"}

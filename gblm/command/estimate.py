@@ -1,8 +1,8 @@
 """What a run would take: read off one sample, nothing run.
 
 A model without values (on the meta device, or of fake tensors) shows its blocks and linears as any
-other does, and what one sample computes and keeps (`gblm.walk.sight`). With F the operations of a
-sample's forward pass through the blocks, H those of the head, n' samples for gradients, E samples
+other does, and what one sample computes and keeps (`gblm.walk.footprint`). With F the operations
+of a sample's forward pass through the blocks, H those of the head, n' samples for gradients, E samples
 to evaluate on and W the bytes of the weights:
 
     gradients = n'·(4F + 3H)       by blocks: forward, again, by inputs, by weights; 3F by the model
@@ -28,10 +28,10 @@ from gblm.base import Method, Pattern
 from gblm.machine.device import peak_memory, resident
 from gblm.machine.speed import Cost, Machine, seconds
 from gblm.maths import stats
+from gblm.walk.blocks import Linear
+from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import FEWEST
 from gblm.walk.prune import allocated, needed
-from gblm.walk.sight import Sight
-from gblm.walk.survey import Linear
 
 # Of the memory that work takes, what an allocator holds for it; of the head, logits beside losses.
 HELD, HEAD = 1.5, 3
@@ -69,12 +69,12 @@ class Estimate:
 
 
 def estimate(
-    sight: Sight, task: Task, method: Method, pattern: Pattern, machine: Machine, free: int
+    footprint: Footprint, task: Task, method: Method, pattern: Pattern, machine: Machine, free: int
 ) -> Estimate:
     """Return what a run takes, on a machine with so much memory free: see the formulas above."""
     probe = torch.rand(512, 512, device=machine.device)
     keep = seconds(lambda: pattern.keep(probe), machine.device, 0.02) / probe.numel()
-    run = replace(sight, samples=task.samples, micro=task.micro, keep=keep)
+    run = replace(footprint, samples=task.samples, micro=task.micro, keep=keep)
     needs = needed(method, pattern)
     share = min(task.samples, max(FEWEST, round(method.share * task.samples)))
     sums = sum(_sum_bytes(linear, needs) for linear in run.linears)
@@ -110,7 +110,7 @@ def _sum_bytes(linear: Linear, needs: frozenset[str]) -> int:
     return sum(4 * math.prod(shape) for shape in shapes)
 
 
-def _allocation(run: Sight, method: Method, pattern: Pattern) -> Cost:
+def _allocation(run: Footprint, method: Method, pattern: Pattern) -> Cost:
     """Return the cost of spreading a budget over the linears."""
     allocation = allocated(method, pattern)
     if not allocation or allocation.name == "uniform":
@@ -120,7 +120,7 @@ def _allocation(run: Sight, method: Method, pattern: Pattern) -> Cost:
     return Cost(passes * run.trunk, 400 * weights)
 
 
-def _resting_bytes(run: Sight, task: Task) -> int:
+def _resting_bytes(run: Footprint, task: Task) -> int:
     """Return the bytes of the weights and the batch, and of a copy of the blocks if need be."""
     memory = (task.samples + task.evaluated) * run.sample + run.weights
     blocks = [sum(p.nbytes for p in block.module.parameters()) for block in run.blocks]
@@ -129,7 +129,7 @@ def _resting_bytes(run: Sight, task: Task) -> int:
     return memory + (sum(blocks) if task.several else 0)
 
 
-def _gradient_bytes(run: Sight, task: Task, samples: int, backward: str) -> int:
+def _gradient_bytes(run: Footprint, task: Task, samples: int, backward: str) -> int:
     """Return the bytes of a backward pass, but for the sums it makes."""
     if backward == "model":
         return max(1, task.micro // 4) * (run.kept + HEAD * run.kept_head)

@@ -24,11 +24,11 @@ from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
+from gblm.walk.blocks import Block
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import GradientFolder, Journal, fingerprint
 from gblm.walk.journal import Settings as Fingerprint
 from gblm.walk.prune import Pruning, check, needed
-from gblm.walk.survey import Block
 from gblm.walk.visit import Snapshot
 from gblm.walk.walk import Walk
 

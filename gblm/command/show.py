@@ -21,10 +21,10 @@ from gblm.maths.allocation import ALLOCATIONS
 from gblm.methods import METHODS, SOLVERS
 from gblm.report import Report
 from gblm.report.wording import short, size, time
+from gblm.walk.blocks import choose
+from gblm.walk.blocks import size as size_of
+from gblm.walk.footprint import Footprint
 from gblm.walk.prune import check
-from gblm.walk.sight import Sight
-from gblm.walk.survey import choose
-from gblm.walk.survey import size as size_of
 from gblm.walk.walk import micro_batch_for
 
 ASIDE = {"acc_norm"}  # metrics that stand in the report alone
@@ -127,16 +127,18 @@ def shown(entry: dict[str, Any], when: str) -> str:
 # The plan of a dry run.
 
 
-def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torch.device) -> None:
+def plan(
+    title: str, opened: Opened, runs: list[Run], footprint: Footprint, device: torch.device
+) -> None:
     """Print the plan of a command, in process 0 alone; nothing is run and nothing written.
 
     Raises `GblmError` where a run cannot have its pattern, or no linear is left to prune.
     """
     settings = opened.settings
-    choose(sight.blocks, list(settings.include), list(settings.exclude))
+    choose(footprint.blocks, list(settings.include), list(settings.exclude))
     for run in runs:
-        check(sight.blocks, run.method, run.pattern)
-    offload = find_offload(settings.offload, sight.weights, device) != "none"
+        check(footprint.blocks, run.method, run.pattern)
+    offload = find_offload(settings.offload, footprint.weights, device) != "none"
     evaluated, together = opened.evaluated()
     samples = math.ceil(size_of(opened.batch) / world())
     task = Task(
@@ -146,18 +148,18 @@ def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torc
         several=len(runs) > 1,
         kept=offload or keeps(settings),
         offload=offload,
-        micro=micro_batch_for(sight.blocks, samples, settings.micro_batch, device).samples,
+        micro=micro_batch_for(footprint.blocks, samples, settings.micro_batch, device).samples,
         backward="blocks" if offload else settings.backward,
     )
     if rank():
         return
     terminal = console()
-    terminal.print(_linears(title, sight))
-    for line in _lines(opened, runs, sight):
+    terminal.print(_linears(title, footprint))
+    for line in _lines(opened, runs, footprint):
         terminal.print(line, soft_wrap=True, highlight=False)
-    dtype = next(sight.linears[0].module.parameters()).dtype
-    width = max(linear.shape[1] for linear in sight.linears)
-    terminal.print(_costs(sight, runs, task, measure(device, dtype, width)))
+    dtype = next(footprint.linears[0].module.parameters()).dtype
+    width = max(linear.shape[1] for linear in footprint.linears)
+    terminal.print(_costs(footprint, runs, task, measure(device, dtype, width)))
     if device.type == "cpu":
         terminal.print(f"of the memory, {size(task.taken)} are those of libraries and data")
     closing = "nothing was run, nothing was written"
@@ -165,13 +167,13 @@ def plan(title: str, opened: Opened, runs: list[Run], sight: Sight, device: torc
         terminal.print(line)
 
 
-def _linears(title: str, sight: Sight) -> Table:
+def _linears(title: str, footprint: Footprint) -> Table:
     """Return the linears that would be pruned, by their kinds."""
     kinds: Counter[tuple[str, tuple[int, int]]] = Counter()
-    for block in sight.blocks:
+    for block in footprint.blocks:
         for linear in block.linears:
             kinds[linear.name.removeprefix(f"{block.name}."), linear.shape] += 1
-    names = [block.name for block in sight.blocks]
+    names = [block.name for block in footprint.blocks]
     heading = f"{title}: {len(names)} blocks, {names[0]} … {names[-1]}"
     table = columned(heading, "linear", "shape", "number", "weights")
     for (name, (outputs, inputs)), number in kinds.items():
@@ -180,35 +182,36 @@ def _linears(title: str, sight: Sight) -> Table:
     return table
 
 
-def _lines(opened: Opened, runs: list[Run], sight: Sight) -> list[str]:
+def _lines(opened: Opened, runs: list[Run], footprint: Footprint) -> list[str]:
     """Return what stays dense, and what would be written where, in a line each."""
-    pruned = sum(linear.weight.numel() for linear in sight.linears)
+    pruned = sum(linear.weight.numel() for linear in footprint.linears)
     why = Counter(
         (name.removeprefix(f"{block.name}."), reason)
-        for block in sight.blocks
+        for block in footprint.blocks
         for name, reason in block.dense.items()
     )
     times = f"{len(runs)} × " if len(runs) > 1 else ""
-    result = f"{times}{size(sight.numbers * opened.stored.itemsize)}"
+    result = f"{times}{size(footprint.numbers * opened.stored.itemsize)}"
     output = opened.settings.output
     return [
-        f"pruned: {pruned:,} of {sight.numbers:,} weights ({pruned / sight.numbers:.1%}), in "
-        f"{len(sight.linears)} linears",
-        f"dense: {sight.numbers - pruned:,} weights: what stands outside of the blocks, norms, "
+        f"pruned: {pruned:,} of {footprint.numbers:,} weights "
+        f"({pruned / footprint.numbers:.1%}), in "
+        f"{len(footprint.linears)} linears",
+        f"dense: {footprint.numbers - pruned:,} weights: what stands outside of the blocks, norms, "
         f"biases{', and' if why else ''}",
         *(f"    {number} × {name}: {reason}" for (name, reason), number in why.items()),
         f"written: {f'{result}, to {output}' if output else f'nothing; {result} with --output'}",
     ]
 
 
-def _costs(sight: Sight, runs: list[Run], task: Task, machine: Machine) -> Table:
+def _costs(footprint: Footprint, runs: list[Run], task: Task, machine: Machine) -> Table:
     """Return the memory and the seconds of every run."""
     free = free_memory(machine.device)
     title = f"estimated for {machine.device}, of which {size(free)} are free"
     columns = ("pattern", "memory", "gradients", "prune", "evaluate", "seconds")
     table = columned(title, "method", *columns)
     for run in runs:
-        cost = estimate(sight, task, run.method, run.pattern, machine, free)
+        cost = estimate(footprint, task, run.method, run.pattern, machine, free)
         seconds = [cost.seconds.get(phase, 0.0) for phase in ("gradients", "prune", "evaluate")]
         seconds[-1] += cost.seconds.get("evaluate dense", 0.0)
         memory = cost.memory  # on a GPU that of its tensors, as a report has it

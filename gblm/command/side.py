@@ -24,8 +24,9 @@ from gblm.maths import patterns
 from gblm.methods import make, refined
 from gblm.methods import parse as parse_method
 from gblm.report import check_pages, versions
-from gblm.walk.sight import Sight, sight
-from gblm.walk.survey import choose, survey
+from gblm.walk.blocks import choose
+from gblm.walk.footprint import Footprint, footprint
+from gblm.walk.survey import survey
 
 log = logging.getLogger(__name__)
 
@@ -182,25 +183,25 @@ def dry_run(side: Side[S], settings: S, runs: list[Run], title: str) -> None:
     device = find_device(settings.device)
     try:
         with side.sketch(settings, device) as opened:
-            shapes = sight_of(opened)
+            shapes = footprint_of(opened)
     except GblmError:
         raise
     except Exception as error:  # whatever the model's code had against it
         log.info("weights are read, for their shapes do not suffice: %s", error)
         near = replace(settings, offload="none", output=None)
         opened = side.load(near, torch.device("cpu"), Path(), {})
-        opened.settings, shapes = settings, sight_of(opened)
+        opened.settings, shapes = settings, footprint_of(opened)
     show.plan(title, opened, runs, shapes, device)
 
 
-def sight_of(opened: Opened) -> Sight:
+def footprint_of(opened: Opened) -> Footprint:
     """Return what one sample of zeros tells of a model."""
     device = next(opened.model.parameters()).device
     zeros = {
         name: torch.zeros(1, *value.shape[1:], dtype=value.dtype, device=device)
         for name, value in opened.batch.items()
     }
-    return sight(opened.model, zeros, opened.adapter)
+    return footprint(opened.model, zeros, opened.adapter)
 
 
 def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: str) -> None:

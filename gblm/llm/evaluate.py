@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from gblm.llm.adapters import window_loss
 from gblm.llm.models import vocabulary
 from gblm.machine import processes
-from gblm.machine.device import MicroBatch
+from gblm.machine.device import BatchSize
 
 POSITIONS = 4096  # of a batch of windows, at most
 LOGITS = 2**25  # about so many of them
@@ -39,6 +39,6 @@ def perplexity(
     most = min(POSITIONS, LOGITS // vocabulary(model.config))
     step = max(1, min(len(windows), most // windows.shape[1]))
     with torch.no_grad():
-        losses = torch.cat(MicroBatch(step, auto=True).run(run)).cpu()
+        losses = torch.cat(BatchSize(step, auto=True).run(run)).cpu()
     losses = torch.cat(processes.gathered(losses))
     return losses.double().mean().exp().item()

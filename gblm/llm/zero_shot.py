@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gblm.base import GblmError
-from gblm.machine.device import MicroBatch
+from gblm.machine.device import BatchSize
 from gblm.machine.processes import gathered, rank
 
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "openbookqa")
@@ -126,7 +126,7 @@ def accuracy(
                 progress(len(found), len(tasks.tasks))
         return found
 
-    return gathered({} if rank() else MicroBatch(batch_size, auto=True).run(run))[0]
+    return gathered({} if rank() else BatchSize(batch_size, auto=True).run(run))[0]
 
 
 def mean(found: Accuracy) -> float:

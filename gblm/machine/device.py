@@ -116,7 +116,7 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 @dataclass
-class MicroBatch:
+class BatchSize:
     """How many samples a block sees at a time; with `auto`, halved when memory runs out."""
 
     samples: int

@@ -16,8 +16,8 @@ from gblm.machine import processes
 from gblm.machine.speed import Cost
 from gblm.maths.stats import wide
 from gblm.walk.blocks import Block
-from gblm.walk.call import Call, made, part, place
-from gblm.walk.sight import Sight
+from gblm.walk.call import Call, first_differentiable, part, place
+from gblm.walk.footprint import Footprint
 from gblm.walk.visit import Visit
 
 RATE = 0.01  # of Adam, times the mean size of the weights of a tensor
@@ -25,7 +25,7 @@ POSITIONS = 512  # about so many in a step
 JUDGED = 4  # steps whose samples tell whether it was worth it
 ENERGY = 64  # entries of the goal whose size is measured at a time
 
-Part = tuple[int, slice]  # the number of a call, and some of its samples
+MicroBatch = tuple[int, slice]  # the number of a call, and some of its samples
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,18 @@ class Refine(Step):
         if not fit.judge(judged) < before:
             tuned.undo()
 
-    def cost(self, sight: Sight) -> Cost:
+    def cost(self, footprint: Footprint) -> Cost:
         """Targets, outputs, a backward pass, and Adam on the weights at every step."""
-        positions = max(linear.positions for linear in sight.linears)
-        steps = max(1, round(self.passes * sight.samples / max(1, POSITIONS // positions)))
-        weights = sum(linear.weight.numel() for linear in sight.linears)
-        block = max(sum(x.weight.numel() for x in block.linears) for block in sight.blocks)
+        positions = max(linear.positions for linear in footprint.linears)
+        steps = max(1, round(self.passes * footprint.samples / max(1, POSITIONS // positions)))
+        weights = sum(linear.weight.numel() for linear in footprint.linears)
+        block = max(sum(x.weight.numel() for x in block.linears) for block in footprint.blocks)
         passes = 1 + 3 * self.passes
         return Cost(
-            passes * sight.samples * sight.trunk,
+            passes * footprint.samples * footprint.trunk,
             64.0 * weights * steps,
-            60 * steps * len(sight.blocks),
-            memory=3 * sight.samples * sight.stream + 24 * block,
+            60 * steps * len(footprint.blocks),
+            memory=3 * footprint.samples * footprint.stream + 24 * block,
         )
 
 
@@ -123,7 +123,9 @@ class Tuned:
     def output(self, call: Call) -> int | None:
         """Return which of the block's outputs, flattened, is the first made with what is fitted."""
         with self.learning(), torch.enable_grad():
-            return made(tree_flatten(call.run(call.arguments(slice(0, 1)), half=True))[0])
+            return first_differentiable(
+                tree_flatten(call.run(call.arguments(slice(0, 1)), half=True))[0]
+            )
 
     def optimiser(self, steps: int) -> tuple[Any, Any]:
         """Return Adam with a rate for each tensor, and the schedule of so many steps."""
@@ -198,7 +200,7 @@ class Fit:
         energy = sum(_error(x, weights).item() * len(x) for x in _chunks(self.goals))
         self.scale = _mean(energy / rows) or 1.0
 
-    def losses(self, piece: list[Part]) -> Iterator[Tensor]:
+    def losses(self, piece: list[MicroBatch]) -> Iterator[Tensor]:
         """Yield the loss of a piece in parts that memory has room for; they add up to it."""
         count = sum(samples.stop - samples.start for _, samples in piece)
         for number, of_call in piece:
@@ -211,21 +213,21 @@ class Fit:
                 share = (samples.stop - samples.start) / count
                 yield share * _error(output - wanted, self.weights) / self.scale
 
-    def differentiate(self, piece: list[Part]) -> None:
+    def differentiate(self, piece: list[MicroBatch]) -> None:
         """Add the gradients of a piece's loss to those of the parameters."""
         with torch.enable_grad():
             for loss in self.losses(piece):
                 loss.backward()
 
-    def judge(self, pieces: list[list[Part]]) -> float:
+    def judge(self, pieces: list[list[MicroBatch]]) -> float:
         """Return the mean loss of some pieces, the same in all processes."""
         with torch.no_grad():
             return _mean(sum(loss.item() for piece in pieces for loss in self.losses(piece)))
 
 
-def _together(calls: list[Call], each: int) -> list[list[Part]]:
+def _together(calls: list[Call], each: int) -> list[list[MicroBatch]]:
     """Return all samples, so many together: micro-batches decide on no step."""
-    pieces: list[list[Part]] = []
+    pieces: list[list[MicroBatch]] = []
     room = 0
     for number, call in enumerate(calls):
         start = 0

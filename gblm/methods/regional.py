@@ -20,9 +20,9 @@ from gblm.methods.refine import add_gradients
 from gblm.methods.solve import Solve, relative_error
 from gblm.report import LinearReport
 from gblm.walk.blocks import Block, hooked
-from gblm.walk.call import Call, made, place
+from gblm.walk.call import Call, first_differentiable, place
+from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import Gradients, finish, per_sample, zero_sums
-from gblm.walk.sight import Sight
 from gblm.walk.visit import Inputs, Visit
 
 SAMPLES = 32  # of a round, as published
@@ -94,13 +94,13 @@ class Regional(Solve):
                 for value, weight in zip(values, weights, strict=True):
                     weight.detach().copy_(value)
 
-    def cost(self, sight: Sight) -> Cost:
+    def cost(self, footprint: Footprint) -> Cost:
         """Solve's, a backward pass for gradients, and five passes of each round's samples."""
-        n = sight.samples
+        n = footprint.samples
         passes = (6 if self.rounds else 3) * n
         if self.rounds:  # the target, statistics, a step, and one more of all statistics
             passes += 5 * self.rounds * min(n, SAMPLES) + n
-        return super().cost(sight) + Cost(passes * sight.trunk)
+        return super().cost(footprint) + Cost(passes * footprint.trunk)
 
 
 def regional_sums(block: Block, calls: list[Call], needs: Iterable[str], step: int) -> Gradients:
@@ -138,6 +138,6 @@ def _differentiate(call: Call, target: list[Any], weights: list[nn.Parameter]) -
 def _output(call: Call, leaves: list[Any]) -> tuple[int, Tensor]:
     """Return the first output that the block makes of its linears: which it is, and its values."""
     outputs = tree_flatten(call.run(leaves))[0]
-    which = made(outputs)
+    which = first_differentiable(outputs)
     assert which is not None  # a linear that is used has been seen to reach an output
     return which, stats.wide(outputs[which])

@@ -15,8 +15,8 @@ from gblm.machine.speed import Cost
 from gblm.maths import stats
 from gblm.report import LinearReport
 from gblm.walk.blocks import Linear
-from gblm.walk.sight import Sight
-from gblm.walk.visit import Inputs, Visit, together
+from gblm.walk.footprint import Footprint
+from gblm.walk.visit import Inputs, Visit, with_gradients
 
 # The cost of a linear [out, in] for a solver, beside its mask.
 SolverCost = Callable[[int, int], Cost]
@@ -96,7 +96,7 @@ class Solve(Step):
         if pattern is None:
             return linear.weight, LinearReport(linear.name, list(linear.shape), 0.0, 0.0, 0.0)
         dense = stats.wide(linear.weight)
-        statistics = together(inputs.statistics, gradient, dense.device)
+        statistics = with_gradients(inputs.statistics, gradient, dense.device)
         where = f"{linear}, {self.name}, {pattern.name}"
         try:
             weight, keep = self.solve(dense, statistics, pattern)
@@ -110,13 +110,13 @@ class Solve(Step):
         seconds = time.perf_counter() - start
         return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
 
-    def cost(self, sight: Sight) -> Cost:
+    def cost(self, footprint: Footprint) -> Cost:
         """Forward passes for statistics and outputs, Gram matrices, masks, errors, solutions."""
-        n, beside = sight.samples, "cross_gram" in self.needs
+        n, beside = footprint.samples, "cross_gram" in self.needs
         grams = len({"input_gram", "cross_gram"} & self.needs)
-        total = Cost(n * 2 * sight.trunk)
+        total = Cost(n * 2 * footprint.trunk)
         statistics = []
-        for block in sight.blocks:
+        for block in footprint.blocks:
             for group in block.groups:
                 inputs, rows = group[0].shape[1], n * group[0].positions
                 total += Cost(bytes=8 * rows * inputs)
@@ -124,16 +124,16 @@ class Solve(Step):
             squares = [4 * group[0].shape[1] ** 2 * grams for group in block.groups] or [0]
             statistics.append(max(squares) if beside else sum(squares))
         solving = 0
-        for linear in sight.linears:
+        for linear in footprint.linears:
             outputs, inputs = linear.shape
             total += Cost(4 * outputs * inputs * min(n * linear.positions, 2048))
             total += self.price(outputs, inputs)
-            total += Cost(seconds=self.masks * sight.keep * outputs * inputs)
+            total += Cost(seconds=self.masks * footprint.keep * outputs * inputs)
             solving = max(solving, 16 * (outputs * inputs + grams * inputs**2))
-        stream = n * sight.stream * 2
+        stream = n * footprint.stream * 2
         if beside:  # all of both streams wait before a group
-            stream = 2 * n * (2 * sight.stream + sight.widest)
-        work = max(solving, sight.micro * sight.kept // len(sight.blocks))
+            stream = 2 * n * (2 * footprint.stream + footprint.widest)
+        work = max(solving, footprint.micro * footprint.kept // len(footprint.blocks))
         return total + Cost(memory=stream + max(statistics) + work)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gblm.base import LINEAR, Adapter, Batch, Kind
-from gblm.walk.survey import hooked
+from gblm.walk.blocks import hooked
 
 POINTWISE = Kind(lambda module: module.get_parameter("weight").flatten(1), features=1)
 

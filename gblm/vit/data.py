@@ -21,7 +21,7 @@ from gblm.base import Batch, GblmError
 from gblm.machine import processes
 from gblm.machine.device import free_memory
 from gblm.vit.sources import Source, read
-from gblm.walk.survey import quiet
+from gblm.walk.blocks import frozen
 
 BROKEN = 0.01  # the share of broken images above which a run stops
 TOGETHER = 64  # images of a batch of the evaluation
@@ -230,7 +230,7 @@ def fitting(model: nn.Module, batch: Batch, source: str) -> None:
     if shape == own:
         return
     try:
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             model(batch["images"][:1].to(next(model.parameters())))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise GblmError(

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from gblm.base import Batch, GblmError
 from gblm.machine import processes
-from gblm.walk.survey import quiet
+from gblm.walk.blocks import frozen
 
 Progress = Callable[[int, int], None]  # batches done, of how many
 
@@ -29,7 +29,7 @@ def evaluate(
     parameter = next(model.parameters())
     images = first = five = 0
     nats = 0.0
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         for done, batch in enumerate(loader, 1):
             if "labels" not in batch:
                 raise GblmError("the evaluation images have no labels; give a labelled source")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gblm.base import Batch
 from gblm.report import Example
 from gblm.vit.data import scaling
-from gblm.walk.survey import quiet
+from gblm.walk.blocks import frozen
 
 SHOWN = 8
 SIDE = 160  # pixels of a thumbnail
@@ -77,7 +77,7 @@ class Changed:
     def _predicted(self, model: nn.Module) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Yield pixels, label and predicted class of each image."""
         parameter = next(model.parameters())
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             left = LOOKED
             for batch in self.batches:
                 images, labels = batch["images"][:left], batch["labels"][:left]

@@ -25,7 +25,7 @@ from gblm.machine.offload import (
     read_when_used,
 )
 from gblm.vit.adapters import adapter
-from gblm.walk.survey import quiet
+from gblm.walk.blocks import frozen
 
 LOCAL = "local-dir:"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -151,7 +151,7 @@ def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None)
 
 def predicted(model: nn.Module, batch: Batch, step: int = 32) -> Batch:
     """Return the batch with the model's own predictions as its labels `[n]`."""
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         labels = [model(part).argmax(dim=1) for part in batch["images"].split(step)]
     return {**batch, "labels": torch.cat(labels)}
 

@@ -167,14 +167,14 @@ def check_samples(batch: Batch) -> None:
 
 
 @dataclass
-class Part:
+class MicroBatch:
     """Samples that go together, and their numbers in the batch they come from."""
 
     batch: Batch
     numbers: list[int]
 
 
-def cut(batch: Batch, most: int, adapter: Adapter) -> list[Part]:
+def micro_batches(batch: Batch, most: int, adapter: Adapter) -> list[MicroBatch]:
     """Return a batch as parts of at most so many samples, without padding.
 
     Samples of one shape stand together, in their order.
@@ -183,13 +183,13 @@ def cut(batch: Batch, most: int, adapter: Adapter) -> list[Part]:
     if singles is None:
         numbers = [*range(size(batch))]
         starts = range(0, len(numbers), most)
-        return [Part(take(batch, slice(i, i + most)), numbers[i : i + most]) for i in starts]
+        return [MicroBatch(take(batch, slice(i, i + most)), numbers[i : i + most]) for i in starts]
     alike: dict[tuple, list[int]] = defaultdict(list)
     for i, single in enumerate(singles):
         alike[tuple(value.shape for value in single.values())].append(i)
     groups = [same[i : i + most] for same in alike.values() for i in range(0, len(same), most)]
     return [
-        Part({name: torch.cat([singles[i][name] for i in group]) for name in batch}, group)
+        MicroBatch({name: torch.cat([singles[i][name] for i in group]) for name in batch}, group)
         for group in groups
         for batch in [singles[group[0]]]
     ]

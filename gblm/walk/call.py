@@ -12,7 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from gblm.machine.device import halved
 from gblm.machine.placement import Placement
 from gblm.walk.blocks import Block, Carried
-from gblm.walk.strand import Place
+from gblm.walk.coroutine import Scope
 
 Forward = Callable[..., Any]
 Output = Any  # what a block gives: a tensor, or a tuple, list or dict with some
@@ -23,7 +23,7 @@ class Call:
     """One call of a block by the model's code, with the arguments of `samples` samples.
 
     carried: where each leaf of the arguments holds the samples. half: the dtype of products in a
-    piece that is run with `half=True`. around: where the model's code waits in this call.
+    piece that is run with `half=True`. scope: where the model's code waits in this call.
     """
 
     block: Block
@@ -31,7 +31,7 @@ class Call:
     leaves: list[Any]
     spec: TreeSpec
     samples: int
-    around: Place
+    scope: Scope
     placement: Placement
     half: torch.dtype
     carried: list[Carried] = field(default_factory=list)
@@ -57,12 +57,12 @@ class Call:
     def run(self, leaves: list[Any], half: bool = False) -> Output:
         """Return what the block's own forward gives for these leaves.
 
-        It runs with the context variables and the modes of the model's code around it. half:
+        It runs with the context variables and the modes of the model's code scope it. half:
         products are in the dtype of the walk, where that is narrower than the block's.
         """
         args, kwargs = tree_unflatten(leaves, self.spec)
         products = halved(self.block.module, self.half) if half else nullcontext()
-        with self.around.inside() as context, products:
+        with self.scope.inside() as context, products:
             return context.run(self.forward, *args, **kwargs)
 
     def outputs(self, step: int, half: bool = False) -> Output:
@@ -118,7 +118,7 @@ def part(leaf: Tensor, carried: Carried, piece: slice, samples: int) -> Tensor:
     return leaf.narrow(dim, piece.start * entries, (piece.stop - piece.start) * entries)
 
 
-def made(outputs: list[Any]) -> int | None:
+def first_differentiable(outputs: list[Any]) -> int | None:
     """Return which of a block's outputs, flattened, is the first that a gradient can reach."""
     reached = (i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.requires_grad)
     return next(reached, None)

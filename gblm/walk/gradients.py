@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.machine import processes
-from gblm.machine.device import MicroBatch, free_memory, memory_errors, out_of_memory
+from gblm.machine.device import BatchSize, free_memory, memory_errors, out_of_memory
 from gblm.machine.offload import offload_of, onload
 from gblm.maths import stats
-from gblm.walk.blocks import Block, Linear, cut, frozen, hooked, size, take, to_device
+from gblm.walk.blocks import Block, Linear, frozen, hooked, micro_batches, size, take, to_device
 from gblm.walk.call import Call, part, place
 from gblm.walk.head import differentiate, finite, loss_scales, saved
 from gblm.walk.visit import NotFinite, check
@@ -88,7 +88,7 @@ def sweep(
     backward = choose(walk, names, one_of(backward, BACKWARDS, "backward"))
     log.debug("gradients by %s, of %d samples: %s", backward, walk.samples, ", ".join(names))
     with frozen(walk.model), torch.enable_grad(), memory_errors():
-        work = Whole if backward == "model" else Blocks
+        work = PlainBackward if backward == "model" else BlockBackward
         for scale in loss_scales(walk.model):
             try:
                 return work(walk, names, store, scale).run(), backward
@@ -109,7 +109,7 @@ def choose(walk: Walk, needs: frozenset[str], backward: str) -> str:
 
 
 @dataclass
-class Whole:
+class PlainBackward:
     """A plain backward of the whole model, some samples at a time."""
 
     walk: Walk
@@ -132,7 +132,7 @@ class Whole:
         walk, done = self.walk, 0
         linears = [linear for block in walk.blocks for linear in block.linears]
         sums = zero_sums(linears, self.needs)
-        for some in cut(walk.batch, step, walk.adapter):
+        for some in micro_batches(walk.batch, step, walk.adapter):
             batch = to_device(some.batch, walk.device)
             hooks = [per_sample(linear, sums[linear.name], size(batch)) for linear in linears]
             with hooked(hooks):
@@ -145,7 +145,7 @@ class Whole:
 
 
 @dataclass
-class Passed:
+class Recorded:
     """What one micro-batch has left at a block: its call, and where its gradients come and go.
 
     edges: of the leaves that a gradient goes on to, by their number. arrived: what has come, by
@@ -165,11 +165,11 @@ class Passed:
             self.arrived[index] = placement.rest(total)
 
 
-class Hand(torch.autograd.Function):
+class KeepGradient(torch.autograd.Function):
     """Gives an output to the model's code, and its gradient to where the block's are kept."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, passed: Passed, index: int, output: list) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, passed: Recorded, index: int, output: list) -> Tensor:
         ctx.passed, ctx.index = passed, index
         ctx.set_materialize_grads(False)
         return output[0]
@@ -180,14 +180,14 @@ class Hand(torch.autograd.Function):
         return None, None, None, None
 
 
-class Blocks:
+class BlockBackward:
     """A backward block by block: what is between them is the model's own graph."""
 
     def __init__(
         self, walk: Walk, needs: frozenset[str], store: Store | None, scale: float
     ) -> None:
         self.walk, self.needs, self.store, self.scale = walk, needs, store, scale
-        self.passed: list[list[Passed]] = []  # by block and micro-batch
+        self.passed: list[list[Recorded]] = []  # by block and micro-batch
         self.head: int | None = None  # samples of the head at a time
         self.resumed = False  # whether a former sweep has left the last blocks
         self.done = 0
@@ -219,9 +219,9 @@ class Blocks:
                 call = run.at(block)
                 with torch.no_grad():
                     outputs = self.walk.micro.run(call.outputs)
-                passed = Passed(call, _edges(call, run))
+                passed = Recorded(call, _edges(call, run))
                 self.passed[-1].append(passed)
-                run.go_on(_handed(passed, outputs))
+                run.go_on(_outputs_kept(passed, outputs))
         self._advance()
 
     def _differentiate_head(self, run: Run) -> None:
@@ -283,7 +283,7 @@ class Blocks:
         return {**gradients, SAMPLES: self.samples}
 
     def _recompute(
-        self, block: Block, passed: list[Passed], step: int
+        self, block: Block, passed: list[Recorded], step: int
     ) -> tuple[Gradients, list[dict[int, Tensor]]]:
         """Run a block again: return its sums, and the gradients by the leaves of each call."""
         sums = zero_sums(block.linears, self.needs)
@@ -305,7 +305,7 @@ def _edges(call: Call, run: Run) -> dict[int, GradientEdge]:
     return edges
 
 
-def _handed(passed: Passed, outputs: Any) -> Any:
+def _outputs_kept(passed: Recorded, outputs: Any) -> Any:
     """Return a block's outputs for the model's code, which hand their gradients to `passed`."""
     leaves, spec = tree_flatten(outputs)
     anchor = torch.zeros((), requires_grad=True)
@@ -313,11 +313,11 @@ def _handed(passed: Passed, outputs: Any) -> Any:
     passed.dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            leaves[i] = Hand.apply(anchor, passed, i, [leaf])
+            leaves[i] = KeepGradient.apply(anchor, passed, i, [leaf])
     return tree_unflatten(leaves, spec)
 
 
-def recompute(passed: Passed, sums: Gradients, step: int) -> dict[int, Tensor]:
+def recompute(passed: Recorded, sums: Gradients, step: int) -> dict[int, Tensor]:
     """Run a block again on one of its calls, and add the gradients of its linears to the sums.
 
     Returns the gradients by the leaves that have an edge.
@@ -410,12 +410,12 @@ def zero_sums(linears: list[Linear], needs: frozenset[str]) -> Gradients:
     return {linear.name: stats.zeros(needs, linear.weight, linear.positions) for linear in linears}
 
 
-def fewer(walk: Walk) -> MicroBatch:
+def fewer(walk: Walk) -> BatchSize:
     """Return the micro-batch of a plain backward, which holds all activations of the model."""
     if any(linear.alone for block in walk.blocks for linear in block.linears):
-        return MicroBatch(1)
+        return BatchSize(1)
     micro = walk.micro
-    return MicroBatch(max(1, micro.samples // 4), auto=True) if micro.auto else micro
+    return BatchSize(max(1, micro.samples // 4), auto=True) if micro.auto else micro
 
 
 def activations(
@@ -435,7 +435,7 @@ def activations(
 
 def _fits(walk: Walk, needs: frozenset[str]) -> bool:
     """Say whether a plain backward takes at most half of the free memory, from one sample's."""
-    one = cut(take(walk.batch, slice(0, 1)), 1, walk.adapter)[0].batch
+    one = micro_batches(take(walk.batch, slice(0, 1)), 1, walk.adapter)[0].batch
     try:
         one = to_device(one, walk.device)
         kept = sum(activations(walk.model, one, walk.adapter, walk.blocks))

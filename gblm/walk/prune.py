@@ -21,7 +21,7 @@ from gblm.report import Report, clock
 from gblm.walk.blocks import Block, Linear
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Journal
-from gblm.walk.visit import Visit, forward, together
+from gblm.walk.visit import Visit, forward, with_gradients
 from gblm.walk.walk import Walk
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Budget:
             weight = linear.weight.clone()
         inputs = self.inputs.get(linear.name, Statistics({}))
         gradient = self.gradients.get(linear.name)
-        return weight, together(inputs, gradient, weight.device)
+        return weight, with_gradients(inputs, gradient, weight.device)
 
 
 def _checksum(block: Block) -> list[float]:

@@ -21,7 +21,16 @@ from torch.utils._pytree import tree_flatten
 from gblm.base import Adapter, Batch, GblmError
 from gblm.machine.device import memory_errors
 from gblm.machine.offload import onload
-from gblm.walk.blocks import Block, Carried, Linear, cut, frozen, hooked, parameters, to_device
+from gblm.walk.blocks import (
+    Block,
+    Carried,
+    Linear,
+    frozen,
+    hooked,
+    micro_batches,
+    parameters,
+    to_device,
+)
 
 OTHERS = 16  # samples at most that are tried until every linear of a block has been used,
 FRUITLESS = 3  # and the fewest before one that brings nothing new is the last
@@ -149,7 +158,7 @@ def _runs(
     One other at least, and more while some linear has not been used and each brings news.
     """
     device = next(model.parameters()).device
-    singles = [part.batch for part in cut(batch, 1, adapter)]
+    singles = [part.batch for part in micro_batches(batch, 1, adapter)]
     singles.sort(key=lambda single: -sum(value.numel() for value in single.values()))
     first, *others = singles[: OTHERS + 1]
     double = {name: torch.cat([value, value]) for name, value in first.items()}
@@ -287,9 +296,3 @@ def _check_finite(model: nn.Module, blocks: dict[nn.Module, Block]) -> None:
             raise GblmError(
                 f"{name} {list(value.shape)} holds a NaN or an Inf; load a sound checkpoint"
             )
-
-
-# for modules yet to be moved
-from gblm.walk.blocks import Part, check_samples, choose, size, take  # noqa: E402,F401
-
-quiet = frozen

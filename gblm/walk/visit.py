@@ -25,7 +25,7 @@ from gblm.maths import stats
 from gblm.report import LinearReport
 from gblm.walk.blocks import Block, Linear, frozen, hooked
 from gblm.walk.call import Call, Output
-from gblm.walk.strand import Strand, wait
+from gblm.walk.coroutine import Coroutine, wait
 from gblm.walk.walk import Walk
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ class Visit:
         statistic holds a NaN or an Inf.
         """
         if self.dense_calls:
-            yield from _Beside(self, self._empty(needs, focus)).inputs()
+            yield from _TwoStreams(self, self._empty(needs, focus)).inputs()
         else:
             yield self.inputs_of(self.calls, needs, focus)
 
@@ -280,7 +280,7 @@ class _Piece:
     piece: slice
 
     def __post_init__(self) -> None:
-        self.strand = Strand(self._work, self.call.placement.device)
+        self.coroutine = Coroutine(self._work, self.call.placement.device)
         self.at: Any = None
 
     def _work(self) -> Output:
@@ -290,10 +290,10 @@ class _Piece:
         return isinstance(self.at, _Waiting) and self.at.index == index
 
     def go_on(self) -> None:
-        self.at = self.strand.switch()
+        self.at = self.coroutine.switch()
 
 
-class _Beside:
+class _TwoStreams:
     """Both streams in a block: they wait before each group of linears until it is solved."""
 
     def __init__(self, visit: Visit, groups: list[Inputs]) -> None:
@@ -324,7 +324,7 @@ class _Beside:
             visit.outputs = _joined(visit.calls, pruned) if visit.last else None
         finally:
             for piece in theirs + ours:
-                piece.strand.close()
+                piece.coroutine.close()
 
     def _pieces(self, call: Call) -> list[_Piece]:
         return [_Piece(call, piece) for piece in call.pieces(self.visit.step)]
@@ -362,7 +362,9 @@ def _tensors(move: Callable[[Tensor], Tensor], leaf: Any) -> Any:
     return move(leaf) if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
 
-def together(inputs: Statistics, gradient: Statistics | None, device: torch.device) -> Statistics:
+def with_gradients(
+    inputs: Statistics, gradient: Statistics | None, device: torch.device
+) -> Statistics:
     """Return the statistics of inputs with those of gradients, which may be elsewhere."""
     if gradient is None:
         return inputs

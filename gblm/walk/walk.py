@@ -1,7 +1,7 @@
 """The walk: all micro-batches go through the model together, from block to block.
 
 Nothing here knows what a model computes. Its own code runs once for every micro-batch, each run a
-strand that waits wherever it calls a block. When all have come to a block, the block is worked on
+coroutine that waits wherever it calls a block. When all have come to a block, the walk works on it
 with all of their calls; then each takes its outputs and goes on to the next. So a block is at work
 once, on all samples, and the model's code between blocks sees one micro-batch at a time.
 """
@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch, GblmError
 from gblm.machine import processes
-from gblm.machine.device import MicroBatch, find_compute_dtype, memory_errors
+from gblm.machine.device import BatchSize, find_compute_dtype, memory_errors
 from gblm.machine.offload import placeholder, unhooked
 from gblm.machine.placement import Placement
-from gblm.walk.blocks import Block, Part, check_samples, cut, size, to_device
+from gblm.walk.blocks import Block, MicroBatch, check_samples, micro_batches, size, to_device
 from gblm.walk.call import Call, Forward, Output
-from gblm.walk.strand import Strand, wait
+from gblm.walk.coroutine import Coroutine, wait
 from gblm.walk.survey import find_adapter, survey
 
 # A micro-batch of about this many positions keeps a CPU's caches and a GPU's cores busy.
@@ -51,7 +51,7 @@ class Walk:
     adapter: Adapter
     blocks: list[Block]
     batch: Batch
-    micro: MicroBatch
+    micro: BatchSize
     placement: Placement
     half: torch.dtype = torch.float32
     progress: Progress = field(default=no_progress)
@@ -94,9 +94,9 @@ class Walk:
         """The number of samples of this process."""
         return size(self.batch)
 
-    def micro_batches(self) -> list[Part]:
+    def micro_batches(self) -> list[MicroBatch]:
         """Return the samples as they go together, without padding, where they rest."""
-        return cut(self.batch, self.micro.samples, self.adapter)
+        return micro_batches(self.batch, self.micro.samples, self.adapter)
 
     @contextmanager
     def runs(self, streams: int = 1, to_file: bool = False) -> Iterator[list[list[Run]]]:
@@ -110,30 +110,30 @@ class Walk:
             for block in self.blocks:
                 stack.enter_context(unhooked(block.module))
                 stack.callback(_restore(block.module))
-                block.module.forward = _Gate(block, block.module.forward)
+                block.module.forward = _WaitingForward(block, block.module.forward)
             made = [[Run(self, part) for part in parts] for _ in range(streams)]
             first = made[0][0]
             for run in (run for stream in made for run in stream):
                 run.plans = len(parts) * streams if run is first else 0
                 run.to_file = to_file
-                stack.callback(run.strand.close)
+                stack.callback(run.coroutine.close)
                 run.go_on()
             yield made
 
 
 @dataclass
-class _Gate:
+class _WaitingForward:
     """The forward of a block during a walk: it waits until the walk has its outputs."""
 
     block: Block
     forward: Forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return wait(_Arrival(self.block, self.forward, args, kwargs))
+        return wait(_BlockCall(self.block, self.forward, args, kwargs))
 
 
 @dataclass
-class _Arrival:
+class _BlockCall:
     block: Block
     forward: Forward
     args: tuple
@@ -147,10 +147,10 @@ class Run:
     rest, 0 where another does.
     """
 
-    def __init__(self, walk: Walk, part: Part, plans: int = 0, to_file: bool = False) -> None:
+    def __init__(self, walk: Walk, part: MicroBatch, plans: int = 0, to_file: bool = False) -> None:
         self.walk, self.plans, self.to_file = walk, plans, to_file
         self.batch, self.numbers = part.batch, part.numbers
-        self.strand = Strand(self._work, walk.device)
+        self.coroutine = Coroutine(self._work, walk.device)
         self.call: Call | None = None
         self.hidden: Any = None
         self.away: list[tuple[Tensor, Tensor]] = []  # tensors of the model's code, and their rest
@@ -177,13 +177,13 @@ class Run:
         for tensor, rest in self.away:
             tensor.data = self.walk.placement.wake(rest)
         self.call, self.away = None, []
-        event = self.strand.switch(outputs)
-        if isinstance(event, _Arrival):
+        event = self.coroutine.switch(outputs)
+        if isinstance(event, _BlockCall):
             self.call = self._arrive(event)
         else:
             self.hidden = event
 
-    def _arrive(self, arrival: _Arrival) -> Call:
+    def _arrive(self, arrival: _BlockCall) -> Call:
         """Return the call that the run waits in, its samples at rest."""
         leaves, spec = tree_flatten((arrival.args, arrival.kwargs))
         known = arrival.block.arguments
@@ -208,7 +208,7 @@ class Run:
             leaves,
             spec,
             size(self.batch),
-            self.strand.place(),
+            self.coroutine.scope(),
             placement,
             self.walk.half,
         )
@@ -229,13 +229,13 @@ def _restore(module: nn.Module) -> Callable[[], None]:
 
 def micro_batch_for(
     blocks: list[Block], samples: int, fixed: int | None, device: torch.device
-) -> MicroBatch:
+) -> BatchSize:
     """Return the micro-batch the user fixed, None for one of about `POSITIONS` positions."""
     if fixed is not None:
         if fixed < 1:
             raise GblmError(f"micro-batches of {fixed} samples are none; use 1 or more, or auto")
-        return MicroBatch(fixed)
+        return BatchSize(fixed)
     most = POSITIONS.get(device.type, GPU_POSITIONS)
     positions = max(linear.positions for block in blocks for linear in block.linears)
     # Processes that begin anew by themselves would wait for each other in different places.
-    return MicroBatch(max(1, min(samples, most // positions)), auto=processes.world() == 1)
+    return BatchSize(max(1, min(samples, most // positions)), auto=processes.world() == 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from gblm.walk.strand import State, Strand, wait
+from gblm.walk.coroutine import Coroutine, State, wait
 
 CPU = torch.device("cpu")
 NAME: contextvars.ContextVar[str] = contextvars.ContextVar("name", default="nobody")
@@ -22,8 +22,8 @@ class Mode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def strand(work: Callable[[], Any]) -> Strand:
-    return Strand(work, CPU)
+def coroutine(work: Callable[[], Any]) -> Coroutine:
+    return Coroutine(work, CPU)
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def test_a_strand_waits_with_a_value_and_goes_on_with_one():
         second = wait(first + 1)
         return f"{first} {second}"
 
-    run = strand(work)
+    run = coroutine(work)
     assert run.switch() == "one"
     assert run.switch(2) == 3
     assert run.switch(5) == "2 5"
@@ -78,11 +78,11 @@ def test_what_a_strand_is_in_the_middle_of_is_its_own(names):
         found.append(state())
 
     outside = state()
-    run = strand(work)
+    run = coroutine(work)
     run.switch()
     assert found[0] != outside
     assert state() == outside
-    with torch.no_grad(), Mode(), named("elsewhere"):  # which the strand does not see
+    with torch.no_grad(), Mode(), named("elsewhere"):  # which the coroutine does not see
         other = state()
         run.switch()
         assert state() == other
@@ -95,7 +95,7 @@ def test_a_strand_begins_with_what_there_is_when_it_is_made():
     found = []
     with torch.no_grad(), Mode(), named("maker"):
         made = state()
-        run = strand(lambda: found.append(state()))
+        run = coroutine(lambda: found.append(state()))
     run.switch()
     assert found == [made]
 
@@ -111,7 +111,7 @@ def test_strands_know_nothing_of_each_other():
                 wait(None)
 
     outside = state()
-    runs = {name: strand(lambda name=name: work(name)) for name in order}
+    runs = {name: coroutine(lambda name=name: work(name)) for name in order}
     for names in (order, order[::-1], order[2:] + order[:2]):
         for name in names:
             runs[name].switch()
@@ -132,7 +132,7 @@ def test_an_exception_leaves_everything_as_it_was(error):
             wait(None)
             raise error
 
-    outside, run = state(), strand(work)
+    outside, run = state(), coroutine(work)
     run.switch()
     with pytest.raises(type(error)):
         run.switch()
@@ -153,7 +153,7 @@ def test_a_strand_that_is_closed_ends_where_it_waits_in_a_state_of_its_own():
             finally:
                 found.append(state())
 
-    outside, run = state(), strand(work)
+    outside, run = state(), coroutine(work)
     run.switch()
     run.close()
     run.close()
@@ -164,9 +164,9 @@ def test_a_strand_that_is_closed_ends_where_it_waits_in_a_state_of_its_own():
 
 def test_a_strand_that_has_not_begun_or_is_at_its_end_is_closed_without_a_trace():
     calls: list[int] = []
-    strand(lambda: calls.append(1)).close()
+    coroutine(lambda: calls.append(1)).close()
     assert not calls
-    run = strand(lambda: calls.append(2))
+    run = coroutine(lambda: calls.append(2))
     run.switch()
     run.close()
     assert calls == [2]
@@ -178,9 +178,9 @@ def test_a_place_has_the_state_of_a_strand_but_for_the_grad_mode_after_its_end_t
             wait(None)
             assert NAME.get() == "inside"
 
-    outside, run = state(), strand(work)
+    outside, run = state(), coroutine(work)
     run.switch()
-    place = run.place()
+    place = run.scope()
     for _ in range(2):
         with place.inside() as context:
             assert torch.is_grad_enabled()
@@ -206,7 +206,7 @@ def test_tensors_made_in_a_strand_know_its_grad_mode():
             wait((x * 2).requires_grad)
         wait((x * 2).requires_grad)
 
-    run = strand(work)
+    run = coroutine(work)
     found = [run.switch()]
     assert (torch.ones(1, requires_grad=True) * 2).requires_grad
     with torch.no_grad():

@@ -16,7 +16,7 @@ from gblm.walk.survey import survey
 
 
 @dataclass
-class Sight:
+class Footprint:
     """What one sample tells of a model; bytes and operations are those of a sample.
 
     weights, numbers: the bytes and the count of the parameters. sample: bytes of the input.
@@ -50,7 +50,7 @@ class Sight:
         return max(linear.positions * linear.shape[1] * 4 for linear in self.linears)
 
 
-def sight(model: nn.Module, one: Batch, adapter: Adapter) -> Sight:
+def footprint(model: nn.Module, one: Batch, adapter: Adapter) -> Footprint:
     """Return what a batch of one sample tells of a model."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +65,7 @@ def sight(model: nn.Module, one: Batch, adapter: Adapter) -> Sight:
     with frozen(model), torch.enable_grad():
         kept, kept_head = activations(model, one, adapter, blocks)
     parameters = list(model.parameters())
-    return Sight(
+    return Footprint(
         blocks,
         weights=sum(own.nbytes for own in parameters),
         numbers=sum(own.numel() for own in parameters),

@@ -1,7 +1,7 @@
 """Strands: runs of a model's code that can wait in the middle, for each other.
 
-A strand is a greenlet: a thread could wait as well, but every thread that computes brings a pool
-of threads of its own. What Python and torch keep for each thread, a strand keeps for itself:
+A coroutine is a greenlet: a thread could wait as well, but every thread that computes brings a pool
+of threads of its own. What Python and torch keep for each thread, a coroutine keeps for itself:
 context variables, autocast, the grad mode and the function modes.
 """
 
@@ -54,8 +54,8 @@ class State:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a strand waits: the state and the context variables that code has there."""
+class Scope:
+    """Where a coroutine waits: the state and the context variables that code has there."""
 
     state: State
     context: contextvars.Context
@@ -71,7 +71,7 @@ class Place:
             outside.set()
 
 
-class Strand:
+class Coroutine:
     """A run of `work` that can wait: `switch` goes on with it until it waits or ends."""
 
     def __init__(self, work: Callable[[], Any], device: torch.device) -> None:
@@ -89,9 +89,9 @@ class Strand:
             self.state = State.now(outside.device)
             outside.set()
 
-    def place(self) -> Place:
+    def scope(self) -> Scope:
         """Return where it waits."""
-        return Place(self.state, (self.greenlet.gr_context or contextvars.Context()).copy())
+        return Scope(self.state, (self.greenlet.gr_context or contextvars.Context()).copy())
 
     def close(self) -> None:
         """End it where it waits."""
@@ -106,7 +106,7 @@ class Strand:
 
 
 def wait(event: Any) -> Any:
-    """Wait in the middle of a strand with an event; return what it is told to go on with."""
+    """Wait in the middle of a coroutine with an event; return what it is told to go on with."""
     parent = getcurrent().parent
     assert parent is not None
     return parent.switch(event)
