@@ -2,8 +2,8 @@
 
 A model without values (on the meta device, or of fake tensors) shows its blocks and linears as any
 other does, and what one sample computes and keeps (`gblm.walk.footprint`). With F the operations
-of a sample's forward pass through the blocks, H those of the head, n' samples for gradients, E samples
-to evaluate on and W the bytes of the weights:
+of a sample's forward pass through the blocks, H those of the head, n' samples for gradients, E
+samples to evaluate on and W the bytes of the weights:
 
     gradients = n'·(4F + 3H)       by blocks: forward, again, by inputs, by weights; 3F by the model
     evaluate  = E·(F + H)
