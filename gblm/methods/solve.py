@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gblm.base import GblmError, Pattern, Solver, Statistics, Step
 from gblm.machine import processes
+from gblm.machine.device import exact
 from gblm.machine.speed import Cost
 from gblm.maths import stats
 from gblm.report import LinearReport
@@ -72,7 +73,8 @@ class Solve(Step):
         for i, (linear, inputs) in enumerate(linears):
             if i % processes.world() == processes.rank():
                 gradient = gradients.get(linear.name)
-                solved[i] = self.linear(linear, inputs, patterns.get(linear.name), gradient)
+                with exact(linear.weight.device):
+                    solved[i] = self.linear(linear, inputs, patterns.get(linear.name), gradient)
         reports: dict[int, LinearReport] = {}
         for part in processes.gathered({i: report for i, (_, report) in solved.items()}):
             reports |= part
