@@ -12,7 +12,8 @@ from gblm import methods
 from gblm.base import GblmError, Method, Solver
 from gblm.maths import stats
 from gblm.methods.refine import Refine
-from gblm.walk.visit import Inputs, Visit, forward
+from gblm.walk.inputs import Inputs
+from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
 

@@ -23,7 +23,8 @@ from gblm.walk.blocks import Block, hooked
 from gblm.walk.call import Call, first_differentiable, place
 from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import Gradients, finish, per_sample, zero_sums
-from gblm.walk.visit import Inputs, Visit
+from gblm.walk.inputs import Inputs
+from gblm.walk.visit import Visit
 
 SAMPLES = 32  # of a round, as published
 

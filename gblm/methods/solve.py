@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from gblm.maths import stats
 from gblm.report import LinearReport
 from gblm.walk.blocks import Linear
 from gblm.walk.footprint import Footprint
-from gblm.walk.visit import Inputs, Visit, with_gradients
+from gblm.walk.inputs import Inputs, with_gradients
+from gblm.walk.visit import Visit
 
 # The cost of a linear [out, in] for a solver, beside its mask.
 SolverCost = Callable[[int, int], Cost]
@@ -54,8 +56,9 @@ class Solve(Step):
     def linears(self, visit: Visit) -> list[LinearReport]:
         """Solve the linears of a block, and write their weights; return what became of them."""
         reports = []
-        for groups in visit.inputs(self.needs, self.focus):
-            reports += self.groups(groups, visit.patterns, visit.gradients)
+        with closing(visit.inputs(self.needs, self.focus)) as inputs:
+            for groups in inputs:
+                reports += self.groups(groups, visit.patterns, visit.gradients)
         return reports
 
     def groups(

@@ -28,7 +28,7 @@ from gblm.maths import stats
 from gblm.walk.blocks import Block, Linear, frozen, hooked, micro_batches, size, take, to_device
 from gblm.walk.call import Call, part, place
 from gblm.walk.head import differentiate, finite, loss_scales, saved
-from gblm.walk.visit import NotFinite, check
+from gblm.walk.inputs import NotFinite, check
 from gblm.walk.walk import Run, Walk
 
 log = logging.getLogger(__name__)

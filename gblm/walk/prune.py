@@ -20,8 +20,9 @@ from gblm.maths.allocation import Allocation, Weighed
 from gblm.report import Report, clock
 from gblm.walk.blocks import Block, Linear
 from gblm.walk.gradients import first, sweep
+from gblm.walk.inputs import with_gradients
 from gblm.walk.journal import Journal
-from gblm.walk.visit import Visit, forward, with_gradients
+from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
 log = logging.getLogger(__name__)

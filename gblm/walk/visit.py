@@ -1,76 +1,29 @@
-"""A visit of a block: all its calls, what its linears see, what it gives.
-
-With the dense stream beside the pruned one, the linears are seen group by group: all micro-batches
-of both streams wait before a group until it is solved, then go on with it as it has become.
-"""
+"""A visit of a block: all its calls, what its linears see, what it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gblm.base import GblmError, Pattern, Statistics
-from gblm.machine import processes
-from gblm.machine.device import exact
+from gblm.base import Pattern, Statistics
 from gblm.machine.offload import onload
 from gblm.maths import stats
 from gblm.report import LinearReport
-from gblm.walk.blocks import Block, Linear, frozen, hooked
+from gblm.walk.beside import TwoStreams
+from gblm.walk.blocks import Block, Linear, frozen
 from gblm.walk.call import Call, Output
-from gblm.walk.coroutine import Coroutine, wait
+from gblm.walk.inputs import ERROR_POSITIONS, Inputs, collect
 from gblm.walk.walk import Walk
 
 T = TypeVar("T")
-
-# The relative error of a linear is measured on at most this many of its calibration inputs.
-ERROR_POSITIONS = 1024
-
-
-class NotFinite(GblmError):
-    """A statistic that holds a NaN or an Inf."""
-
-
-class Stop(Exception):
-    """Ends a run of a block that has given all it was run for."""
-
-
-@dataclass
-class Inputs:
-    """What the linears of one group saw: their statistics, and some inputs to measure errors on.
-
-    `weights` is how much each position of a sample counts in the statistics: see `add_inputs`.
-    `stride`: one of so many inputs is kept as an example.
-    """
-
-    group: list[Linear]
-    statistics: Statistics
-    weights: Tensor | None
-    stride: int
-    examples: list[Tensor] = field(default_factory=list)
-
-    def add(self, x: Tensor, samples: int, dense: Tensor | None = None) -> None:
-        """Add the inputs `x [positions, in]` of `samples` samples; see `stats.add_inputs`."""
-        start = -self.statistics.positions % self.stride
-        self.examples.append(x[start :: self.stride].clone())
-        with exact(x.device):
-            stats.add_inputs(self.statistics, x, samples, dense, self.weights)
-
-    def finish(self, samples: int) -> None:
-        """Make the statistics those of all processes; raises `GblmError` for a NaN or an Inf.
-
-        samples: of this process, those that did not come to a routed linear, too.
-        """
-        self.statistics.samples = samples
-        processes.add_statistics([self.statistics])
-        check(self.group[0], self.statistics)
 
 
 class Snapshot:
@@ -170,7 +123,7 @@ class Visit:
             return None
         return stats.position_weights(known, focus)
 
-    def inputs(self, needs: frozenset[str], focus: float = 0.0) -> Iterator[list[Inputs]]:
+    def inputs(self, needs: frozenset[str], focus: float = 0.0) -> Generator[list[Inputs]]:
         """Yield what the groups of linears see: all at once, or beside the dense stream one by one.
 
         Those of a group beside the dense stream are made by the groups before it as they are then:
@@ -178,7 +131,7 @@ class Visit:
         statistic holds a NaN or an Inf.
         """
         if self.dense_calls:
-            yield from _TwoStreams(self, self._empty(needs, focus)).inputs()
+            yield from TwoStreams(self, self._empty(needs, focus)).inputs()
         else:
             yield self.inputs_of(self.calls, needs, focus)
 
@@ -229,156 +182,5 @@ def forward(
                     run.go_on(output)
 
 
-def collect(groups: list[Inputs], calls: list[Call], step: int) -> None:
-    """Run a block on its calls, and add what the groups of its linears see."""
-    watch = _Collecting(groups)
-    hooks = [
-        inputs.group[0].module.register_forward_pre_hook(partial(watch.see, inputs))
-        for inputs in groups
-    ]
-    with hooked(hooks):
-        for call in calls:
-            for piece in call.pieces(step):
-                watch.start(piece.stop - piece.start)
-                with suppress(Stop):
-                    call.run(call.arguments(piece))
-    for inputs in groups:
-        inputs.finish(sum(call.samples for call in calls))
-
-
-class _Collecting:
-    """Adds what linears see, and stops the block once the last of them has."""
-
-    def __init__(self, groups: list[Inputs]) -> None:
-        self.groups = groups
-        self.missing: list[Inputs] = []
-        self.samples = 0
-
-    def start(self, samples: int) -> None:
-        self.missing, self.samples = list(self.groups), samples
-
-    def see(self, inputs: Inputs, module: nn.Module, args: tuple) -> None:
-        inputs.add(inputs.group[0].rows(args[0]).flatten(0, -2), self.samples)
-        self.missing = [other for other in self.missing if other is not inputs]
-        if not self.missing:  # nothing after the last linear's input is of use
-            raise Stop
-
-
-@dataclass
-class _Waiting:
-    """Where a piece waits: before which group, with which inputs `[positions, in]`."""
-
-    index: int
-    x: Tensor
-
-
-@dataclass
-class _Piece:
-    """Some samples of a call in the middle of a block: where they wait, or what they have given."""
-
-    call: Call
-    piece: slice
-
-    def __post_init__(self) -> None:
-        self.coroutine = Coroutine(self._work, self.call.placement.device)
-        self.at: Any = None
-
-    def _work(self) -> Output:
-        return self.call.run(self.call.arguments(self.piece), half=True)
-
-    def waits(self, index: int) -> bool:
-        return isinstance(self.at, _Waiting) and self.at.index == index
-
-    def go_on(self) -> None:
-        self.at = self.coroutine.switch()
-
-
-class _TwoStreams:
-    """Both streams in a block: they wait before each group of linears until it is solved."""
-
-    def __init__(self, visit: Visit, groups: list[Inputs]) -> None:
-        self.visit, self.groups = visit, groups
-
-    def inputs(self) -> Iterator[list[Inputs]]:
-        """Yield the inputs of each group; then the dense outputs, and ours if wanted, are known."""
-        visit = self.visit
-        dense = [self._pieces(call) for call in visit.dense_calls]
-        pruned = [self._pieces(call) for call in visit.calls]
-        theirs, ours = ([x for call in stream for x in call] for stream in (dense, pruned))
-        hooks = [
-            inputs.group[0].module.register_forward_pre_hook(partial(_pause, i, inputs.group[0]))
-            for i, inputs in enumerate(self.groups)
-        ]
-        try:
-            with hooked(hooks):
-                for piece in theirs + ours:
-                    piece.go_on()
-                for index, inputs in enumerate(self.groups):
-                    self._add(index, inputs, theirs, ours)
-                    yield [inputs]
-                    with visit.before.back():
-                        _go_on(theirs, index)
-                    if visit.last or index < len(self.groups) - 1:
-                        _go_on(ours, index)
-            visit.keep_dense(_joined(visit.dense_calls, dense))
-            visit.outputs = _joined(visit.calls, pruned) if visit.last else None
-        finally:
-            for piece in theirs + ours:
-                piece.coroutine.close()
-
-    def _pieces(self, call: Call) -> list[_Piece]:
-        return [_Piece(call, piece) for piece in call.pieces(self.visit.step)]
-
-    def _add(self, index: int, inputs: Inputs, theirs: list[_Piece], ours: list[_Piece]) -> None:
-        for own, other in zip(ours, theirs, strict=True):
-            if own.waits(index):
-                # What is routed sees other positions of each stream, which make no pair.
-                routed = inputs.group[0].routed
-                paired = not routed and other.waits(index) and other.at.x.shape == own.at.x.shape
-                dense = other.at.x if paired else None
-                inputs.add(own.at.x, own.piece.stop - own.piece.start, dense)
-        inputs.finish(sum(call.samples for call in self.visit.calls))
-
-
-def _pause(index: int, linear: Linear, module: nn.Module, args: tuple) -> None:
-    wait(_Waiting(index, linear.rows(args[0]).flatten(0, -2)))
-
-
-def _go_on(pieces: list[_Piece], index: int) -> None:
-    """Let the pieces that wait before a group, or one that is solved, go on."""
-    for piece in pieces:
-        while isinstance(piece.at, _Waiting) and piece.at.index <= index:
-            piece.go_on()
-
-
-def _joined(calls: list[Call], pieces: list[list[_Piece]]) -> list[Output]:
-    return [
-        call.joined([piece.at for piece in own], [piece.piece for piece in own])
-        for call, own in zip(calls, pieces, strict=True)
-    ]
-
-
 def _tensors(move: Callable[[Tensor], Tensor], leaf: Any) -> Any:
     return move(leaf) if isinstance(leaf, Tensor) and leaf.ndim else leaf
-
-
-def with_gradients(
-    inputs: Statistics, gradient: Statistics | None, device: torch.device
-) -> Statistics:
-    """Return the statistics of inputs with those of gradients, which may be elsewhere."""
-    if gradient is None:
-        return inputs
-    sums = {name: total.to(device) for name, total in gradient.sums.items()}
-    count = gradient.differentiated or gradient.samples
-    samples, positions = inputs.samples or gradient.samples, inputs.positions
-    return Statistics({**inputs.sums, **sums}, samples, positions, count)
-
-
-def check(linear: Linear, statistics: Statistics) -> None:
-    """Raise `GblmError` with the linear's name where a statistic holds a NaN or an Inf."""
-    for name, value in statistics.sums.items():
-        if not torch.isfinite(value).all():
-            raise NotFinite(
-                f"{linear}: the statistic {name} holds a NaN or an Inf; "
-                "check the weights and the calibration samples, or use a wider dtype"
-            )
