@@ -295,7 +295,7 @@ from gblm.vit.__main__ import main
 batches = data.Images.batches
 def counted(self, indices, *more, **named):
     if len(more) > 1 or "of" in named:
-        print("decodes", rank(), len(indices), flush=True)
+        sys.stdout.write(f"decodes {rank()} {len(indices)}\\n")  # at once, whoever else writes
     return batches(self, indices, *more, **named)
 data.Images.batches = counted
 sys.exit(main(sys.argv[1:]))
