@@ -39,8 +39,9 @@ from gblm.maths import patterns, stats
 from gblm.methods import METHODS, make
 from gblm.walk.blocks import Linear
 from gblm.walk.gradients import Gradients, sweep
+from gblm.walk.inputs import with_gradients
 from gblm.walk.prune import Pruning, check, needed
-from gblm.walk.visit import Visit, forward, together
+from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
 VERSION = 2  # raise it when a run means something else than its key says
@@ -252,7 +253,7 @@ def look(draw: Draw, needs: frozenset[str], see: Callable[[Linear, Statistics], 
             for inputs in groups:
                 for linear in inputs.group:
                     gradient = visit.gradients.get(linear.name)
-                    see(linear, together(inputs.statistics, gradient, linear.weight.device))
+                    see(linear, with_gradients(inputs.statistics, gradient, linear.weight.device))
 
     forward(draw.walk, visit, gradients=draw.gradients)
 

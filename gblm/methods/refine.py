@@ -25,7 +25,7 @@ POSITIONS = 512  # about so many in a step
 JUDGED = 4  # steps whose samples tell whether it was worth it
 ENERGY = 64  # entries of the goal whose size is measured at a time
 
-MicroBatch = tuple[int, slice]  # the number of a call, and some of its samples
+Piece = tuple[int, slice]  # the number of a call, and some of its samples
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Fit:
         energy = sum(_error(x, weights).item() * len(x) for x in _chunks(self.goals))
         self.scale = _mean(energy / rows) or 1.0
 
-    def losses(self, piece: list[MicroBatch]) -> Iterator[Tensor]:
+    def losses(self, piece: list[Piece]) -> Iterator[Tensor]:
         """Yield the loss of a piece in parts that memory has room for; they add up to it."""
         count = sum(samples.stop - samples.start for _, samples in piece)
         for number, of_call in piece:
@@ -213,21 +213,21 @@ class Fit:
                 share = (samples.stop - samples.start) / count
                 yield share * _error(output - wanted, self.weights) / self.scale
 
-    def differentiate(self, piece: list[MicroBatch]) -> None:
+    def differentiate(self, piece: list[Piece]) -> None:
         """Add the gradients of a piece's loss to those of the parameters."""
         with torch.enable_grad():
             for loss in self.losses(piece):
                 loss.backward()
 
-    def judge(self, pieces: list[list[MicroBatch]]) -> float:
+    def judge(self, pieces: list[list[Piece]]) -> float:
         """Return the mean loss of some pieces, the same in all processes."""
         with torch.no_grad():
             return _mean(sum(loss.item() for piece in pieces for loss in self.losses(piece)))
 
 
-def _together(calls: list[Call], each: int) -> list[list[MicroBatch]]:
+def _together(calls: list[Call], each: int) -> list[list[Piece]]:
     """Return all samples, so many together: micro-batches decide on no step."""
-    pieces: list[list[MicroBatch]] = []
+    pieces: list[list[Piece]] = []
     room = 0
     for number, call in enumerate(calls):
         start = 0
