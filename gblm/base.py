@@ -2,7 +2,8 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -18,10 +19,39 @@ def one_of(value: str, choices: Iterable[str], what: str) -> str:
     """Return the value; raises `GblmError` with the nearest choice where it is none of them."""
     choices = list(choices)
     if value not in choices:
-        near = difflib.get_close_matches(value, choices, 1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = nearest(value, choices, cutoff=0.4)
         raise GblmError(f"unknown {what} {value!r}; {hint}choose from {', '.join(choices)}")
     return value
+
+
+def nearest(
+    value: str,
+    choices: Iterable[str],
+    *,
+    count: int = 1,
+    cutoff: float = 0.6,
+    form: Callable[[str], str] = repr,
+) -> str:
+    """Return "did you mean …? " with the nearest choices, as `form` has them; empty for none."""
+    near = difflib.get_close_matches(value, list(choices), count, cutoff)
+    return f"did you mean {', '.join(map(form, near))}? " if near else ""
+
+
+def reason(error: Exception) -> str:
+    """Return the kind of an error, and the first sentence of what it says."""
+    sentence = str(error).strip().split("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {sentence or 'no reason given'}"
+
+
+@contextmanager
+def explained(what: str, way: str) -> Iterator[None]:
+    """Turn any other error into a `GblmError`: what is wrong, the reason, the way out."""
+    try:
+        yield
+    except GblmError:
+        raise
+    except Exception as error:  # every library and every format has exceptions of its own
+        raise GblmError(f"{what} ({reason(error)}); {way}") from error
 
 
 @dataclass

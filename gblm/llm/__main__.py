@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gblm import llm
-from gblm.base import Batch, GblmError
+from gblm.base import GblmError
 from gblm.command import side
 from gblm.command.job import Bars, Opened
 from gblm.command.settings import CALIBRATION, EVALUATION, NUMBER, PATH, SEVERAL, WHAT, Settings
@@ -65,9 +65,8 @@ class Language(Opened):
             perplexity = llm.evaluate.perplexity(self.model, windows, progress=bar)
             metrics[name] = {"perplexity": perplexity}
         if self.tasks:
-            harness, bar = llm.zero_shot, partial(bars, "zero-shot")
-            accuracy = harness.accuracy(self.model, self.tokenizer, self.tasks, progress=bar)
-            metrics |= harness.entries(accuracy)
+            inputs, bar = (self.model, self.tokenizer, self.tasks), partial(bars, "zero-shot")
+            metrics |= llm.zero_shot.entries(llm.zero_shot.accuracy(*inputs, progress=bar))
         return metrics
 
     def evaluated(self) -> tuple[int, int]:
@@ -91,7 +90,7 @@ def load(
 ) -> Language:
     """Draw the windows, then load the model."""
     with clock(seconds, "data"):
-        _, tokenizer, batch, sets = draw(settings)
+        _, data = draw(settings)
         tasks = open_tasks(settings)
     with clock(seconds, "load"):
         model, offload = llm.models.load_offloaded(
@@ -104,52 +103,50 @@ def load(
             allow_pickle=settings.allow_pickle,
         )
     side.check_folders(settings, model)
-    samples, length = batch["input_ids"].shape
+    samples, length = data["batch"]["input_ids"].shape
     return Language(
-        replace(settings, length=length),
-        model,
-        batch,
-        llm.adapters.adapter(model),
-        f"{samples} windows of {length} tokens from {settings.calibration}",
-        offload,
-        tokenizer=tokenizer,
-        sets=sets,
+        settings=replace(settings, length=length),
+        model=model,
+        adapter=llm.adapters.adapter(model),
+        calibration=f"{samples} windows of {length} tokens from {settings.calibration}",
+        offload=offload,
         tasks=tasks,
+        **data,
     )
 
 
 @contextmanager
 def sketch(settings: LanguageSettings, device: torch.device) -> Iterator[Language]:
     """Draw the windows; the model is made of its config alone."""
-    config, tokenizer, batch, sets = draw(settings)
+    config, data = draw(settings)
     trust = settings.trust_remote_code
     with llm.models.sketch(
         settings.model, device=device, dtype=settings.dtype, trust_remote_code=trust
     ) as model:
         yield Language(
-            settings,
-            model,
-            batch,
-            llm.adapters.adapter(model),
+            settings=settings,
+            model=model,
+            adapter=llm.adapters.adapter(model),
             notes=["seconds are without --tasks"] if settings.tasks else [],
             stored=llm.models.stored_dtype(config),
-            tokenizer=tokenizer,
-            sets=sets,
+            **data,
         )
 
 
-def draw(settings: LanguageSettings) -> tuple[Any, Any, Batch, dict[str, Tensor]]:
-    """Return config and tokenizer, the calibration batch, the evaluation windows by data set."""
+def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
+    """Return the config; the calibration batch, the evaluation windows by data set, the tokenizer.
+
+    The latter are by the names they have in a `Language`.
+    """
     llm.models.silence()
     config, tokenizer = llm.models.load_tokenizer(settings.model, settings.trust_remote_code)
     size = {"samples": settings.samples, "length": settings.length, "seed": settings.seed}
     batch = llm.models.windows(settings.calibration, config, tokenizer, **size)
     sets, length = {}, batch["input_ids"].shape[1]
     for source in settings.evaluate:
-        limit = settings.evaluate_windows
-        sets[source] = llm.data.evaluation(source, tokenizer, length, limit)
+        sets[source] = llm.data.evaluation(source, tokenizer, length, settings.evaluate_windows)
         llm.data.check_ids(sets[source], llm.models.vocabulary(config), source)
-    return config, tokenizer, batch, sets
+    return config, {"batch": batch, "sets": sets, "tokenizer": tokenizer}
 
 
 def open_tasks(settings: LanguageSettings) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor
 
 from gblm.base import GblmError
 from gblm.llm.sources import read
-from gblm.llm.tokens import tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,21 +37,22 @@ def calibration(
     Source: the published code of SparseGPT, Wanda and GBLM (arXiv 2311.04902).
     """
     _positive(samples=samples, length=length)
-    found = read(source, "calibration")
-    if isinstance(found, Tensor):
-        _wide_enough(found, length, source)
-        if len(found) < samples:
+    content = read(source, "calibration")
+    if isinstance(content, Tensor):
+        _wide_enough(content, length, source)
+        if len(content) < samples:
             raise GblmError(
-                f"calibration windows {source}: {_count(len(found), 'window')} there, {samples} "
-                f"asked for; use --samples {len(found)} or less"
+                f"calibration windows {source}: {_count(len(content), 'window')} there, {samples} "
+                f"asked for; use --samples {len(content)} or less"
             )
-        return found[:samples, :length].contiguous()
-    if not isinstance(found, str):
-        windows = _from_documents(found, tokenizer, samples, length, seed)
+        return content[:samples, :length].contiguous()
+    draw = random.Random(seed)
+    if not isinstance(content, str):
+        windows = _from_documents(content, tokenizer, samples, length, draw)
         if windows is not None:
             return windows
-        found = " ".join(found)
-    return _from_text(tokens(tokenizer, found), samples, length, seed, source)
+        content, draw = " ".join(content), random.Random(seed)
+    return _from_text(tokens(tokenizer, content), samples, length, draw, source)
 
 
 def evaluation(
@@ -67,11 +69,11 @@ def evaluation(
     Source: the published code of SparseGPT, Wanda and GBLM (arXiv 2311.04902).
     """
     _positive(length=length, limit=1 if limit is None else limit)
-    found = read(source, "evaluation")
-    if isinstance(found, Tensor):
-        _wide_enough(found, length, source)
-        return found[:, : found.shape[1] // length * length].reshape(-1, length)[:limit]
-    ids = tokens(tokenizer, found if isinstance(found, str) else " ".join(found))
+    content = read(source, "evaluation")
+    if isinstance(content, Tensor):
+        _wide_enough(content, length, source)
+        return content[:, : content.shape[1] // length * length].reshape(-1, length)[:limit]
+    ids = tokens(tokenizer, content if isinstance(content, str) else " ".join(content))
     if len(ids) < length:
         raise GblmError(
             f"evaluation text {source} holds {_count(len(ids), 'token')}, less than one window of "
@@ -79,6 +81,11 @@ def evaluation(
         )
     windows = ids[: len(ids) // length * length].view(-1, length)
     return windows[: C4_WINDOWS if source == "c4" else None][:limit]
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Return the ids `[t]` of a text, special tokens as the tokenizer adds them by default."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def check_ids(ids: Tensor, vocabulary: int, source: str) -> None:
@@ -92,16 +99,15 @@ def check_ids(ids: Tensor, vocabulary: int, source: str) -> None:
         )
 
 
-def _from_text(ids: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
+def _from_text(ids: Tensor, samples: int, length: int, draw: random.Random, source: str) -> Tensor:
     """Draw windows that start anywhere in a text `[t]`."""
     if len(ids) // length < samples:
-        held = _count(len(ids) // length, "window")
         raise GblmError(
-            f"calibration text {source} holds {_count(len(ids), 'token')}, that is {held} of "
-            f"{length}, and {samples} are asked for; give a longer text, fewer --samples or a "
-            "smaller --length"
+            f"calibration text {source} holds {_count(len(ids), 'token')}, that is "
+            f"{_count(len(ids) // length, 'window')} of {length}, and {samples} are asked for; "
+            "give a longer text, fewer --samples or a smaller --length"
         )
-    draw, last = random.Random(seed), max(len(ids) - length - 1, 0)
+    last = max(len(ids) - length - 1, 0)
     starts = [draw.randint(0, last) for _ in range(samples)]
     return torch.stack([ids[start : start + length] for start in starts])
 
@@ -111,36 +117,33 @@ def _from_documents(
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,
-    seed: int,
+    draw: random.Random,
 ) -> Tensor | None:
     """Draw windows from documents longer than a window; None where those hold too few."""
-    long: dict[int, Tensor] = {}
-    short: set[int] = set()
-
-    def look(index: int) -> None:  # every document is tokenised once at most
-        if index not in long and index not in short:
-            ids = tokens(tokenizer, documents[index])
-            if len(ids) > length:
-                long[index] = ids
-            else:
-                short.add(index)
-
-    draw = random.Random(seed)
+    long = cache(partial(_long_ids, documents, tokenizer, length))  # each is tokenised once
+    count = len(documents)
+    if all(long(index) is None for index in range(count)):
+        return None
     windows: list[Tensor] = []
-    while len(windows) < samples and len(short) < len(documents):
-        look(index := draw.randint(0, len(documents) - 1))
-        if index in long:
-            start = draw.randint(0, len(long[index]) - length - 1)
-            windows.append(long[index][start : start + length])
+    drawn: list[int] = []
+    while len(windows) < samples:
+        index = draw.randint(0, count - 1)
+        if (ids := long(index)) is not None:
+            start = draw.randint(0, len(ids) - length - 1)
+            windows.append(ids[start : start + length])
+            drawn.append(index)
+    indices = dict.fromkeys([*drawn, *range(count)])  # mostly the documents drawn suffice
+    held = (len(ids) // length for index in indices if (ids := long(index)) is not None)
+    enough = any(total >= samples for total in accumulate(held))
+    return torch.stack(windows) if enough else None
 
-    held = sum(len(ids) // length for ids in long.values())
-    for index in range(len(documents)):  # mostly the documents drawn suffice
-        if held >= samples:
-            return torch.stack(windows)
-        if index not in long:
-            look(index)
-            held += len(long[index]) // length if index in long else 0
-    return torch.stack(windows) if held >= samples else None
+
+def _long_ids(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, index: int
+) -> Tensor | None:
+    """Return the ids of a document, None where they are no more than a window."""
+    ids = tokens(tokenizer, documents[index])
+    return ids if len(ids) > length else None
 
 
 def _positive(**values: int) -> None:

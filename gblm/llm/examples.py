@@ -9,7 +9,7 @@ from gblm.llm.models import positions
 from gblm.report import Example
 
 PROMPTS = 3
-GIVEN = 24  # tokens of a prompt
+PROMPT = 24  # tokens of a prompt
 WRITTEN = 40  # tokens that follow it
 
 
@@ -18,9 +18,9 @@ class Continuations:
 
     def __init__(self, tokenizer: Any, windows: Tensor, source: str) -> None:
         picks = torch.linspace(0, len(windows) - 1, min(PROMPTS, len(windows))).round().long()
-        given = max(1, min(GIVEN, windows.shape[1] // 2))
+        length = max(1, min(PROMPT, windows.shape[1] // 2))
         self.tokenizer, self.source = tokenizer, source
-        self.prompts = windows[picks, :given]
+        self.prompts = windows[picks, :length]
         self.dense: list[str] = []
 
     def before(self, model: nn.Module) -> None:
@@ -31,8 +31,8 @@ class Continuations:
         """Return what the examples are, and the prompts with what both models write."""
         pruned = self.written(model)
         prompts = [self._text(prompt) for prompt in self.prompts]
-        found = [Example(*texts) for texts in zip(prompts, self.dense, pruned, strict=True)]
-        return f"How each model goes on, token by most likely token, from {self.source}.", found
+        examples = [Example(*texts) for texts in zip(prompts, self.dense, pruned, strict=True)]
+        return f"How each model goes on, token by most likely token, from {self.source}.", examples
 
     def written(self, model: Any) -> list[str]:
         """Return the most likely next token over and over, as text, for each prompt.
@@ -49,7 +49,7 @@ class Continuations:
 
     def _text(self, ids: Tensor) -> str:
         """Return the text of ids up to the end of the sequence."""
-        found = ids.tolist()
-        if (end := self.tokenizer.eos_token_id) in found:
-            found = found[: found.index(end)]
-        return self.tokenizer.decode(found, skip_special_tokens=True)
+        numbers = ids.tolist()
+        if (end := self.tokenizer.eos_token_id) in numbers:
+            numbers = numbers[: numbers.index(end)]
+        return self.tokenizer.decode(numbers, skip_special_tokens=True)

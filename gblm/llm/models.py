@@ -1,8 +1,7 @@
 """Load and save causal language models with their tokenizers, as transformers does."""
 
-import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,48 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import logging
 
 from gblm.base import Batch, GblmError
 from gblm.llm import data
 from gblm.llm.adapters import blocks
 from gblm.llm.checkpoint import (
+    ONE_MODEL,
     check_blocks,
-    check_layers,
     check_shapes,
     check_source,
     checkpoint_dtype,
     read_index,
     reshard,
     tensor_files,
+    write_shards,
 )
 from gblm.machine.device import find_device, find_dtype
-from gblm.machine.files import write_json, write_tensors, written_into
+from gblm.machine.files import check_depth, written_into
 from gblm.machine.offload import (
     Offload,
     find_offload,
     offload_of,
     offloaded,
     read_when_used,
+    whole,
 )
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+# By a word of what transformers says: what is wrong, its own text for "", and the way out.
+WAYS = {
+    "ignore_mismatched_sizes": (
+        "its weights are of other shapes than config.json says",
+        ONE_MODEL,
+    ),
+    "Weights only load failed": (
+        "its pickle holds more than weights",
+        "convert the weights to safetensors",
+    ),
+    "safetensors": ("", "convert the weights to safetensors, or trust them with --allow-pickle"),
+    "trust_remote_code": ("", "read that code, then trust it with --trust-remote-code"),
+    "": ("", "check the folder or the name, and the connection to the hub"),
+}
 
 
 def load(
@@ -63,42 +78,40 @@ def load(
     Raises `GblmError` where anything is missing, damaged or does not fit.
     """
     _, tokenizer = load_tokenizer(model, trust_remote_code)
-    loaded = load_model(
-        model,
-        device=find_device(device),
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
-    return loaded, tokenizer
+    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    return load_model(model, device=find_device(device), dtype=dtype, **trust), tokenizer
 
 
 def load_tokenizer(
     model: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Load the config and the tokenizer of a model, which is all that windows take: see `load`."""
-    check_source(model)
+    config = load_config(model, trust_remote_code)
     with _explained(model):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         tokenizer("a", verbose=False)  # some values of its config are only looked at now
         return config, tokenizer
+
+
+def load_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Load the config of a model: see `load`."""
+    check_source(model)
+    with _explained(model):
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
 def load_model(
     model: str, *, device: torch.device, dtype: str, trust_remote_code: bool, allow_pickle: bool
 ) -> PreTrainedModel:
     """Load a causal language model without its tokenizer: see `load`."""
-    check_source(model)
-    wanted = find_dtype(dtype, device, lambda: checkpoint_dtype(model))
+    config = load_config(model, trust_remote_code)
+    _check_layers(model, config, len(tensor_files(model)))
+    chosen = find_dtype(dtype, device, lambda: checkpoint_dtype(model))
     auto: Any = AutoModelForCausalLM
-    with _explained(model):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    check_layers(model, config, tensor_files(model))
     with _explained(model):
         loaded, info = auto.from_pretrained(
             model,
-            dtype=wanted or "auto",
+            dtype=chosen or "auto",
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
@@ -109,7 +122,7 @@ def load_model(
             f"model {model}: {len(wrong)} weights are missing or of another shape, such as "
             f"{', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
         )
-    check_blocks(loaded, model, blocks(loaded), set(info["unexpected_keys"]))
+    check_blocks(loaded, model, blocks(loaded), info["unexpected_keys"])
     return loaded.to(device).eval()
 
 
@@ -131,38 +144,50 @@ def load_offloaded(
     Raises `GblmError`, beside what `load_model` does, where a checkpoint cannot be read block by
     block: without safetensors, or with names other than those of the model.
     """
-    sources = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     check_source(model)
     files = tensor_files(model)
-    kind = find_offload(offload, sum(f.stat().st_size for f in set(files.values())), device)
-    if kind == "none":
-        return load_model(model, device=device, dtype=dtype, **sources), None
-    if kind == "cpu":
-        loaded = load_model(model, device=torch.device("cpu"), dtype=dtype, **sources)
+    size = sum(file.stat().st_size for file in set(files.values()))
+    kind = find_offload(offload, size, device)
+    if kind != "disk":
+        home = device if kind == "none" else torch.device("cpu")
+        trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+        loaded = load_model(model, device=home, dtype=dtype, **trust)
         return loaded, offloaded(kind, loaded, blocks(loaded), folder, device)
     if not files:
         raise GblmError(
             f"model {model} has no safetensors to be read block by block; --offload cpu"
         )
-    wanted = find_dtype(dtype, device, lambda: checkpoint_dtype(model))
-    auto: Any = AutoModelForCausalLM
-    with _explained(model):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    check_layers(model, config, files)
-    with _explained(model):
-        made = wanted or checkpoint_dtype(model) or torch.float32
-        with init_empty_weights(include_buffers=False):
-            empty = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code)
-        empty.tie_weights()
-    names = dict(empty.named_parameters())
-    if missing := sorted(set(names) - set(files)):
+    config = load_config(model, trust_remote_code)
+    _check_layers(model, config, len(files))
+    stored = checkpoint_dtype(model)
+    chosen = find_dtype(dtype, device, lambda: stored) or stored or torch.float32
+    with init_empty_weights(include_buffers=False):
+        empty = _empty(model, config, chosen, trust_remote_code)
+    empty.tie_weights()
+    parameters = dict(empty.named_parameters())
+    if missing := sorted(set(parameters) - set(files)):
         raise GblmError(
             f"model {model}: {len(missing)} weights have other names in its checkpoint, such as "
             f"{', '.join(missing[:3])}, so that it cannot be read block by block; use --offload cpu"
         )
-    check_blocks(empty, model, blocks(empty), set(files) - set(names))
-    check_shapes(model, names, files)
-    return empty.eval(), read_when_used(empty, blocks(empty), files, folder, device)
+    check_blocks(empty, model, blocks(empty), set(files) - set(parameters))
+    check_shapes(model, parameters, files)
+    return empty, read_when_used(empty, blocks(empty), files, folder, device)
+
+
+@contextmanager
+def sketch(
+    model: str, *, device: torch.device, dtype: str, trust_remote_code: bool
+) -> Iterator[PreTrainedModel]:
+    """Give a model of fake tensors, by its config alone.
+
+    What is run with it, as long as it is there, computes shapes and no values.
+    """
+    config = load_config(model, trust_remote_code)
+    stored = stored_dtype(config)
+    chosen = find_dtype(dtype, device, lambda: stored) or stored
+    with FakeTensorMode():
+        yield _empty(model, config, chosen, trust_remote_code)
 
 
 def silence() -> None:
@@ -174,48 +199,6 @@ def silence() -> None:
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     """Return the dtype that a config states for its checkpoint, float32 where it states none."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
-@contextmanager
-def sketch(
-    model: str, *, device: torch.device, dtype: str, trust_remote_code: bool
-) -> Iterator[PreTrainedModel]:
-    """Give a model of fake tensors, by its config alone.
-
-    What is run with it, as long as it is there, computes shapes and no values.
-    """
-    check_source(model)
-    with _explained(model):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    stored = stored_dtype(config)
-    made = find_dtype(dtype, device, lambda: stored) or stored
-    auto: Any = AutoModelForCausalLM
-    with FakeTensorMode():
-        with _explained(model):
-            empty = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code)
-        yield empty.eval()
-
-
-@contextmanager
-def _explained(model: str) -> Iterator[None]:
-    """Turn what transformers raises on loading into a `GblmError` that says the way out."""
-    try:
-        yield
-    except Exception as error:  # whatever the files, the hub or the config had against it
-        text = " ".join(str(error).split())
-        way = "check the folder or the name, and the connection to the hub"
-        if not isinstance(error, OSError | ValueError | RuntimeError):
-            text = f"{type(error).__name__}: {text}"
-        if "ignore_mismatched_sizes" in text:
-            text = "its weights are of other shapes than config.json says"
-            way = "give the config and the weights of one model"
-        elif "Weights only load failed" in text:
-            text, way = "its pickle holds more than weights", "convert the weights to safetensors"
-        elif "safetensors" in text:
-            way = "convert the weights to safetensors, or trust them with --allow-pickle"
-        elif "trust_remote_code" in text:
-            way = "read that code, then trust it with --trust-remote-code"
-        raise GblmError(f"model {model} cannot be loaded: {text[:300]}; {way}") from error
 
 
 def positions(config: PreTrainedConfig) -> int | None:
@@ -290,34 +273,48 @@ def save(
                 model.generation_config.save_pretrained(beside)
             _save_units(offload, dict(model.named_parameters()), beside)
             return
-        with offload.home() if offload else nullcontext():
-            _save(model, beside, like, shards)
-
-
-def _save(model: PreTrainedModel, folder: Path, like: str, shards: dict[str, str]) -> None:
-    dtype = checkpoint_dtype(like)
-    if dtype not in (None, model.dtype):
-        model = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
-    model.save_pretrained(folder, max_shard_size="100TB")
-    if shards:
-        reshard(folder, shards)
+        with whole(model, checkpoint_dtype(like)) as stored:
+            stored.save_pretrained(beside, max_shard_size="100TB")
+        if shards:
+            reshard(beside, shards)
 
 
 def _save_units(offload: Offload, parameters: dict[str, nn.Parameter], folder: Path) -> None:
-    """Write a shard for every unit of a model on disk, and one for the rest, and their index."""
-    left = dict(parameters)  # a tied weight goes with the first unit that has it
+    """Write a shard for every unit of a model on disk, and one for the rest."""
     units = []
-    for unit in offload.units:
-        if names := [name for name in unit.parameters if left.pop(name, None) is not None]:
+    for unit in offload.units:  # a tied weight goes with the first unit that has it
+        if names := [name for name in unit.parameters if parameters.pop(name, None) is not None]:
             units.append(names)
-    units += [list(left)] if left else []
-    found: dict[str, str] = {}
-    total = 0
-    for i, names in enumerate(units):
-        shard = f"model-{i + 1:05}-of-{len(units):05}.safetensors"
-        tensors = offload.store.read(names)
-        write_tensors(folder / shard, tensors)
-        total += sum(value.nbytes for value in tensors.values())
-        found |= dict.fromkeys(tensors, shard)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(found.items()))}
-    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+    units += [list(parameters)] if parameters else []
+    count = len(units)
+    shards = {f"model-{i:05}-of-{count:05}.safetensors": u for i, u in enumerate(units, 1)}
+    write_shards(folder, shards, lambda shard: offload.store.read(shards[shard]))
+
+
+def _check_layers(model: str, config: PreTrainedConfig, tensors: int) -> None:
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int):
+        check_depth(model, layers, "layers", tensors)
+
+
+def _empty(
+    model: str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Return the model of a config, in evaluation mode, its weights as transformers draws them."""
+    auto: Any = AutoModelForCausalLM
+    with _explained(model):
+        made = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return made.eval()
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """Turn what transformers raises on loading into a `GblmError` that says the way out."""
+    try:
+        yield
+    except Exception as error:  # whatever the files, the hub or the config had against it
+        text = " ".join(str(error).split())
+        if not isinstance(error, OSError | ValueError | RuntimeError):
+            text = f"{type(error).__name__}: {text}"
+        what, way = next(WAYS[word] for word in WAYS if word in text)
+        raise GblmError(f"model {model} cannot be loaded: {(what or text)[:300]}; {way}") from error

@@ -5,13 +5,12 @@ hub, as the harness has it, or local files.
 """
 
 import copy
-import difflib
 import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,23 +18,17 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gblm.base import GblmError
+from gblm.base import GblmError, explained, nearest
 from gblm.machine.device import BatchSize
 from gblm.machine.processes import gathered, rank
 
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "openbookqa")
 METRICS = ("acc", "acc_norm")  # the first is the headline of a task
 BATCH = 8  # items' choices the model sees at a time
-
 NAME = re.compile(r"""^["']?task["']?\s*:[ \t]*["']?([^\s"'\[]+)""", re.MULTILINE)  # of a YAML
 
 Accuracy = dict[str, dict[str, float]]  # by task: metrics and their standard errors, as fractions
 Row = dict[str, Any]
-
-# What the hub's copy of a task calls otherwise than the files its authors gave out.
-COLUMNS: dict[str, Callable[[Row], Row]] = {
-    "boolq": lambda row: row if "label" in row else {**row, "label": int(row["answer"])}
-}
 
 
 @dataclass(frozen=True)
@@ -73,9 +66,9 @@ def open_tasks(names: Sequence[str], data: Path | None = None, limit: int | None
     """
     if limit is not None and limit < 1:
         raise GblmError(f"{limit} items of a task are none; give a limit of 1 or more")
-    each = (own for name in names for own in (PAPER if name == "paper" else [name]))
-    every = list(dict.fromkeys(each))
-    if not every:
+    groups = {"paper": PAPER}
+    tasks = list(dict.fromkeys(task for name in names for task in groups.get(name, (name,))))
+    if not tasks:
         raise GblmError("no task given; paper stands for the six of the paper")
     try:
         import lm_eval  # noqa: F401
@@ -84,10 +77,10 @@ def open_tasks(names: Sequence[str], data: Path | None = None, limit: int | None
             f"tasks are evaluated by lm-evaluation-harness, which is missing ({error}); "
             "pip install 'gblm[eval]'"
         ) from error
-    with _quiet():
-        manager = _manager(every)
-        files = {name: _file(name, data) for name in every} if data else {}
-        return Tasks({name: _open(name, files.get(name), manager) for name in every}, limit)
+    with redirect_stderr(io.StringIO()):  # where gblm has its own bar
+        manager = _manager(tasks)
+        files = {name: _file(name, data) for name in tasks} if data else {}
+        return Tasks({name: _open(name, files.get(name), manager) for name in tasks}, limit)
 
 
 def accuracy(
@@ -115,43 +108,45 @@ def accuracy(
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        found = {}
-        with _quiet():
+        accuracies = {}
+        with redirect_stderr(io.StringIO()):
             # A copy, for the harness gives a tokenizer a token to pad with, which no result needs.
             lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=step)
             for name, task in tasks.tasks.items():
-                asked = {"tasks": {name: task}}
-                done = evaluate(lm, asked, limit=tasks.limit, log_samples=False)
-                found[name] = _metrics(done["results"][name])
-                progress(len(found), len(tasks.tasks))
-        return found
+                one = {"tasks": {name: task}}
+                results = evaluate(lm, one, limit=tasks.limit, log_samples=False)["results"]
+                accuracies[name] = _metrics(results[name])
+                progress(len(accuracies), len(tasks.tasks))
+        return accuracies
 
     return gathered({} if rank() else BatchSize(batch_size, auto=True).run(run))[0]
 
 
-def mean(found: Accuracy) -> float:
+def mean(accuracies: Accuracy) -> float:
     """Return the mean of acc over the tasks."""
-    return sum(values[METRICS[0]] for values in found.values()) / len(found)
+    return sum(values[METRICS[0]] for values in accuracies.values()) / len(accuracies)
 
 
-def entries(found: Accuracy) -> Accuracy:
+def entries(accuracies: Accuracy) -> Accuracy:
     """Return accuracies as entries of an evaluation: of every task and metric, and the mean."""
-    new: Accuracy = {}
-    for name, values in found.items():
-        for metric in (metric for metric in METRICS if metric in values):
-            own = {key: values[key] for key in (metric, f"{metric}_stderr") if key in values}
-            new[name if metric == METRICS[0] else f"{name} {metric}"] = own
-    if len(found) > 1:
-        new["mean of tasks"] = {METRICS[0]: mean(found)}
-    return new
+    evaluation: Accuracy = {}
+    for name, values in accuracies.items():
+        for metric in METRICS:
+            if metric in values:
+                keys = {metric, f"{metric}_stderr"} & values.keys()
+                entry = name if metric == METRICS[0] else f"{name} {metric}"
+                evaluation[entry] = {key: values[key] for key in sorted(keys)}
+    if len(accuracies) > 1:
+        evaluation["mean of tasks"] = {METRICS[0]: mean(accuracies)}
+    return evaluation
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """Return acc and acc_norm of a row of results, whose keys are "acc,FILTER", "acc_stderr,…"."""
     values = {key.partition(",")[0]: value for key, value in row.items()}
-    wanted = [f"{metric}{end}" for metric in METRICS for end in ("", "_stderr")]
+    keys = [f"{metric}{end}" for metric in METRICS for end in ("", "_stderr")]
     # A single item has no standard error, which the harness writes in words.
-    return {k: float(values[k]) for k in wanted if isinstance(values.get(k), float | int)}
+    return {key: float(values[key]) for key in keys if isinstance(values.get(key), float | int)}
 
 
 @cache
@@ -159,51 +154,45 @@ def _known() -> dict[str, Path]:
     """Return the file of every task of the harness, whose own index takes many seconds to make."""
     import lm_eval.tasks
 
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
         for name in NAME.findall(file.read_text(encoding="utf-8")):
-            found.setdefault(name, file)
-    return found
+            files.setdefault(name, file)
+    return files
 
 
 def _manager(names: Sequence[str]) -> Any:
     """Return a task manager that knows the tasks; raises `GblmError` where the harness does not."""
     from lm_eval.tasks import TaskManager
 
-    known = _known()
+    files = _known()
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, ["paper", *known], 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+        if name not in files:
             raise GblmError(
-                f"unknown task {name!r}; {hint}`lm-eval ls subtasks` lists all, groups of tasks "
-                "are not taken, and paper stands for the six of the paper"
+                f"unknown task {name!r}; {nearest(name, ['paper', *files])}"
+                "`lm-eval ls subtasks` lists all, groups of tasks are not taken, and paper stands "
+                "for the six of the paper"
             )
-    folders: list[str | Path] = sorted({known[name].parent for name in names})
+    folders: list[str | Path] = sorted({files[name].parent for name in names})
     return TaskManager(include_path=folders, include_defaults=False)
 
 
 def _open(name: str, file: Path | None, manager: Any) -> Any:
     """Return a task of the harness, with the items of the file where there is one."""
     spec: str | Row = name
+    what = f"the items of the task {name} cannot be loaded"
+    way = "check the connection to the hub, or give a folder of them (--task-data)"
     if file:
+        what, way = f"{file} has not the form of the task {name}", "repair it"
         items = _items(name, file)
         # A group may say what its tasks have otherwise: here the items, for whatever split.
-        own = {"task": name, "custom_dataset": lambda **_: defaultdict(lambda: items)}
-        spec = {"group": "local", "task": [own]}
-    try:
+        local = {"task": name, "custom_dataset": lambda **_: defaultdict(lambda: items)}
+        spec = {"group": "local", "task": [local]}
+    with explained(what, way):
         task = manager.load(spec)["tasks"][name]
-    except Exception as error:  # whatever the hub, the network or the items had against it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if file:
-            raise GblmError(f"{file} has not the form of the task {name} ({reason})") from error
-        raise GblmError(
-            f"the items of the task {name} cannot be loaded ({reason}); check the connection to "
-            "the hub, or give a folder of them (--task-data)"
-        ) from error
     if METRICS[0] not in task.aggregation():
-        judged = ", ".join(task.aggregation())
-        raise GblmError(f"the task {name} is judged by {judged}, not by acc; leave it out")
+        metrics = ", ".join(task.aggregation())
+        raise GblmError(f"the task {name} is judged by {metrics}, not by acc; leave it out")
     task.set_config("num_fewshot", 0)
     return task
 
@@ -212,48 +201,39 @@ def _file(name: str, data: Path) -> Path:
     """Return the file of a task in a folder; raises `GblmError` where none is, or several are."""
     if not data.is_dir():
         raise GblmError(f"task data {data}: no such folder; give one that holds {name}.jsonl")
-    names = (f"{name}.jsonl", f"{name}_*.jsonl")
-    found = sorted(file for pattern in names for file in data.glob(pattern))
-    if not found:
-        raise GblmError(f"task data {data} has neither {' nor '.join(names)}; add the items")
-    if len(found) > 1:
-        several = ", ".join(file.name for file in found)
+    patterns = (f"{name}.jsonl", f"{name}_*.jsonl")
+    files = sorted(file for pattern in patterns for file in data.glob(pattern))
+    if not files:
+        raise GblmError(f"task data {data} has neither {' nor '.join(patterns)}; add the items")
+    if len(files) > 1:
+        several = ", ".join(file.name for file in files)
         raise GblmError(f"task data {data} has several files for {name}: {several}; keep one")
-    return found[0]
+    return files[0]
 
 
 def _items(name: str, file: Path) -> Any:
     """Return the items of a file as a data set in memory; raises `GblmError` for a damaged one."""
     import datasets
 
-    try:
+    with explained(f"{file} cannot be read", "repair it"):
         lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GblmError(f"{file} cannot be read ({error}); repair it") from error
-    rows = [
-        _row(name, line, f"{file}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        with explained(f"{file}, line {number}: no item of the task {name}", "repair it"):
+            rows += [_row(name, line)] if line.strip() else []
     if not rows:
         raise GblmError(f"{file} is empty; give one item of the task {name} a line")
     if other := next((row for row in rows if row.keys() != rows[0].keys()), None):
-        raise GblmError(f"{file}: items have {', '.join(rows[0])}, but one {', '.join(other)}")
-    try:
+        raise GblmError(
+            f"{file}: items have {', '.join(rows[0])}, but one {', '.join(other)}; repair it"
+        )
+    with explained(f"{file} is no table of items", "repair it"):  # a field is not of one type
         return datasets.Dataset.from_list(rows)
-    except Exception as error:  # of pyarrow, where a field is not of one type
-        raise GblmError(f"{file} is no table of items ({error}); repair it") from error
 
 
-def _row(name: str, line: str, where: str) -> Row:
-    try:
-        return COLUMNS.get(name, dict)(json.loads(line))
-    except (ValueError, TypeError, KeyError) as error:
-        raise GblmError(f"{where}: no item of the task {name} ({error!r}); repair it") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bars and remarks of the harness off the terminal, where gblm has its own bar."""
-    with redirect_stderr(io.StringIO()):
-        yield
+def _row(name: str, line: str) -> Row:
+    """Return an item, with the columns of the hub's copy of its task."""
+    row: Row = dict(json.loads(line))
+    if name == "boolq" and "label" not in row:  # the file that its authors gave out has no label
+        row["label"] = int(row["answer"])
+    return row

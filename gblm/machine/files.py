@@ -11,11 +11,13 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,6 +41,49 @@ def read_tensors(
             return {name: file.get_tensor(name) for name in keys}
     except (SafetensorError, OSError) as error:
         raise GblmError(f"{path} cannot be read ({error}); {way}") from error
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shape of every tensor of a safetensors file, empty where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return {}
+
+
+def read_arrays(path: Path, names: Sequence[str], where: str) -> list[Tensor]:
+    """Return the arrays of these names in a `.npz` or `.safetensors` file.
+
+    Raises `GblmError`, which says where, for a missing one.
+    """
+    npz = path.suffix.lower() == ".npz"
+    with np.load(path, allow_pickle=False) if npz else safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+        if missing := [name for name in names if name not in keys]:
+            raise GblmError(f"{where} has no `{missing[0]}`, only {', '.join(keys)}; rename one")
+        if not npz:
+            return [file.get_tensor(name) for name in names]
+        arrays = [file[name] for name in names]
+        native = [array.astype(array.dtype.newbyteorder("="), copy=False) for array in arrays]
+        return [torch.from_numpy(array) for array in native]
+
+
+def dtype_and_shape(tensor: Tensor) -> str:
+    """Return the dtype and the shape of a tensor, such as "float32 [2, 3]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def check_depth(model: str | Path, blocks: int, what: str, tensors: int) -> None:
+    """Raise `GblmError` where a config names more blocks than its checkpoint can hold.
+
+    A library would make millions of them for hours, before it finds their weights missing.
+    """
+    if tensors and blocks > tensors:
+        raise GblmError(
+            f"model {model}: config.json names {blocks} {what} and the checkpoint holds {tensors} "
+            "tensors; give the config and the weights of one model"
+        )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

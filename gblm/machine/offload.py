@@ -9,6 +9,7 @@ changed when it is done.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import os
@@ -16,9 +17,10 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ OFFLOADS = ("auto", "none", "cpu", "disk")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 AGAIN = "check its disk, and run again"  # where a file of our own is damaged
 Tensors = dict[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
 
 
 def find_offload(offload: str, size: int, device: torch.device) -> str:
@@ -336,3 +339,12 @@ def offload_of(model: nn.Module) -> Offload | None:
     """Return how a model is offloaded, None where it is not."""
     units = (UNITS.get(id(module)) for module in model.modules())
     return next((unit.offload for unit in units if unit), None)
+
+
+@contextmanager
+def whole(model: M, dtype: torch.dtype | None) -> Iterator[M]:
+    """Give a model with all its weights in memory and in a dtype, as it is for None, for a time."""
+    offload = offload_of(model)
+    with offload.home() if offload else nullcontext():
+        same = dtype in (None, next(model.parameters()).dtype)
+        yield model if same else copy.deepcopy(model).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +16,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from gblm.base import Batch, GblmError
+from gblm.base import Batch, GblmError, explained, reason
 from gblm.machine import processes
 from gblm.machine.device import free_memory
 from gblm.vit.sources import Source, read
@@ -32,7 +33,17 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass
-class Images:
+class Decoded:
+    """One image after its decoding: pixels `[c, h, w]`, or why it is broken."""
+
+    name: str
+    pixels: np.ndarray  # an array, which a worker sends without shared memory
+    label: int | None = None
+    broken: str = ""
+
+
+@dataclass
+class Images(Dataset):
     """Images of a source, pre-processed as they are asked for.
 
     `broken` fills as images turn out not to be readable, by name with the reason; `notes` say what
@@ -47,13 +58,20 @@ class Images:
     def __len__(self) -> int:
         return self.source.length
 
+    def __getitem__(self, index: int) -> Decoded:
+        name, labels = self.source.called(index), self.source.labels
+        try:
+            image = self.source.open(index)
+            pixels = image if isinstance(image, Tensor) else self.transform(image)
+        except Exception as error:  # a broken file has many faces
+            return Decoded(name, np.empty(0), broken=reason(error))
+        return Decoded(name, pixels.numpy(), labels[index] if labels is not None else None)
+
     @property
     def notes(self) -> list[str]:
-        if not self.broken:
-            return [*self.source.notes]
-        named = ", ".join(f"{name} ({why})" for name, why in self.broken.items())
-        skipped = f"{self.source.name}: {len(self.broken)} broken and skipped: {named}"
-        return [*self.source.notes, skipped]
+        broken = ", ".join(f"{name} ({why})" for name, why in self.broken.items())
+        skipped = f"{self.source.name}: {len(self.broken)} broken and skipped: {broken}"
+        return [*self.source.notes, skipped] if broken else [*self.source.notes]
 
     def chosen(self, samples: int | None, seed: int = 0) -> list[int]:
         """Return the indices of all images in the order they are chosen, at least `samples`.
@@ -68,18 +86,16 @@ class Images:
                 f"{self.source.name}: {len(self)} images there, {samples} asked for; "
                 f"use --samples {len(self)} or less"
             )
-        draw = random.Random(seed)
-        order = list(range(len(self)))
-        draw.shuffle(order)
-        if self.source.labels is None:
+        order, labels = list(range(len(self))), self.source.labels
+        random.Random(seed).shuffle(order)
+        if labels is None:
             return order
-        held: dict[int, int] = {}
-        rounds = []
+        before: Counter[int] = Counter()  # images of the same class, by label
+        rounds = {}
         for index in order:
-            label = self.source.labels[index]
-            rounds.append(held.get(label, 0))
-            held[label] = rounds[-1] + 1
-        return [index for _, _, index in sorted(zip(rounds, range(len(order)), order, strict=True))]
+            rounds[index] = before[labels[index]]
+            before[labels[index]] += 1
+        return sorted(order, key=rounds.__getitem__)
 
     def batches(self, indices: Sequence[int], size: int, of: int | None = None) -> Iterator[Batch]:
         """Yield the images of these indices as batches `images [n, c, h, w]`, `labels [n]`.
@@ -89,22 +105,35 @@ class Images:
         """
         asked = of or len(indices)
         loader = DataLoader(
-            _Decoded(self.source, self.transform, indices),
+            Subset(self, indices),
             batch_size=size,
             num_workers=0 if len(indices) <= size else min(self.workers, -(-len(indices) // size)),
             collate_fn=list,
             generator=torch.Generator(),  # of its own, that the global one stays as it is
         )
-        for items in loader:
-            self.broken.update({item.name: item.broken for item in items if item.broken})
+        for decoded in loader:
+            self.broken.update({image.name: image.broken for image in decoded if image.broken})
             if len(self.broken) > BROKEN * asked:
                 name, why = next(iter(self.broken.items()))
                 raise GblmError(
                     f"{self.source.name}: {len(self.broken)} of {asked} images are broken, more "
                     f"than 1 %, first {name} ({why}); repair or remove them"
                 )
-            if whole := [item for item in items if not item.broken]:
-                yield _batch(whole, self.source)
+            if sound := [image for image in decoded if not image.broken]:
+                yield self._batch(sound)
+
+    def _batch(self, images: Sequence[Decoded]) -> Batch:
+        first = images[0]
+        for image in images:
+            if image.pixels.shape != first.pixels.shape:
+                raise GblmError(
+                    f"{self.source.name}: {image.name} is {_by(image.pixels.shape)} after "
+                    f"pre-processing and {first.name} {_by(first.pixels.shape)}; give images of "
+                    "one size"
+                )
+        batch = {"images": torch.from_numpy(np.stack([image.pixels for image in images]))}
+        labels = [image.label for image in images if image.label is not None]
+        return {**batch, "labels": torch.tensor(labels)} if labels else batch
 
 
 @dataclass
@@ -129,16 +158,16 @@ class Loader:
         if self.decoded:
             yield from self.decoded
             return
-        held: list[Batch] = []
-        keep = True
-        for done, batch in enumerate(self.images.batches(self.indices, self.size, self.of), 1):
-            if done == 1:
-                whole = len(self) * sum(value.nbytes for value in batch.values())
-                keep = whole <= free_memory(torch.device("cpu")) * KEPT
+        kept: list[Batch] = []
+        keep: bool | None = None
+        for batch in self.images.batches(self.indices, self.size, self.of):
+            if keep is None:
+                size = len(self) * sum(value.nbytes for value in batch.values())
+                keep = size <= free_memory(torch.device("cpu")) * KEPT
             if keep:
-                held.append(batch)
+                kept.append(batch)
             yield batch
-        self.decoded = held
+        self.decoded = kept
 
 
 def config(model: nn.Module, test_size: bool = False) -> dict[str, Any]:
@@ -147,10 +176,8 @@ def config(model: nn.Module, test_size: bool = False) -> dict[str, Any]:
     test_size: those a model is tested with, where timm knows other ones than those of training.
     """
     # Of the model as it was made, where timm knows that: not as its weights were trained.
-    resolve = getattr(timm.data, "resolve_input_data_config", None)
-    if resolve:
-        return resolve(model, use_test_size=test_size)
-    return resolve_data_config({}, model=model, use_test_size=test_size)
+    resolve = getattr(timm.data, "resolve_input_data_config", partial(resolve_data_config, {}))
+    return resolve(model=model, use_test_size=test_size)
 
 
 def preprocessing(model: nn.Module, test_size: bool = False) -> Transform:
@@ -158,15 +185,11 @@ def preprocessing(model: nn.Module, test_size: bool = False) -> Transform:
 
     Raises `GblmError` where the model's config is of no use for that.
     """
-    found = config(model, test_size)
-    try:
-        mode = "L" if found["input_size"][0] == 1 else "RGB"
-        return partial(_transformed, create_transform(**found, is_training=False), mode)
-    except Exception as error:  # whatever the model's config holds in their place
-        raise GblmError(
-            f"the images of the model cannot be pre-processed ({type(error).__name__}: {error}); "
-            "mend size, mean, std, crop and interpolation in its pretrained_cfg"
-        ) from error
+    way = "mend size, mean, std, crop and interpolation in its pretrained_cfg"
+    with explained("the images of the model cannot be pre-processed", way):
+        options = config(model, test_size)
+        mode = "L" if options["input_size"][0] == 1 else "RGB"
+        return partial(_transformed, create_transform(**options, is_training=False), mode)
 
 
 def open_images(
@@ -203,12 +226,9 @@ def calibration(images: Images, samples: int = 1024, seed: int = 0) -> Batch:
     """
     order = images.chosen(samples, seed)
     parts: list[Batch] = []
-    held = taken = 0
-    while held < samples and taken < len(order):
-        asked = order[taken : taken + samples - held]
-        parts += images.batches(asked, 32, of=samples)
-        held = sum(len(part["images"]) for part in parts)
-        taken += len(asked)
+    while order and (missing := samples - sum(len(part["images"]) for part in parts)):
+        parts += images.batches(order[:missing], 32, of=samples)
+        order = order[missing:]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -225,63 +245,17 @@ def evaluation(images: Images, size: int = TOGETHER, limit: int | None = None) -
 
 def fitting(model: nn.Module, batch: Batch, source: str) -> None:
     """Raise `GblmError` where the model does not take images of the shape of this batch."""
-    own = input_size(model)
-    shape = tuple(batch["images"].shape[1:])
-    if shape == own:
+    size, shape = input_size(model), tuple(batch["images"].shape[1:])
+    if shape == size:
         return
     try:
         with frozen(model), torch.no_grad():
             model(batch["images"][:1].to(next(model.parameters())))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise GblmError(
-            f"{source}: its images are {_by(shape)} and the model takes {_by(own)} "
+            f"{source}: its images are {_by(shape)} and the model takes {_by(size)} "
             f"({str(error).splitlines()[0]}); give images of that size"
         ) from error
-
-
-@dataclass
-class _Item:
-    """One image after its decoding: pixels `[c, h, w]`, or why there are none."""
-
-    name: str
-    pixels: np.ndarray | None = None  # an array, which a worker sends without shared memory
-    label: int | None = None
-    broken: str = ""
-
-
-@dataclass
-class _Decoded(Dataset):
-    source: Source
-    transform: Transform
-    indices: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> _Item:
-        index = self.indices[position]
-        name = self.source.called(index)
-        try:
-            found = self.source.open(index)
-            pixels = found if isinstance(found, Tensor) else self.transform(found)
-        except Exception as error:  # a broken file has many faces
-            return _Item(name, broken=f"{type(error).__name__}: {error}".split("\n")[0])
-        label = None if self.source.labels is None else self.source.labels[index]
-        return _Item(name, pixels.numpy(), label)
-
-
-def _batch(items: Sequence[_Item], source: Source) -> Batch:
-    first = items[0]
-    arrays = [item.pixels for item in items if item.pixels is not None]
-    for item, pixels in zip(items, arrays, strict=True):
-        if pixels.shape != arrays[0].shape:
-            raise GblmError(
-                f"{source.name}: {item.name} is {_by(pixels.shape)} after pre-processing and "
-                f"{first.name} {_by(arrays[0].shape)}; give images of one size"
-            )
-    batch = {"images": torch.from_numpy(np.stack(arrays))}
-    labels = [item.label for item in items if item.label is not None]
-    return {**batch, "labels": torch.tensor(labels)} if labels else batch
 
 
 def input_size(model: nn.Module) -> tuple[int, ...]:
@@ -291,8 +265,8 @@ def input_size(model: nn.Module) -> tuple[int, ...]:
 
 def scaling(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the mean and the deviation `[c, 1, 1]` by which a model's images are scaled."""
-    found = config(model)
-    mean, std = (torch.tensor(found[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    options = config(model)
+    mean, std = (torch.tensor(options[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return mean, std
 
 

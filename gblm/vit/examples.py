@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from gblm.walk.blocks import frozen
 
 SHOWN = 8
 SIDE = 160  # pixels of a thumbnail
-LOOKED = 256  # images whose predictions are compared
+COMPARED = 256  # images whose predictions are compared
 STEP = 32  # images at a time
 
 
@@ -35,23 +35,19 @@ class Changed:
 
     def after(self, model: nn.Module) -> tuple[str, list[Example]]:
         """Return how many predictions have changed, and the first of those images."""
+        predictions = zip(self.dense, self._predicted(model), strict=True)
         changed = [
-            (pixels, int(label), old, int(new))
-            for old, (pixels, label, new) in zip(self.dense, self._predicted(model), strict=True)
-            if old != new
+            (pixels, int(label), before, int(now))
+            for before, (pixels, label, now) in predictions
+            if before != now
         ]
-        lost = [found for found in changed if found[1] == found[2]]
-        shown = (lost + [found for found in changed if found[1] != found[2]])[:SHOWN]
-        whole = f"of the first {len(self.dense)} images of {self.source}"
-        said = f"None {whole} is classified otherwise."
-        if changed:
-            said = (
-                f"{len(changed)} {whole} classified otherwise, {len(lost)} of them rightly before; "
-                f"the first {len(shown)}:"
-            )
-        return said, [
-            Example(self.name(label), self.name(old), self.name(new), self.picture(pixels))
-            for pixels, label, old, new in shown
+        lost = sum(label == before for _, label, before, _ in changed)
+        first = sorted(changed, key=lambda image: image[1] != image[2])[:SHOWN]  # the lost ones
+        where = f"of the first {len(self.dense)} images of {self.source} changed class"
+        note = f"{len(changed)} {where}; {lost} were correct before; the first {len(first)}:"
+        return note if changed else f"None {where}.", [
+            Example(self.name(label), self.name(before), self.name(now), self.picture(pixels))
+            for pixels, label, before, now in first
         ]
 
     def name(self, label: int) -> str:
@@ -63,30 +59,30 @@ class Changed:
         values = pixels.float().cpu() * self.std + self.mean
         values = values[:3] if len(values) >= 3 else values[:1].expand(3, -1, -1)
         array = (255 * values.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
-        found = Image.fromarray(array)
-        small = max(found.size) < SIDE / 2
-        factor = SIDE // max(found.size) if small else SIDE / max(found.size)
-        found = found.resize(
-            (round(found.width * factor), round(found.height * factor)),
-            Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS,
-        )
+        picture = Image.fromarray(array)
+        small = max(picture.size) < SIDE / 2
+        factor = SIDE // max(picture.size) if small else SIDE / max(picture.size)
+        filter = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
         file = io.BytesIO()
-        found.save(file, "JPEG", quality=88)
+        ImageOps.scale(picture, factor, filter).save(file, "JPEG", quality=88)
         return base64.b64encode(file.getvalue()).decode()
 
     def _predicted(self, model: nn.Module) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Yield pixels, label and predicted class of each image."""
         parameter = next(model.parameters())
+        parts = (
+            part
+            for batch in self.batches
+            for part in zip(batch["images"].split(STEP), batch["labels"].split(STEP), strict=True)
+        )
+        left = COMPARED
         with frozen(model), torch.no_grad():
-            left = LOOKED
-            for batch in self.batches:
-                images, labels = batch["images"][:left], batch["labels"][:left]
-                for part in zip(images.split(STEP), labels.split(STEP), strict=True):
-                    best = model(part[0].to(parameter)).argmax(dim=1)
-                    yield from zip(*part, best, strict=True)
+            while left and (part := next(parts, None)):
+                images, labels = part[0][:left], part[1][:left]
+                yield from zip(
+                    images, labels, model(images.to(parameter)).argmax(dim=1), strict=True
+                )
                 left -= len(images)
-                if not left:
-                    return
 
 
 def class_names(classes: int) -> list[str]:
@@ -94,5 +90,5 @@ def class_names(classes: int) -> list[str]:
     subset = infer_imagenet_subset({"num_classes": classes})
     if not subset:
         return []
-    known = ImageNetInfo(subset)
-    return [known.index_to_description(i).partition(",")[0] for i in range(classes)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i).partition(",")[0] for i in range(classes)]

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
+import bisect
 import io
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from gblm.base import GblmError
-from gblm.vit.tables import Rows
+from gblm.base import GblmError, explained, nearest
+from gblm.machine.files import dtype_and_shape, read_arrays
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ARRAYS = (".npz", ".safetensors")
 SYNSET = re.compile(r"n\d{8}")
+HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?")
 LABELS = ("label", "labels", "fine_label", "target", "class")
 PIXELS = (1 << 28) // 3  # of a picture at most, 256 MiB of RGB: more are a decompression bomb
 LONGEST = 256  # times the shorter side: the longer one is resized by the same factor
@@ -42,7 +45,7 @@ class Source:
     open: Callable[[int], Image.Image | Tensor]
     called: Callable[[int], str]
     labels: Sequence[int] | None
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
 
 def read(source: str, split: str, classes: int, labelled: bool = True) -> Source:
@@ -54,32 +57,20 @@ def read(source: str, split: str, classes: int, labelled: bool = True) -> Source
     """
     if not source:
         raise GblmError(f"the {split} source is empty; give a folder of images")
-    path = Path(source).expanduser()
     where = f"{split} images {source}"
-    try:
-        if source == "demo":
-            found = _demo(split, where, labelled)
-        elif path.is_dir() and not _tables(path):
-            found = _folder(path, where, classes, labelled)
-        elif path.name.lower().endswith((".npz", ".safetensors")) and path.is_file():
-            found = _arrays(path, where, labelled)
-        elif path.exists() or not _hub_name(source):
-            found = _table(_parquet(path, where), where, classes, labelled)
-        else:
-            found = _table(_hub(source, split), where, classes, labelled)
-    except GblmError:
-        raise
-    except Exception as error:  # every format has exceptions of its own
-        raise GblmError(
-            f"{where} cannot be read ({type(error).__name__}: "
-            f"{(str(error) or 'no reason given').splitlines()[0]}); check its rights, and that it "
-            "is whole and what its ending says"
-        ) from error
-    if not found.length:
+    way = "check its rights, and that it is whole and what its ending says"
+    with explained(f"{where} cannot be read", way):
+        images = _open(source, split, where, classes, labelled)
+    if not images.length:
         raise GblmError(f"{where}: no image in it; give a source that holds images")
-    if found.labels is not None:
-        _within(found, classes)
-    return found
+    for index, label in enumerate(images.labels or ()):
+        if not 0 <= label < classes:
+            raise GblmError(
+                f"{where}: {images.called(index)} has label {label}, outside the model's "
+                f"{classes} classes (0 to {classes - 1}); give a model made for them, or "
+                "use --unlabelled"
+            )
+    return images
 
 
 def class_indices(names: Sequence[str], classes: int, where: str) -> tuple[list[int], list[str]]:
@@ -89,41 +80,50 @@ def class_indices(names: Sequence[str], classes: int, where: str) -> tuple[list[
     names are classes in their natural order, as timm trains on folders.
     """
     subset = infer_imagenet_subset({"num_classes": classes})
-    if subset and all(SYNSET.fullmatch(name) for name in names):
-        place = {name: index for index, name in enumerate(ImageNetInfo(subset).label_names())}
-        if unknown := [name for name in names if name not in place]:
+    if subset and all(map(SYNSET.fullmatch, names)):
+        synsets = {name: index for index, name in enumerate(ImageNetInfo(subset).label_names())}
+        if unknown := [name for name in names if name not in synsets]:
             raise GblmError(
                 f"{where}: {unknown[0]} is no synset of {subset}, the {classes} classes of the "
                 "model; remove it, or use --unlabelled"
             )
-        return [place[name] for name in names], []
+        return [synsets[name] for name in names], []
     ranks = {name: rank for rank, name in enumerate(sorted(names, key=natural_key))}
     few = f"{where}: {len(names)} classes, by rank the first of the model's {classes}"
     return [ranks[name] for name in names], [few] if len(names) < classes else []
 
 
-def _within(found: Source, classes: int) -> None:
-    assert found.labels is not None
-    for index, label in enumerate(found.labels):
-        if not 0 <= label < classes:
-            raise GblmError(
-                f"{found.name}: {found.called(index)} has label {label}, outside the model's "
-                f"{classes} classes (0 to {classes - 1}); give a model made for them, or "
-                "use --unlabelled"
-            )
+def _open(source: str, split: str, where: str, classes: int, labelled: bool) -> Source:
+    path = Path(source).expanduser()
+    if source == "demo":
+        from gblm.vit.demo import digits
 
-
-def _demo(split: str, where: str, labelled: bool) -> Source:
-    from gblm.vit.demo import digits
-
-    pictures, labels = digits(split)
-    return Source(
-        where,
-        len(pictures),
-        lambda i: _from_pixels(pictures[i]),
-        lambda i: f"image {i}",
-        labels.tolist() if labelled else None,
-    )
+        pictures, digit = digits(split)
+        return _pixels(where, pictures, digit.tolist() if labelled else None)
+    if path.is_dir() and not (tables := _tables(path)):
+        return _folder(path, where, classes, labelled)
+    ending = path.suffix.lower()
+    if ending in ARRAYS and path.is_file():
+        return _arrays(path, where, labelled)
+    if path.is_dir():
+        rows: Any = Rows(tables)
+    elif path.exists() and ending == ".parquet":
+        rows = Rows([path])
+    elif path.exists():
+        raise GblmError(
+            f"{where} is no source of images; give a folder, or a .parquet, .npz or .safetensors "
+            "file"
+        )
+    elif HUB.fullmatch(source) and not source.endswith((*ENDINGS, *ARRAYS, ".parquet")):
+        rows = _hub(source, split)
+    else:
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings, form=lambda name: str(path.parent / name))
+        raise GblmError(
+            f"{where}: no such file or folder; {hint}give a folder of images, a data set of the "
+            "hub, or a .parquet, .npz or .safetensors file"
+        )
+    return _table(rows, where, classes, labelled)
 
 
 def _folder(path: Path, where: str, classes: int, labelled: bool) -> Source:
@@ -138,26 +138,19 @@ def _folder(path: Path, where: str, classes: int, labelled: bool) -> Source:
         raise GblmError(f"{where}: no image in it ({', '.join(ENDINGS)}); give a folder of images")
     labels, notes = None, list[str]()
     if labelled:
-        if bare := [file for file in files if len(file.parts) == 1]:
+        if bare := next((file for file in files if len(file.parts) == 1), None):
             raise GblmError(
-                f"{where}: {bare[0]} lies in no class folder; sort the images into one folder "
+                f"{where}: {bare} lies in no class folder; sort the images into one folder "
                 "for each class, or use --unlabelled"
             )
-        names = sorted(
-            entry.name
-            for entry in path.iterdir()
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
+        classes_of = [entry.name for entry in path.iterdir() if entry.is_dir()]
+        names = sorted(name for name in classes_of if not name.startswith("."))
         indices, notes = class_indices(names, classes, where)
         index = dict(zip(names, indices, strict=True))
         labels = [index[file.parts[0]] for file in files]
+    count = len(files)
     return Source(
-        where,
-        len(files),
-        lambda i: _picture(path / files[i]),
-        lambda i: str(files[i]),
-        labels,
-        tuple(notes),
+        where, count, lambda i: _picture(path / files[i]), lambda i: str(files[i]), labels, notes
     )
 
 
@@ -176,81 +169,47 @@ def _arrays(path: Path, where: str, labelled: bool) -> Source:
     Images of integers 0 to 255 are pictures `[n, h, w]`, `[n, h, w, c]` or `[n, c, h, w]`; those of
     floats are ready `[n, c, h, w]`.
     """
-    if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    else:
-        from safetensors.torch import load_file
-
-        arrays = load_file(path)  # mapped, not read
-    wanted = ("images", "labels") if labelled else ("images",)
-    for name in wanted:
-        if name not in arrays:
-            raise GblmError(f"{where} has no `{name}`, only {', '.join(arrays)}; rename one")
-    images = arrays["images"]
+    images, *more = read_arrays(path, ["images", "labels"] if labelled else ["images"], where)
     ready = images.is_floating_point()
     if images.ndim not in ((4,) if ready else (3, 4)) or not (ready or images.dtype == torch.uint8):
         raise GblmError(
-            f"{where}: `images` is {str(images.dtype).removeprefix('torch.')} "
-            f"{list(images.shape)}; give ready floats [n, c, h, w] or pictures uint8 [n, h, w, c]"
+            f"{where}: `images` is {dtype_and_shape(images)}; give ready floats [n, c, h, w] or "
+            "pictures uint8 [n, h, w, c]"
         )
-    labels = arrays["labels"].flatten().tolist() if labelled else None
-    if labels is not None and (
-        len(labels) != len(images) or any(label != int(label) for label in labels)
-    ):
+    labels = [label for labels in more for label in labels.flatten().tolist()]
+    if labelled and (len(labels) != len(images) or any(label != int(label) for label in labels)):
         raise GblmError(
-            f"{where}: `labels` is {arrays['labels'].dtype} {list(arrays['labels'].shape)} for "
-            f"{len(images)} images; give one integer for each"
+            f"{where}: `labels` is {dtype_and_shape(more[0])} for {len(images)} images; give one "
+            "integer for each"
         )
+    return _pixels(where, images, list(map(int, labels)) if labelled else None)
+
+
+def _pixels(where: str, images: Tensor, labels: list[int] | None) -> Source:
+    """See pictures or ready images `[n, …]`."""
 
     def open_one(index: int) -> Image.Image | Tensor:
-        return images[index].float() if ready else _from_pixels(images[index])
+        pixels = images[index]
+        if pixels.is_floating_point():
+            return pixels.float()
+        if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4):
+            pixels = pixels.movedim(0, -1)
+        if pixels.ndim == 3 and pixels.shape[-1] == 1:
+            pixels = pixels[..., 0]
+        return Image.fromarray(pixels.contiguous().numpy())
 
-    whole = [int(label) for label in labels] if labels is not None else None
-    return Source(where, len(images), open_one, lambda i: f"image {i}", whole)
-
-
-def _from_pixels(pixels: Tensor) -> Image.Image:
-    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4):
-        pixels = pixels.movedim(0, -1)
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    return Image.fromarray(pixels.contiguous().numpy())
-
-
-def _hub_name(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?", source)) and not source.endswith(
-        (*ENDINGS, ".npz", ".safetensors", ".parquet")
-    )
+    return Source(where, len(images), open_one, lambda i: f"image {i}", labels)
 
 
 def _hub(source: str, split: str) -> Any:
     """Load `name` or `name:split` from the hub."""
     import datasets
 
-    name, _, named = source.partition(":")
-    if not named:
-        there = datasets.get_dataset_split_names(name)
-        named = next((known for known in SPLITS[split] if known in there), there[0])
-    return datasets.load_dataset(name, split=named)
-
-
-def _parquet(path: Path, where: str) -> Any:
-    """Open a parquet file, or all of a folder."""
-    if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"did you mean {path.parent / near[0]}? " if near else ""
-        raise GblmError(
-            f"{where}: no such file or folder; {hint}give a folder of images, a data set of the "
-            "hub, or a .parquet, .npz or .safetensors file"
-        )
-    if path.is_file() and path.suffix.lower() != ".parquet":
-        raise GblmError(
-            f"{where} is no source of images; give a folder, or a .parquet, .npz or .safetensors "
-            "file"
-        )
-    return Rows(_tables(path) if path.is_dir() else [path])
+    name, _, part = source.partition(":")
+    if not part:
+        parts = datasets.get_dataset_split_names(name)
+        part = next((known for known in SPLITS[split] if known in parts), parts[0])
+    return datasets.load_dataset(name, split=part)
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -263,35 +222,75 @@ def _table(rows: Any, where: str, classes: int, labelled: bool) -> Source:
     import datasets
 
     features = rows.features
-    image = next((n for n, kind in features.items() if isinstance(kind, datasets.Image)), None)
-    image = image or next(
-        (n for n, kind in features.items() if isinstance(kind, dict) and "bytes" in kind), None
-    )
+    structures = [n for n, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
+    image = next(iter([*_of_kind(features, datasets.Image), *structures]), None)
     if image is None:
         raise GblmError(f"{where} has no column of images, only {', '.join(features)}; rename one")
-    if not isinstance(rows, Rows):
+    if isinstance(rows, datasets.Dataset):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     labels, notes = None, list[str]()
     if labelled:
-        name = next((n for n, k in features.items() if isinstance(k, datasets.ClassLabel)), None)
-        name = name or next((n for n in LABELS if n in features), None)
-        if name is None:
+        named = [name for name in LABELS if name in features]
+        column = next(iter([*_of_kind(features, datasets.ClassLabel), *named]), None)
+        if column is None:
             raise GblmError(
                 f"{where} has no column of labels ({', '.join(LABELS)}), only "
                 f"{', '.join(features)}; rename one, or use --unlabelled"
             )
-        labels = list(rows[name])
-        kind = features[name]
-        known = kind.names if isinstance(kind, datasets.ClassLabel) else None
-        if known is None and labels and isinstance(labels[0], str):
-            known = sorted(set(labels))
-            labels = [known.index(label) for label in labels]
-        if known and (kind.dtype == "string" or all(SYNSET.fullmatch(n) for n in known)):
-            indices, notes = class_indices(known, classes, where)
-            labels = [indices[label] if 0 <= label < len(indices) else -1 for label in labels]
+        labels, notes = _labels(list(rows[column]), features[column], classes, where)
 
     def open_one(index: int) -> Image.Image:
         cell = rows[index][image]
         return _picture(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]))
 
-    return Source(where, len(rows), open_one, lambda i: f"row {i}", labels, tuple(notes))
+    return Source(where, len(rows), open_one, lambda i: f"row {i}", labels, notes)
+
+
+def _of_kind(features: Any, kind: type) -> list[str]:
+    return [name for name, feature in features.items() if isinstance(feature, kind)]
+
+
+def _labels(cells: list[Any], kind: Any, classes: int, where: str) -> tuple[list[int], list[str]]:
+    """Return the class index of every cell of a column of labels, and notes on it."""
+    names = getattr(kind, "names", None) or []
+    words = bool(cells) and isinstance(cells[0], str)
+    if words:
+        names = sorted(set(cells))
+        cells = [names.index(cell) for cell in cells]
+    if not names or not (words or all(map(SYNSET.fullmatch, names))):
+        return cells, []
+    indices, notes = class_indices(names, classes, where)
+    return [indices[cell] if 0 <= cell < len(indices) else -1 for cell in cells], notes
+
+
+class Rows:
+    """The rows of parquet files where they lie: `datasets` would first copy them into its cache.
+
+    `rows[3]` is a row by column, `rows["label"]` a whole column; `features` are the kinds of the
+    columns, by the notes of `datasets` where the files hold any.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        import datasets
+        from pyarrow import dataset
+
+        table = dataset.dataset(files, format="parquet")
+        self.features = datasets.Features.from_arrow_schema(table.schema)
+        self.groups = [g for file in table.get_fragments() for g in file.split_by_row_group()]
+        self.stops = list(accumulate(group.row_groups[0].num_rows for group in self.groups))
+
+    def __len__(self) -> int:
+        return self.stops[-1] if self.stops else 0
+
+    def __getitem__(self, key: int | str) -> Any:
+        if isinstance(key, str):
+            tables = (group.to_table(columns=[key]) for group in self.groups)
+            return [cell for table in tables for cell in table[key].to_pylist()]
+        number = bisect.bisect_right(self.stops, key)
+        start = self.stops[number - 1] if number else 0
+        return self._group(number).slice(key - start, 1).to_pylist()[0]
+
+    @cached_property
+    def _group(self) -> Callable[[int], Any]:
+        """A row group: the last one is held, for rows are mostly asked for one after the other."""
+        return lru_cache(maxsize=1)(lambda number: self.groups[number].to_table())

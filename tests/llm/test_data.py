@@ -13,23 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gblm.base import GblmError
 from gblm.llm import data, sources
-from gblm.llm import tokens as tokens_module
-from gblm.llm.data import calibration, check_ids, evaluation
-from gblm.llm.tokens import WORDS, cuttable, parts, tokens
+from gblm.llm.data import calibration, check_ids, evaluation, tokens
 
 ASSETS = Path(os.environ.get("GBLM_ASSETS", "missing"))
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="GBLM_ASSETS is no folder")
@@ -461,73 +450,18 @@ PROSE = (
 )
 
 
-def byte_level(pre_tokenizer=None, normalizer=None, post_processor=None, token="<s>", **flags):
+def byte_level() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=alphabet)
     tokenizer.train_from_iterator([PROSE], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, **flags)])
-    if post_processor == "template":
-        template = processors.TemplateProcessing(
-            single=f"{token} $A {token}", special_tokens=[(token, tokenizer.token_to_id(token))]
-        )
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32)
 
 
 @pytest.fixture(scope="module")
 def bytes_bpe() -> PreTrainedTokenizerFast:
     return byte_level()
-
-
-def split(expression: str):
-    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    word = pre_tokenizers.Split(Regex(expression), behavior="isolated", invert=False)
-    return pre_tokenizers.Sequence([word, bytes_alone])
-
-
-CUTTABLE = {
-    "gpt2": {},
-    "nfc": {"normalizer": normalizers.NFC()},
-    "template": {"post_processor": "template"},
-    **{f"words{n}": {"pre_tokenizer": split(word)} for n, word in enumerate(sorted(WORDS))},
-}
-NOT_CUTTABLE = {
-    "prefix": {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
-    "one word": {"pre_tokenizer": pre_tokenizers.ByteLevel(False, use_regex=False)},
-    "expression": {"pre_tokenizer": split(r"\S+\s*")},
-    "metaspace": {"pre_tokenizer": pre_tokenizers.Metaspace()},
-    "lowercase": {"normalizer": normalizers.Lowercase()},
-    "rstrip": {"rstrip": True},
-    "lstrip": {"lstrip": True},
-    "single word": {"single_word": True},
-    "spaced": {"token": "Yes 12345"},
-}
-
-
-@pytest.mark.parametrize("name", [*CUTTABLE, *NOT_CUTTABLE])
-def test_ids_are_those_of_the_tokenizer(name, monkeypatch):
-    tokenizer = byte_level(**{**CUTTABLE, **NOT_CUTTABLE}[name])
-    assert cuttable(tokenizer) == (name in CUTTABLE)
-    expected = tokenizer(PROSE, verbose=False).input_ids
-    assert tokens(tokenizer, PROSE).tolist() == expected
-    monkeypatch.setattr(tokens_module, "PART", 1)  # as many cuts as there can be
-    assert len(parts(PROSE)) > 100
-    assert "".join(parts(PROSE)) == PROSE
-    tokenizer.backend_tokenizer.enable_truncation(7)  # a call puts it off
-    assert tokens(tokenizer, PROSE).tolist() == expected
-
-
-def test_cuts_would_show_where_they_are_not_safe(monkeypatch):
-    monkeypatch.setattr(tokens_module, "PART", 1)
-    monkeypatch.setattr(tokens_module, "cuttable", lambda tokenizer: True)
-    for name in ("one word", "expression", "spaced"):
-        tokenizer = byte_level(**NOT_CUTTABLE[name])
-        expected = tokenizer(PROSE, verbose=False).input_ids
-        assert tokens(tokenizer, PROSE).tolist() != expected
 
 
 def test_a_long_text_gives_no_warning(tmp_path, caplog):
@@ -553,7 +487,6 @@ def test_a_long_text_gives_no_warning(tmp_path, caplog):
 def test_novels():
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "llama" / "novels-6M")
     path = ASSETS / "text" / "novels-eval.txt"
-    assert cuttable(tokenizer)
     ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False).input_ids
     windows = calibration(str(path), tokenizer, 128, 256)
     assert windows.tolist() == published_text(ids, 128, 256, 0)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gblm.vit.examples import LOOKED, SHOWN, Changed, class_names
+from gblm.vit.examples import COMPARED, SHOWN, Changed, class_names
 
 
 class Answers(nn.Module):
@@ -41,8 +41,10 @@ def test_lost_images_come_first():
     model.answers = [0, 9, 2, 3, 4, 5, 6]
     examples.before(model)
     model.answers = [0, 1, 7, 3, 4, 8, 6]
-    said, found = examples.after(model)
-    assert said.startswith("3 of the first 7 images of val classified otherwise, 2 of them rightly")
+    note, found = examples.after(model)
+    assert note == (
+        "3 of the first 7 images of val changed class; 2 were correct before; the first 3:"
+    )
     names = [(e.given, e.dense, e.pruned) for e in found]
     assert names == [
         ("class 2", "class 2", "class 7"),
@@ -53,14 +55,14 @@ def test_lost_images_come_first():
 
 def test_nothing_changed_and_too_much_changed():
     model = Answers()
-    examples = Changed(model, batches([0] * (LOOKED + 40), size=64), "val")
-    model.answers = [0] * (LOOKED + 40)
+    examples = Changed(model, batches([0] * (COMPARED + 40), size=64), "val")
+    model.answers = [0] * (COMPARED + 40)
     examples.before(model)
-    assert len(examples.dense) == LOOKED
-    said, found = examples.after(model)
-    assert said == f"None of the first {LOOKED} images of val is classified otherwise."
+    assert len(examples.dense) == COMPARED
+    note, found = examples.after(model)
+    assert note == f"None of the first {COMPARED} images of val changed class."
     assert found == []
-    model.answers = [1] * (LOOKED + 40)
+    model.answers = [1] * (COMPARED + 40)
     assert len(examples.after(model)[1]) == SHOWN
 
 
