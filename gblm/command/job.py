@@ -129,7 +129,7 @@ def work_folder(settings: Settings) -> Iterator[Work]:
 class Opened(ABC):
     """A model and its data, as a side opens them; each side says what is done with them.
 
-    settings: those of the command, with what the side chose filled in. calibration: what the
+    settings: those of the command, with what was chosen filled in. calibration: what the
     samples are, in words. offload: how the weights come to the device. notes: what else a reader
     must know. stored: the dtype of the checkpoint, which the result has.
     """
@@ -168,12 +168,11 @@ class Opened(ABC):
 class Job:
     """What the runs of one command have in common.
 
-    settings: with all that gblm chose. seconds: of the phases before. work: where runs are kept, to
-    go on from. recipe: the flags, written beside each result.
+    recipe: the flags, written beside each result. seconds: of the phases before. work: where runs
+    are kept, to go on from.
     """
 
     opened: Opened
-    settings: Settings
     blocks: list[Block]
     recipe: Recipe
     seconds: dict[str, float] = field(default_factory=dict)
@@ -192,11 +191,11 @@ class Job:
             opened.batch if share == 1 else first(opened.batch, share),
             opened.adapter,
             blocks=self.blocks,
-            micro_batch=self.settings.micro_batch,
+            micro_batch=opened.settings.micro_batch,
             # Only where the weights do not live on the device is there a need of files.
             folder=self.work.scratch if self.work and opened.offload else None,
         )
-        half = find_compute_dtype(self.settings.compute_dtype, walk.device)
+        half = find_compute_dtype(opened.settings.compute_dtype, walk.device)
         return replace(walk, half=half, progress=progress)
 
     def weight(self, name: str) -> Tensor:
@@ -270,6 +269,7 @@ def shared_gradients(
 
     So each run has those it would have alone. They are of a former run, or computed and kept.
     """
+    settings = job.opened.settings
     needs: dict[float, frozenset[str]] = {}
     for run in runs:
         if names := needed(run.method, run.pattern):
@@ -279,11 +279,11 @@ def shared_gradients(
         shared = gradients[share] = DenseGradients()
         with clock(shared.seconds, "gradients"):
             folder = job.work.gradients(origin, names, share) if job.work else None
-            former = folder.stored(must=bool(job.settings.gradients)) if folder else None
+            former = folder.stored(must=bool(settings.gradients)) if folder else None
             if former is not None:
                 shared.sums = former
                 continue
-            sums, backward = sweep(job.walk(show, share), names, job.settings.backward, folder)
+            sums, backward = sweep(job.walk(show, share), names, settings.backward, folder)
             shared.flags["backward"] = backward
             shared.sums = folder.finish() if folder else sums
     return gradients
@@ -291,7 +291,7 @@ def shared_gradients(
 
 def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evaluation) -> Report:
     """Prune the dense model, and evaluate it: the run's report, but for its saving."""
-    report, settings, opened = pruning.run(), job.settings, job.opened
+    report, settings, opened = pruning.run(), job.opened.settings, job.opened
     report.seconds = {**job.seconds, **gradients.seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
         after = opened.evaluate(pruning.walk.progress)
@@ -308,8 +308,8 @@ def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evalu
 
 def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradients) -> None:
     """Write the last result, where it is to go, and then its page."""
-    run, report = runs[len(reports) - 1], reports[-1]
-    if output := job.settings.output:
+    run, report, settings = runs[len(reports) - 1], reports[-1], job.opened.settings
+    if output := settings.output:
         folder = output / run.label if len(runs) > 1 else output
         report.loading = job.opened.loading(folder)
         with written_beside(folder) as beside:
@@ -317,7 +317,7 @@ def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradi
                 job.opened.save(beside)
             report.write(beside)
             job.recipe.write(beside, **run.flags, **gradients.flags)
-    if job.settings.report:
+    if settings.report:
         from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
 
-        write_pages(job.settings.report, [run.label for run in runs], reports)
+        write_pages(settings.report, [run.label for run in runs], reports)

@@ -101,7 +101,7 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
     for report in reports:
         name = (report.method, report.pattern, f"{report.sparsity:.4f}")
         values = [shown(report.evaluation[data], "pruned") for data in first]
-        cost = report.seconds.get("gradients", 0) + report.seconds["prune"]
+        cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
         table.add_row(*name, *values, f"{cost:.1f}")
     console().print(table)
     if len(reports) == 1:

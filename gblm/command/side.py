@@ -210,14 +210,13 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: st
     opened = side.load(settings, find_device(settings.device), work.scratch, seconds)
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), list(settings.exclude))
-    used = with_choices(opened)
+    opened.settings = with_choices(opened)
     # Of a model that comes to the device block by block examples take long: for --report alone.
     shows = not rank() and (settings.report or (settings.output and not opened.offload))
     job = Job(
         opened,
-        used,
         blocks,
-        recipe(side.app(), used, side.sources),
+        recipe(side.app(), opened.settings, side.sources),
         seconds,
         work if opened.offload or keeps(settings) else None,
         opened.examples() if shows else None,
