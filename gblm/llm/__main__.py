@@ -94,13 +94,7 @@ def load(
         tasks = open_tasks(settings)
     with clock(seconds, "load"):
         model, offload = llm.models.load_offloaded(
-            settings.model,
-            settings.offload,
-            scratch,
-            device=device,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            allow_pickle=settings.allow_pickle,
+            checkpoint(settings), settings.offload, scratch, device, settings.dtype
         )
     side.check_folders(settings, model)
     samples, length = data["batch"]["input_ids"].shape
@@ -119,10 +113,7 @@ def load(
 def sketch(settings: LanguageSettings, device: torch.device) -> Iterator[Language]:
     """Draw the windows; the model is made of its config alone."""
     config, data = draw(settings)
-    trust = settings.trust_remote_code
-    with llm.models.sketch(
-        settings.model, device=device, dtype=settings.dtype, trust_remote_code=trust
-    ) as model:
+    with llm.models.sketch(checkpoint(settings), device, settings.dtype) as model:
         yield Language(
             settings=settings,
             model=model,
@@ -134,10 +125,7 @@ def sketch(settings: LanguageSettings, device: torch.device) -> Iterator[Languag
 
 
 def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
-    """Return the config; the calibration batch, the evaluation windows by data set, the tokenizer.
-
-    The latter are by the names they have in a `Language`.
-    """
+    """Return the config, and what a `Language` has beside its model, by name."""
     llm.models.silence()
     config, tokenizer = llm.models.load_tokenizer(settings.model, settings.trust_remote_code)
     size = {"samples": settings.samples, "length": settings.length, "seed": settings.seed}
@@ -149,12 +137,20 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     return config, {"batch": batch, "sets": sets, "tokenizer": tokenizer}
 
 
+def checkpoint(settings: LanguageSettings) -> Any:
+    """Return the checkpoint of the model, and what of it is trusted."""
+    trust = settings.trust_remote_code, settings.allow_pickle
+    return llm.models.Checkpoint(settings.model, *trust)
+
+
 def open_tasks(settings: LanguageSettings) -> Any:
     """Return the zero-shot tasks with their items, None where the flags name none."""
-    names, data, limit = list(settings.tasks), settings.task_data, settings.task_limit
-    if not names and (data or limit is not None):
+    names, data, limit = settings.tasks, settings.task_data, settings.task_limit
+    if names:
+        return llm.zero_shot.open_tasks(names, data, limit)
+    if data or limit is not None:
         raise GblmError("--task-data and --task-limit go with --tasks; name some, or paper")
-    return llm.zero_shot.open_tasks(names, data, limit) if names else None
+    return None
 
 
 SIDE = side.Side(

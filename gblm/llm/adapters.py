@@ -23,14 +23,11 @@ def adapter(model: nn.Module) -> Adapter:
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the list that holds most parameters, by name."""
-    lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-    }
-    if not lists:
-        return {}
+    lists = [item for item in model.named_modules() if isinstance(item[1], nn.ModuleList)]
     # The outermost of equals: a list of one block holds as much as the lists within it.
-    name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    return {f"{name}.{index}": block for index, block in enumerate(lists[name])}
+    sizes = [sum(p.numel() for p in module.parameters()) for _, module in lists]
+    name, largest = lists[sizes.index(max(sizes))] if lists else ("", nn.ModuleList())
+    return {f"{name}.{index}": block for index, block in largest.named_children()}
 
 
 def kind(module: nn.Module) -> Kind | None:
@@ -84,13 +81,12 @@ def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
     labels: `[n, t]`, each the target of the position before it; −100 is none.
     """
     targets = labels[:, 1:].long()
-    losses = cross_entropy(
-        wide(logits[:, :-1].flatten(0, 1)), targets.flatten(), ignore_index=-100, reduction="none"
-    )
+    inputs = wide(logits[:, :-1].flatten(0, 1)), targets.flatten()
+    losses = cross_entropy(*inputs, ignore_index=-100, reduction="none").view(len(labels), -1)
     counts = (targets != -100).sum(dim=1)
     if valueless(targets) or (counts == targets.shape[1]).all():
-        return losses.view(len(labels), -1).mean(dim=1)
-    return losses.view(len(labels), -1).sum(dim=1) / counts
+        return losses.mean(dim=1)
+    return losses.sum(dim=1) / counts
 
 
 def _inputs(batch: Batch) -> Batch:

@@ -36,10 +36,10 @@ def calibration(
     Raises `GblmError` where the source is missing, empty, damaged or too short.
     Source: the published code of SparseGPT, Wanda and GBLM (arXiv 2311.04902).
     """
-    _positive(samples=samples, length=length)
+    _check_positive(samples=samples, length=length)
     content = read(source, "calibration")
     if isinstance(content, Tensor):
-        _wide_enough(content, length, source)
+        _check_width(content, length, source)
         if len(content) < samples:
             raise GblmError(
                 f"calibration windows {source}: {_count(len(content), 'window')} there, {samples} "
@@ -68,10 +68,10 @@ def evaluation(
     Raises `GblmError` where the source is missing, empty, damaged or shorter than one window.
     Source: the published code of SparseGPT, Wanda and GBLM (arXiv 2311.04902).
     """
-    _positive(length=length, limit=1 if limit is None else limit)
+    _check_positive(length=length, limit=1 if limit is None else limit)
     content = read(source, "evaluation")
     if isinstance(content, Tensor):
-        _wide_enough(content, length, source)
+        _check_width(content, length, source)
         return content[:, : content.shape[1] // length * length].reshape(-1, length)[:limit]
     ids = tokens(tokenizer, content if isinstance(content, str) else " ".join(content))
     if len(ids) < length:
@@ -146,13 +146,13 @@ def _long_ids(
     return ids if len(ids) > length else None
 
 
-def _positive(**values: int) -> None:
+def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise GblmError(f"{name} is {value}; give 1 or more")
 
 
-def _wide_enough(windows: Tensor, length: int, source: str) -> None:
+def _check_width(windows: Tensor, length: int, source: str) -> None:
     if windows.shape[1] < length:
         raise GblmError(
             f"{source}: its ready windows hold {_count(windows.shape[1], 'token')}, {length} asked "

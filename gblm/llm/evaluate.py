@@ -27,11 +27,10 @@ def perplexity(
     """
 
     def run(step: int) -> list[Tensor]:
-        losses = []
-        for start in range(0, len(windows), step):
-            ids = windows[start : start + step].to(model.device)
+        losses, done = [], 0
+        for ids in windows.to(model.device).split(step):
             losses.append(window_loss(model(input_ids=ids, use_cache=False).logits, ids))
-            progress(min(start + step, len(windows)), len(windows))
+            progress(done := done + len(ids), len(windows))
         return losses
 
     if len(windows) >= processes.world():

@@ -1,64 +1,32 @@
 """Load and save causal language models with their tokenizers, as transformers does."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from gblm.base import Batch, GblmError
 from gblm.llm import data
 from gblm.llm.adapters import blocks
-from gblm.llm.checkpoint import (
-    ONE_MODEL,
-    check_blocks,
-    check_shapes,
-    check_source,
-    checkpoint_dtype,
-    read_index,
-    reshard,
-    tensor_files,
-    write_shards,
-)
+from gblm.llm.checkpoint import ONE_MODEL, Checkpoint, reshard
 from gblm.machine.device import find_device, find_dtype
-from gblm.machine.files import check_depth, written_into
+from gblm.machine.files import check_depth, tensor_shapes, write_shards, written_into
 from gblm.machine.offload import (
     Offload,
     find_offload,
+    in_memory,
     offload_of,
     offloaded,
     read_when_used,
-    whole,
 )
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-# By a word of what transformers says: what is wrong, its own text for "", and the way out.
-WAYS = {
-    "ignore_mismatched_sizes": (
-        "its weights are of other shapes than config.json says",
-        ONE_MODEL,
-    ),
-    "Weights only load failed": (
-        "its pickle holds more than weights",
-        "convert the weights to safetensors",
-    ),
-    "safetensors": ("", "convert the weights to safetensors, or trust them with --allow-pickle"),
-    "trust_remote_code": ("", "read that code, then trust it with --trust-remote-code"),
-    "": ("", "check the folder or the name, and the connection to the hub"),
-}
 
 
 def load(
@@ -72,69 +40,38 @@ def load(
     """Load a causal language model and its tokenizer from a local folder or a hub name.
 
     dtype, device: see `gblm.machine.device`; "auto" is that of the checkpoint, and the GPU where
-    there is one. Code that comes with a model runs only with `trust_remote_code`, weights other
-    than safetensors are read only with `allow_pickle`.
-
-    Raises `GblmError` where anything is missing, damaged or does not fit.
+    there is one. For the rest see `Checkpoint`. Raises `GblmError` where anything is missing,
+    damaged or does not fit.
     """
+    checkpoint = Checkpoint(model, trust_remote_code, allow_pickle)
     _, tokenizer = load_tokenizer(model, trust_remote_code)
-    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    return load_model(model, device=find_device(device), dtype=dtype, **trust), tokenizer
+    return load_model(checkpoint, find_device(device), dtype), tokenizer
 
 
 def load_tokenizer(
     model: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Load the config and the tokenizer of a model, which is all that windows take: see `load`."""
-    config = load_config(model, trust_remote_code)
-    with _explained(model):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        tokenizer("a", verbose=False)  # some values of its config are only looked at now
-        return config, tokenizer
+    checkpoint = Checkpoint(model, trust_remote_code)
+    return checkpoint.config(), checkpoint.tokenizer()
 
 
-def load_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """Load the config of a model: see `load`."""
-    check_source(model)
-    with _explained(model):
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-
-
-def load_model(
-    model: str, *, device: torch.device, dtype: str, trust_remote_code: bool, allow_pickle: bool
-) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: str) -> PreTrainedModel:
     """Load a causal language model without its tokenizer: see `load`."""
-    config = load_config(model, trust_remote_code)
-    _check_layers(model, config, len(tensor_files(model)))
-    chosen = find_dtype(dtype, device, lambda: checkpoint_dtype(model))
-    auto: Any = AutoModelForCausalLM
-    with _explained(model):
-        loaded, info = auto.from_pretrained(
-            model,
-            dtype=chosen or "auto",
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+    _check_layers(checkpoint, checkpoint.config(), len(checkpoint.files()))
+    model, info = checkpoint.model(find_dtype(dtype, device, checkpoint.dtype) or "auto")
     wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
         raise GblmError(
-            f"model {model}: {len(wrong)} weights are missing or of another shape, such as "
-            f"{', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
+            f"model {checkpoint.name}: {len(wrong)} weights are missing or of another shape, such "
+            f"as {', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
         )
-    check_blocks(loaded, model, blocks(loaded), info["unexpected_keys"])
-    return loaded.to(device).eval()
+    _check_blocks(model, checkpoint.name, info["unexpected_keys"])
+    return model.to(device).eval()
 
 
 def load_offloaded(
-    model: str,
-    offload: str,
-    folder: Path,
-    *,
-    device: torch.device,
-    dtype: str,
-    trust_remote_code: bool,
-    allow_pickle: bool,
+    checkpoint: Checkpoint, offload: str, folder: Path, device: torch.device, dtype: str
 ) -> tuple[PreTrainedModel, Offload | None]:
     """Load a causal language model, its weights where `offload` says (see `gblm.machine.offload`).
 
@@ -144,50 +81,39 @@ def load_offloaded(
     Raises `GblmError`, beside what `load_model` does, where a checkpoint cannot be read block by
     block: without safetensors, or with names other than those of the model.
     """
-    check_source(model)
-    files = tensor_files(model)
+    checkpoint.check()
+    files = checkpoint.files()
     size = sum(file.stat().st_size for file in set(files.values()))
     kind = find_offload(offload, size, device)
     if kind != "disk":
         home = device if kind == "none" else torch.device("cpu")
-        trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-        loaded = load_model(model, device=home, dtype=dtype, **trust)
-        return loaded, offloaded(kind, loaded, blocks(loaded), folder, device)
+        model = load_model(checkpoint, home, dtype)
+        return model, offloaded(kind, model, blocks(model), folder, device)
     if not files:
         raise GblmError(
-            f"model {model} has no safetensors to be read block by block; --offload cpu"
+            f"model {checkpoint.name} has no safetensors to be read block by block; --offload cpu"
         )
-    config = load_config(model, trust_remote_code)
-    _check_layers(model, config, len(files))
-    stored = checkpoint_dtype(model)
-    chosen = find_dtype(dtype, device, lambda: stored) or stored or torch.float32
+    stored = checkpoint.dtype()
+    dtype_in_memory = find_dtype(dtype, device, lambda: stored) or stored or torch.float32
+    config = checkpoint.config()
+    _check_layers(checkpoint, config, len(files))
     with init_empty_weights(include_buffers=False):
-        empty = _empty(model, config, chosen, trust_remote_code)
-    empty.tie_weights()
-    parameters = dict(empty.named_parameters())
-    if missing := sorted(set(parameters) - set(files)):
-        raise GblmError(
-            f"model {model}: {len(missing)} weights have other names in its checkpoint, such as "
-            f"{', '.join(missing[:3])}, so that it cannot be read block by block; use --offload cpu"
-        )
-    check_blocks(empty, model, blocks(empty), set(files) - set(parameters))
-    check_shapes(model, parameters, files)
-    return empty, read_when_used(empty, blocks(empty), files, folder, device)
+        model = checkpoint.empty(config, dtype_in_memory)
+    model.tie_weights()
+    _check_names_and_shapes(model, checkpoint.name, files)
+    return model, read_when_used(model, blocks(model), files, folder, device)
 
 
 @contextmanager
-def sketch(
-    model: str, *, device: torch.device, dtype: str, trust_remote_code: bool
-) -> Iterator[PreTrainedModel]:
+def sketch(checkpoint: Checkpoint, device: torch.device, dtype: str) -> Iterator[PreTrainedModel]:
     """Give a model of fake tensors, by its config alone.
 
     What is run with it, as long as it is there, computes shapes and no values.
     """
-    config = load_config(model, trust_remote_code)
+    config = checkpoint.config()
     stored = stored_dtype(config)
-    chosen = find_dtype(dtype, device, lambda: stored) or stored
     with FakeTensorMode():
-        yield _empty(model, config, chosen, trust_remote_code)
+        yield checkpoint.empty(config, find_dtype(dtype, device, lambda: stored) or stored)
 
 
 def silence() -> None:
@@ -264,57 +190,58 @@ def save(
 
     `like` is the folder or the hub name the model was loaded from.
     """
-    offload, shards = offload_of(model), read_index(like)
+    offload, checkpoint = offload_of(model), Checkpoint(like)
+    former = checkpoint.shards()
     with written_into(Path(folder)) as beside:
         tokenizer.save_pretrained(beside)
         if offload and offload.kind == "disk":
             model.config.save_pretrained(beside)
             if model.can_generate():
                 model.generation_config.save_pretrained(beside)
-            _save_units(offload, dict(model.named_parameters()), beside)
+            shards = offload.shards(dict(model.named_parameters()))
+            write_shards(beside, shards, lambda shard: offload.store.read(shards[shard]))
             return
-        with whole(model, checkpoint_dtype(like)) as stored:
+        with in_memory(model, checkpoint.dtype()) as stored:
             stored.save_pretrained(beside, max_shard_size="100TB")
-        if shards:
-            reshard(beside, shards)
+        if former:
+            reshard(beside, former)
 
 
-def _save_units(offload: Offload, parameters: dict[str, nn.Parameter], folder: Path) -> None:
-    """Write a shard for every unit of a model on disk, and one for the rest."""
-    units = []
-    for unit in offload.units:  # a tied weight goes with the first unit that has it
-        if names := [name for name in unit.parameters if parameters.pop(name, None) is not None]:
-            units.append(names)
-    units += [list(parameters)] if parameters else []
-    count = len(units)
-    shards = {f"model-{i:05}-of-{count:05}.safetensors": u for i, u in enumerate(units, 1)}
-    write_shards(folder, shards, lambda shard: offload.store.read(shards[shard]))
-
-
-def _check_layers(model: str, config: PreTrainedConfig, tensors: int) -> None:
+def _check_layers(checkpoint: Checkpoint, config: PreTrainedConfig, tensors: int) -> None:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int):
-        check_depth(model, layers, "layers", tensors)
+        check_depth(checkpoint.name, layers, "layers", tensors)
 
 
-def _empty(
-    model: str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
-    """Return the model of a config, in evaluation mode, its weights as transformers draws them."""
-    auto: Any = AutoModelForCausalLM
-    with _explained(model):
-        made = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        return made.eval()
+def _check_names_and_shapes(model: PreTrainedModel, name: str, files: dict[str, Path]) -> None:
+    """Raise `GblmError` where tensors have other names or shapes than those of the model."""
+    parameters = dict(model.named_parameters())
+    if missing := sorted(set(parameters) - set(files)):
+        raise GblmError(
+            f"model {name}: {len(missing)} weights have other names in its checkpoint, such as "
+            f"{', '.join(missing[:3])}, so that it cannot be read block by block; use --offload cpu"
+        )
+    _check_blocks(model, name, set(files) - set(parameters))
+    shapes = {
+        key: size for file in set(files.values()) for key, size in tensor_shapes(file).items()
+    }
+    for key, parameter in parameters.items():
+        if shapes[key] != list(parameter.shape):
+            raise GblmError(
+                f"model {name}: {key} is {shapes[key]} and should be {list(parameter.shape)} by "
+                f"config.json; {ONE_MODEL}"
+            )
 
 
-@contextmanager
-def _explained(model: str) -> Iterator[None]:
-    """Turn what transformers raises on loading into a `GblmError` that says the way out."""
-    try:
-        yield
-    except Exception as error:  # whatever the files, the hub or the config had against it
-        text = " ".join(str(error).split())
-        if not isinstance(error, OSError | ValueError | RuntimeError):
-            text = f"{type(error).__name__}: {text}"
-        what, way = next(WAYS[word] for word in WAYS if word in text)
-        raise GblmError(f"model {model} cannot be loaded: {(what or text)[:300]}; {way}") from error
+def _check_blocks(model: PreTrainedModel, name: str, unexpected: Collection[str]) -> None:
+    """Raise `GblmError` where unexpected tensors of a checkpoint are of blocks the model lacks."""
+    lists = {re.escape(block.rpartition(".")[0]) for block in blocks(model)}
+    block = re.compile(rf"((?:{'|'.join(lists)})\.\d+)\.")
+    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
+    keys = (key for key in unexpected if not any(pattern.search(key) for pattern in ignored))
+    absent = {match[1] for key in keys if (match := block.match(key))} - set(blocks(model))
+    if absent:
+        raise GblmError(
+            f"model {name}: its checkpoint holds {', '.join(sorted(absent)[:3])}, which "
+            f"config.json leaves out; {ONE_MODEL}"
+        )

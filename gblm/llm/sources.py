@@ -11,8 +11,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from gblm.base import GblmError, explained, nearest
-from gblm.machine.files import dtype_and_shape, read_arrays
+from gblm.base import GblmError, explained
+from gblm.machine.tables import Rows, check_there, dtype_and_shape, read_arrays
 
 Content = str | Sequence[str] | Tensor  # one text, documents, or ready windows [n, t]
 
@@ -84,14 +84,7 @@ def _hub(source: str, split: str) -> Content:
 def _local(path: Path, split: str) -> Content:
     """Read a local file or folder; the files of a folder are documents, in sorted order."""
     where = f"{split} text {path}"
-    if not path.exists():
-        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        names = dict(zip(SOURCES, SOURCES, strict=True)) if path.parent == Path() else {}
-        names |= {file.name: str(file) for file in siblings}
-        hint = nearest(path.name, names, form=names.__getitem__)
-        raise GblmError(
-            f"{where}: no such file or source; {hint}give a path, or one of {', '.join(SOURCES)}"
-        )
+    check_there(path, where, f"give a path, or one of {', '.join(SOURCES)}", SOURCES)
     if not path.is_dir():
         return _file(path, where)
     documents: list[str] = []
@@ -166,13 +159,10 @@ def _text(row: Any, where: str) -> str:
 
 
 def _parquet(path: Path, where: str) -> list[str]:
-    from pyarrow import parquet
-
-    names = parquet.read_schema(path).names
-    if "text" not in names:
+    rows = Rows([path])
+    if "text" not in (names := rows.schema.names):
         raise GblmError(f"{where} has no `text` column, only {', '.join(names)}; rename one")
-    rows = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    return [_text(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+    return [_text(row, f"{where}, row {number}") for number, row in enumerate(rows["text"], 1)]
 
 
 def _windows(path: Path, where: str) -> Tensor:

@@ -47,10 +47,7 @@ def zero_shot(
     limit: int | None = None,
     batch_size: int = BATCH,
 ) -> Accuracy:
-    """Return acc and acc_norm with their standard errors, as fractions, by task.
-
-    A task has the metrics that the harness defines for it. See `open_tasks` for the rest.
-    """
+    """Open tasks and return the accuracy in them: see `open_tasks` and `accuracy`."""
     return accuracy(model, tokenizer, open_tasks(tasks, data, limit), batch_size)
 
 
@@ -93,8 +90,9 @@ def accuracy(
 ) -> Accuracy:
     """Return acc and acc_norm with their standard errors, as fractions, by task.
 
-    A batch that does not fit is halved. Of several processes, process 0 evaluates for all. Raises
-    `GblmError` where the tokenizer has no token that the harness could begin a text with.
+    A task has the metrics that the harness defines for it. A batch that does not fit is halved. Of
+    several processes, process 0 evaluates for all. Raises `GblmError` where the tokenizer has no
+    token that the harness could begin a text with.
     """
     if batch_size < 1:
         raise GblmError(f"a batch of {batch_size} holds nothing; give 1 or more")
@@ -129,16 +127,16 @@ def mean(accuracies: Accuracy) -> float:
 
 def entries(accuracies: Accuracy) -> Accuracy:
     """Return accuracies as entries of an evaluation: of every task and metric, and the mean."""
-    evaluation: Accuracy = {}
-    for name, values in accuracies.items():
-        for metric in METRICS:
-            if metric in values:
-                keys = {metric, f"{metric}_stderr"} & values.keys()
-                entry = name if metric == METRICS[0] else f"{name} {metric}"
-                evaluation[entry] = {key: values[key] for key in sorted(keys)}
-    if len(accuracies) > 1:
-        evaluation["mean of tasks"] = {METRICS[0]: mean(accuracies)}
-    return evaluation
+    evaluation = {
+        name if metric == METRICS[0] else f"{name} {metric}": {
+            key: values[key] for key in (metric, f"{metric}_stderr") if key in values
+        }
+        for name, values in accuracies.items()
+        for metric in METRICS
+        if metric in values
+    }
+    several = {"mean of tasks": {METRICS[0]: mean(accuracies)}} if len(accuracies) > 1 else {}
+    return evaluation | several
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
@@ -202,13 +200,13 @@ def _file(name: str, data: Path) -> Path:
     if not data.is_dir():
         raise GblmError(f"task data {data}: no such folder; give one that holds {name}.jsonl")
     patterns = (f"{name}.jsonl", f"{name}_*.jsonl")
-    files = sorted(file for pattern in patterns for file in data.glob(pattern))
-    if not files:
+    names = sorted(file.name for pattern in patterns for file in data.glob(pattern))
+    if not names:
         raise GblmError(f"task data {data} has neither {' nor '.join(patterns)}; add the items")
-    if len(files) > 1:
-        several = ", ".join(file.name for file in files)
+    if len(names) > 1:
+        several = ", ".join(names)
         raise GblmError(f"task data {data} has several files for {name}: {several}; keep one")
-    return files[0]
+    return data / names[0]
 
 
 def _items(name: str, file: Path) -> Any:

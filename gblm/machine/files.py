@@ -11,13 +11,11 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,6 +24,8 @@ from torch import Tensor
 from gblm.base import GblmError
 
 log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"  # of shards, as every library names it
 
 
 def read_tensors(
@@ -52,28 +52,6 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
         return {}
 
 
-def read_arrays(path: Path, names: Sequence[str], where: str) -> list[Tensor]:
-    """Return the arrays of these names in a `.npz` or `.safetensors` file.
-
-    Raises `GblmError`, which says where, for a missing one.
-    """
-    npz = path.suffix.lower() == ".npz"
-    with np.load(path, allow_pickle=False) if npz else safe_open(path, framework="pt") as file:
-        keys = list(file.keys())
-        if missing := [name for name in names if name not in keys]:
-            raise GblmError(f"{where} has no `{missing[0]}`, only {', '.join(keys)}; rename one")
-        if not npz:
-            return [file.get_tensor(name) for name in names]
-        arrays = [file[name] for name in names]
-        native = [array.astype(array.dtype.newbyteorder("="), copy=False) for array in arrays]
-        return [torch.from_numpy(array) for array in native]
-
-
-def dtype_and_shape(tensor: Tensor) -> str:
-    """Return the dtype and the shape of a tensor, such as "float32 [2, 3]"."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
 def check_depth(model: str | Path, blocks: int, what: str, tensors: int) -> None:
     """Raise `GblmError` where a config names more blocks than its checkpoint can hold.
 
@@ -91,6 +69,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.contiguous().to("cpu") for name, tensor in tensors.items()}
     with _beside(path, Path.touch, os.replace) as beside:
         save_file(contiguous, beside, metadata={"format": "pt"})
+
+
+def write_shards(
+    folder: Path, shards: Collection[str], read: Callable[[str], Mapping[str, Tensor]]
+) -> None:
+    """Write safetensors files, whose tensors `read(shard)` gives, and their index."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        tensors = read(shard)
+        write_tensors(folder / shard, tensors)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        weight_map |= dict.fromkeys(tensors, shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
 
 
 def read_json(path: Path, /, way: str = "remove its folder", **kinds: type) -> dict[str, Any]:

@@ -209,6 +209,20 @@ class Offload:
         self.last = unit
         return tensors
 
+    def shards(self, parameters: dict[str, nn.Parameter]) -> dict[str, list[str]]:
+        """Return the files to write a model's parameters to, and the names in each.
+
+        That is a file for every unit, and one for the rest; a tied weight goes with the first.
+        """
+        units = []
+        for unit in self.units:
+            names = [name for name in unit.parameters if name in parameters]
+            parameters = {key: own for key, own in parameters.items() if key not in names}
+            units += [names] if names else []
+        units += [list(parameters)] if parameters else []
+        of = f"of-{len(units):05}.safetensors"
+        return {f"model-{number:05}-{of}": names for number, names in enumerate(units, 1)}
+
     def revert(self) -> None:
         """Make all weights dense again."""
         self.next = None
@@ -342,7 +356,7 @@ def offload_of(model: nn.Module) -> Offload | None:
 
 
 @contextmanager
-def whole(model: M, dtype: torch.dtype | None) -> Iterator[M]:
+def in_memory(model: M, dtype: torch.dtype | None) -> Iterator[M]:
     """Give a model with all its weights in memory and in a dtype, as it is for None, for a time."""
     offload = offload_of(model)
     with offload.home() if offload else nullcontext():

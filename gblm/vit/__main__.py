@@ -54,16 +54,12 @@ class Classifier(Opened):
 
     def evaluate(self, bars: Bars) -> Evaluation:
         """Return top-1, top-5 and cross-entropy on every data set, and note what it says."""
-        bar = partial(bars, "evaluate")
-        metrics = {
-            name: vit.evaluate.evaluate(self.model, images, bar)
-            for name, images in self.sets.items()
-        }
-        for loader in self.sets.values():  # what other processes have met
-            for broken in gathered(loader.images.broken):
+        bar, metrics = partial(bars, "evaluate"), Evaluation()
+        for name, loader in self.sets.items():
+            metrics[name] = vit.evaluate.evaluate(self.model, loader, bar)
+            for broken in gathered(loader.images.broken):  # what other processes have met
                 loader.images.broken.update(broken)
-        notes = [note for loader in self.sets.values() for note in loader.images.notes]
-        self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
+            self.notes += [note for note in loader.images.notes if note not in self.notes]
         return metrics
 
     def evaluated(self) -> tuple[int, int]:
@@ -100,18 +96,17 @@ def load(
     with clock(seconds, "data"):
         images, sets = open_images(settings, model)
         for name, loader in sets.items():
-            first = loader.images.batches([0], 1, of=loader.of)
-            for batch in first:  # none where that image is broken
+            for batch in loader.images.batches([0], 1, of=loader.of):  # none where it is broken
                 vit.data.fitting(model, batch, name)
         batch, notes = draw(settings, model, images)
     return Classifier(
-        settings,
-        model,
-        batch,
-        vit.adapters.adapter(model),
-        f"{len(batch['images'])} images from {settings.calibration}",
-        offload,
-        notes,
+        settings=settings,
+        model=model,
+        batch=batch,
+        adapter=vit.adapters.adapter(model),
+        calibration=f"{len(batch['images'])} images from {settings.calibration}",
+        offload=offload,
+        notes=notes,
         stored=stored,
         sets=sets,
     )
@@ -126,10 +121,9 @@ def sketch(settings: ImageSettings, device: torch.device) -> Iterator[Classifier
         model = vit.models.load(settings.model, settings.checkpoint)
     dtype = find_dtype(settings.dtype, device, lambda: torch.float32) or torch.float32
     images, sets = open_images(settings, model.to(dtype))
-    images.chosen(settings.samples)
+    images.order(settings.samples)
     pixels = torch.empty(1, dtype=dtype).expand(settings.samples, *vit.data.input_size(model))
-    labels = torch.zeros(settings.samples, dtype=torch.int64)
-    batch = {"images": pixels, "labels": labels}
+    batch = {"images": pixels, "labels": torch.zeros(settings.samples, dtype=torch.int64)}
     yield Classifier(settings, model, batch, vit.adapters.adapter(model), sets=sets)
 
 

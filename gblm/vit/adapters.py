@@ -45,11 +45,11 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         if name and isinstance(module, LISTS) and not any(stem in name for stem in STEMS)
     }
     called = {name: lists[name] for name in lists if "blocks" in name.rpartition(".")[2]}
-    found: dict[str, nn.Module] = {}
+    outermost: dict[str, nn.Module] = {}
     for name, module in (called or lists).items():  # the outer ones first
-        if not any(name.startswith(f"{outer}.") for outer in found):
-            found.update(_within(name, module))
-    return found
+        if not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost |= _within(name, module)
+    return outermost
 
 
 def kind(module: nn.Module) -> Kind | None:
@@ -69,9 +69,8 @@ def kind(module: nn.Module) -> Kind | None:
 
 def trunk(model: nn.Module, batch: Batch) -> Any:
     """Return what the head takes: timm's `forward_features` of the images `[n, c, h, w]`."""
-    classifier: Any = model
     with hooked(_contiguous(model) if len(batch["images"]) == 1 else ()):
-        return classifier.forward_features(batch["images"])
+        return model.forward_features(batch["images"])  # type: ignore[operator]
 
 
 def loss(model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
@@ -81,9 +80,8 @@ def loss(model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
     their logits in training, and their average in evaluation. The rule of training is taken: the
     mean of the heads' cross-entropies.
     """
-    classifier: Any = model
     with _all_heads(model):
-        logits = classifier.forward_head(hidden)
+        logits = model.forward_head(hidden)  # type: ignore[operator]
     heads = logits if isinstance(logits, tuple) else (logits,)
     losses = [cross_entropy(head.float(), batch["labels"], reduction="none") for head in heads]
     return torch.stack(losses).mean(dim=0)
@@ -91,15 +89,15 @@ def loss(model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
 
 def _within(name: str, module: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks in a list, or in the lists within it."""
-    if any(kind(child) for child in module.children()):
+    if any(map(kind, module.children())):
         return {name: module}
-    found: dict[str, nn.Module] = {}
+    inside: dict[str, nn.Module] = {}
     for inner, child in module.named_children():
         if isinstance(child, LISTS):
-            found.update(_within(f"{name}.{inner}", child))
-        elif any(kind(part) for part in child.modules()):
-            found[f"{name}.{inner}"] = child
-    return found
+            inside |= _within(f"{name}.{inner}", child)
+        elif any(map(kind, child.modules())):
+            inside[f"{name}.{inner}"] = child
+    return inside
 
 
 def _contiguous(model: nn.Module) -> list[Any]:

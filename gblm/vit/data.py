@@ -73,7 +73,7 @@ class Images(Dataset):
         skipped = f"{self.source.name}: {len(self.broken)} broken and skipped: {broken}"
         return [*self.source.notes, skipped] if broken else [*self.source.notes]
 
-    def chosen(self, samples: int | None, seed: int = 0) -> list[int]:
+    def order(self, samples: int | None, seed: int = 0) -> list[int]:
         """Return the indices of all images in the order they are chosen, at least `samples`.
 
         Where there are labels, an image of every class is taken before a second of any; within
@@ -221,10 +221,10 @@ def open_images(
 def calibration(images: Images, samples: int = 1024, seed: int = 0) -> Batch:
     """Return the calibration batch: `images [samples, c, h, w]` and, where known, `labels`.
 
-    The images are those `Images.chosen` gives, the same for every method. In the place of a broken
+    The images are those `Images.order` gives, the same for every method. In the place of a broken
     one the next is taken, as long as there is one. Raises `GblmError` where there are too few.
     """
-    order = images.chosen(samples, seed)
+    order = images.order(samples, seed)
     parts: list[Batch] = []
     while order and (missing := samples - sum(len(part["images"]) for part in parts)):
         parts += images.batches(order[:missing], 32, of=samples)
@@ -239,7 +239,7 @@ def evaluation(images: Images, size: int = TOGETHER, limit: int | None = None) -
     """
     indices = list(range(len(images)))
     if limit is not None and limit < len(images):
-        indices = sorted(images.chosen(limit)[:limit])
+        indices = sorted(images.order(limit)[:limit])
     return Loader(images, indices[processes.part(len(indices))], size, of=len(indices))
 
 

@@ -10,13 +10,11 @@ from gblm.base import Batch, GblmError
 from gblm.machine import processes
 from gblm.walk.blocks import frozen
 
-Progress = Callable[[int, int], None]  # batches done, of how many
-
 
 def evaluate(
     model: nn.Module,
     loader: Collection[Batch],
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Return `top1` and `top5` (percent of the images) and `cross_entropy` (mean, in nats).
 
@@ -27,26 +25,20 @@ def evaluate(
     Raises `GblmError` where there is no image or no label.
     """
     parameter = next(model.parameters())
-    images = first = five = 0
-    nats = 0.0
+    totals = torch.zeros(4, dtype=torch.float64)
     with frozen(model), torch.no_grad():
         for done, batch in enumerate(loader, 1):
             if "labels" not in batch:
                 raise GblmError("the evaluation images have no labels; give a labelled source")
             logits = model(batch["images"].to(parameter)).float()
             labels = batch["labels"].to(logits.device)
-            highest = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            images += len(labels)
-            first += int(highest[:, 0].sum())
-            five += int(highest.any(dim=1).sum())
-            nats += cross_entropy(logits, labels, reduction="sum").item()
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            top1, top5 = hits[:, 0].sum().item(), hits.any(dim=1).sum().item()
+            nats = cross_entropy(logits, labels, reduction="sum").item()
+            totals += torch.tensor([len(labels), top1, top5, nats], dtype=torch.float64)
             progress(done, len(loader))
-    totals = processes.gathered((images, first, five, nats))
-    images, first, five, nats = (sum(found) for found in zip(*totals, strict=True))
+    images, top1, top5, nats = torch.stack(processes.gathered(totals)).sum(dim=0).tolist()
     if not images:
         raise GblmError("there is no image to evaluate on; give a source that holds some")
-    return {
-        "top1": 100 * first / images,
-        "top5": 100 * five / images,
-        "cross_entropy": nats / images,
-    }
+    names = ("top1", "top5", "cross_entropy")
+    return dict(zip(names, (100 * top1 / images, 100 * top5 / images, nats / images), strict=True))

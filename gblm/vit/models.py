@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gblm.base import Batch, GblmError, explained, nearest
 from gblm.machine.device import find_dtype
 from gblm.machine.files import check_depth, read_tensors, tensor_shapes, written_into
-from gblm.machine.offload import Offload, find_offload, offloaded, read_when_used, whole
+from gblm.machine.offload import Offload, find_offload, in_memory, offloaded, read_when_used
 from gblm.vit.adapters import blocks
 from gblm.walk.blocks import frozen
 
@@ -33,7 +33,7 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     has no head.
     """
     name, checkpoint = _source(name, checkpoint)
-    model = _made(name, pretrained=checkpoint is None, **options)
+    model = _create(name, pretrained=checkpoint is None, **options)
     if checkpoint is not None:
         _fill(model, checkpoint, name)
     return model.eval()
@@ -58,7 +58,7 @@ def load_offloaded(
     shapes = tensor_shapes(file) if file else {}
     if file and shapes and find_offload(offload, file.stat().st_size, device) == "disk":
         with init_empty_weights(include_buffers=False):
-            model = _made(source, pretrained=False)
+            model = _create(source, pretrained=False)
         if _shapes(model.state_dict()) == shapes:
             first = next(name for name, _ in model.named_parameters())
             stored = read_tensors(file, [first])[first].dtype
@@ -91,7 +91,7 @@ def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None)
     `timm.create_model(name, checkpoint_path=…/model.safetensors)` loads the first, and
     `timm.create_model("local-dir:…", pretrained=True)` the folder.
     """
-    with written_into(Path(folder)) as beside, whole(model, dtype) as stored:
+    with written_into(Path(folder)) as beside, in_memory(model, dtype) as stored:
         timm.models.save_for_hf(stored, str(beside), safe_serialization=True)
 
 
@@ -133,7 +133,7 @@ def _depth(config: Path) -> int:
         return 0
 
 
-def _made(name: str, pretrained: bool, **options: Any) -> nn.Module:
+def _create(name: str, pretrained: bool, **options: Any) -> nn.Module:
     way = "check its name and the connection, or give its weights by --checkpoint"
     with explained(f"model {name} cannot be made", way):
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)

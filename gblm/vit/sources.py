@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import io
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,12 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from gblm.base import GblmError, explained, nearest
-from gblm.machine.files import dtype_and_shape, read_arrays
+from gblm.base import GblmError, explained
+from gblm.machine.tables import Rows, check_there, dtype_and_shape, read_arrays
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAYS = (".npz", ".safetensors")
+FILES = (*ENDINGS, *ARRAYS, ".parquet")
 SYNSET = re.compile(r"n\d{8}")
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?")
 LABELS = ("label", "labels", "fine_label", "target", "class")
@@ -95,35 +93,25 @@ def class_indices(names: Sequence[str], classes: int, where: str) -> tuple[list[
 
 def _open(source: str, split: str, where: str, classes: int, labelled: bool) -> Source:
     path = Path(source).expanduser()
+    kind, way = path.suffix.lower(), "give a folder, or a .parquet, .npz or .safetensors file"
     if source == "demo":
         from gblm.vit.demo import digits
 
         pictures, digit = digits(split)
         return _pixels(where, pictures, digit.tolist() if labelled else None)
-    if path.is_dir() and not (tables := _tables(path)):
-        return _folder(path, where, classes, labelled)
-    ending = path.suffix.lower()
-    if ending in ARRAYS and path.is_file():
+    if not path.exists() and HUB.fullmatch(source) and not source.endswith(FILES):
+        return _table(_hub(source, split), where, classes, labelled)
+    check_there(path, where, f"{way}, or a data set of the hub")
+    if path.is_dir():  # of the hub's tables lie in `data`
+        tables = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+        if not tables:
+            return _folder(path, where, classes, labelled)
+        return _table(Rows(tables), where, classes, labelled)
+    if kind in ARRAYS:
         return _arrays(path, where, labelled)
-    if path.is_dir():
-        rows: Any = Rows(tables)
-    elif path.exists() and ending == ".parquet":
-        rows = Rows([path])
-    elif path.exists():
-        raise GblmError(
-            f"{where} is no source of images; give a folder, or a .parquet, .npz or .safetensors "
-            "file"
-        )
-    elif HUB.fullmatch(source) and not source.endswith((*ENDINGS, *ARRAYS, ".parquet")):
-        rows = _hub(source, split)
-    else:
-        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings, form=lambda name: str(path.parent / name))
-        raise GblmError(
-            f"{where}: no such file or folder; {hint}give a folder of images, a data set of the "
-            "hub, or a .parquet, .npz or .safetensors file"
-        )
-    return _table(rows, where, classes, labelled)
+    if kind != ".parquet":
+        raise GblmError(f"{where} is no source of images; {way}")
+    return _table(Rows([path]), where, classes, labelled)
 
 
 def _folder(path: Path, where: str, classes: int, labelled: bool) -> Source:
@@ -208,25 +196,21 @@ def _hub(source: str, split: str) -> Any:
     name, _, part = source.partition(":")
     if not part:
         parts = datasets.get_dataset_split_names(name)
-        part = next((known for known in SPLITS[split] if known in parts), parts[0])
+        part = next((name for name in SPLITS[split] if name in parts), parts[0])
     return datasets.load_dataset(name, split=part)
-
-
-def _tables(folder: Path) -> list[Path]:
-    """Return the parquet files of a folder; those of the hub lie in `data`."""
-    return sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
 
 
 def _table(rows: Any, where: str, classes: int, labelled: bool) -> Source:
     """See a table of `datasets` or of parquet, with a column of images and one of labels."""
     import datasets
 
-    features = rows.features
+    hub = isinstance(rows, datasets.Dataset)
+    features = rows.features if hub else datasets.Features.from_arrow_schema(rows.schema)
     structures = [n for n, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
     image = next(iter([*_of_kind(features, datasets.Image), *structures]), None)
     if image is None:
         raise GblmError(f"{where} has no column of images, only {', '.join(features)}; rename one")
-    if isinstance(rows, datasets.Dataset):
+    if hub:
         rows = rows.cast_column(image, datasets.Image(decode=False))
     labels, notes = None, list[str]()
     if labelled:
@@ -261,36 +245,3 @@ def _labels(cells: list[Any], kind: Any, classes: int, where: str) -> tuple[list
         return cells, []
     indices, notes = class_indices(names, classes, where)
     return [indices[cell] if 0 <= cell < len(indices) else -1 for cell in cells], notes
-
-
-class Rows:
-    """The rows of parquet files where they lie: `datasets` would first copy them into its cache.
-
-    `rows[3]` is a row by column, `rows["label"]` a whole column; `features` are the kinds of the
-    columns, by the notes of `datasets` where the files hold any.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        import datasets
-        from pyarrow import dataset
-
-        table = dataset.dataset(files, format="parquet")
-        self.features = datasets.Features.from_arrow_schema(table.schema)
-        self.groups = [g for file in table.get_fragments() for g in file.split_by_row_group()]
-        self.stops = list(accumulate(group.row_groups[0].num_rows for group in self.groups))
-
-    def __len__(self) -> int:
-        return self.stops[-1] if self.stops else 0
-
-    def __getitem__(self, key: int | str) -> Any:
-        if isinstance(key, str):
-            tables = (group.to_table(columns=[key]) for group in self.groups)
-            return [cell for table in tables for cell in table[key].to_pylist()]
-        number = bisect.bisect_right(self.stops, key)
-        start = self.stops[number - 1] if number else 0
-        return self._group(number).slice(key - start, 1).to_pylist()[0]
-
-    @cached_property
-    def _group(self) -> Callable[[int], Any]:
-        """A row group: the last one is held, for rows are mostly asked for one after the other."""
-        return lru_cache(maxsize=1)(lambda number: self.groups[number].to_table())

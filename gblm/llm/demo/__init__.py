@@ -11,22 +11,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from gblm.base import GblmError
+from gblm.base import GblmError, one_of
 
 FOLDER = Path(__file__).parent  # config, weights and tokenizer lie beside this file
 
 # All of them exist in Python 3.10 to 3.14, as a file or as a package.
-HELD_OUT: tuple[str, ...] = (
-    "argparse",
-    "configparser",
-    "dataclasses",
-    "difflib",
-    "fractions",
-    "json",
-    "shutil",
-    "statistics",
-    "tarfile",
-    "textwrap",
+HELD_OUT = re.compile(
+    r"(argparse|configparser|dataclasses|difflib|fractions|json|shutil|statistics|tarfile|textwrap)"
+    r"(\.py)?"
 )
 
 # Files and folders that are no library of this Python, or hold tables and not text.
@@ -42,8 +34,7 @@ def text(split: str) -> str:
     Its files stand in one mixed order, so any first part of the text is a sample of the whole.
     Raises `GblmError` where the standard library's sources are not there.
     """
-    if split not in ("calibration", "evaluation"):
-        raise GblmError(f"split {split!r} is unknown; take 'calibration' or 'evaluation'")
+    one_of(split, ("calibration", "evaluation"), "split")
     library = Path(sysconfig.get_paths()["stdlib"])
     held_out = split == "evaluation"
     files = [path for path in sources(library) if is_held_out(path, library) == held_out]
@@ -69,4 +60,4 @@ def sources(folder: Path) -> Iterator[Path]:
 
 def is_held_out(path: Path, library: Path) -> bool:
     """Tell whether a source belongs to a held-out module or package."""
-    return path.relative_to(library).parts[0].removesuffix(".py") in HELD_OUT
+    return bool(HELD_OUT.fullmatch(path.relative_to(library).parts[0]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gblm.base import GblmError
+from gblm.base import GblmError, one_of
 
 FOLDER = Path(__file__).parent  # config and weights lie beside this file
 HELD_OUT = 3  # one of so many images of every class
@@ -23,8 +23,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     The split is "calibration" or "evaluation", and its images stand in one mixed order. Raises
     `GblmError` where scikit-learn is not installed.
     """
-    if split not in ("calibration", "evaluation"):
-        raise GblmError(f"split {split!r} is unknown; take 'calibration' or 'evaluation'")
+    one_of(split, ("calibration", "evaluation"), "split")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -32,16 +31,12 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
             "the demo's images are the digits of scikit-learn, which is not installed; "
             "pip install 'gblm[demo]', or name a model and a source of images"
         ) from error
-    found = load_digits()
-    labels = torch.from_numpy(found.target).long()
+    data = load_digits()
+    labels = torch.from_numpy(data.target).long()
     order = list(range(len(labels)))
     random.Random(0).shuffle(order)
-    seen = [0] * 10
-    chosen = []
-    for index in order:
-        label = int(labels[index])
-        if (seen[label] % HELD_OUT == 0) == (split == "evaluation"):
-            chosen.append(index)
-        seen[label] += 1
-    pictures = torch.from_numpy(found.images[chosen]) * (255 / 16)  # ink is 0 to 16 there
-    return pictures.round().to(torch.uint8), labels[chosen]
+    classes = [[index for index in order if labels[index] == label] for label in range(10)]
+    held_out = {index for indices in classes for index in indices[::HELD_OUT]}
+    indices = [index for index in order if (index in held_out) == (split == "evaluation")]
+    pictures = torch.from_numpy(data.images[indices]) * (255 / 16)  # ink is 0 to 16 there
+    return pictures.round().to(torch.uint8), labels[indices]
