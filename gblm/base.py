@@ -61,7 +61,7 @@ class Statistics:
     `sums` holds them by name: `input_sq [in]`, `input_gram [in, in]`, `grad_abs [out, in]`, …: see
     `gblm.maths.stats`. `samples` is the number of calibration samples, `positions` the number of
     input vectors they held, `differentiated` the number of samples whose gradients were added.
-    Nothing here is divided by a count: a score does that in footprint.
+    Nothing here is divided by a count: a score does that in sight.
     """
 
     sums: dict[str, Tensor]

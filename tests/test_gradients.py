@@ -11,7 +11,7 @@ from gblm.base import Statistics
 from gblm.machine.placement import Placement
 from gblm.walk import head
 from gblm.walk.blocks import Block
-from gblm.walk.gradients import Gradients, Inputs, sweep
+from gblm.walk.gradients import Gradients, OnTheWay, sweep
 from gblm.walk.walk import Walk
 
 NEEDS = {"grad_abs", "grad_sq"}
@@ -242,15 +242,15 @@ class Kept:
         self.count = count
         self.sums: dict[str, Statistics] = {}
         self.finished: list[str] = []
-        self.inputs: Inputs = {}
+        self.inputs: OnTheWay = {}
 
     def has(self, block: Block) -> bool:
         return block.name in self.finished
 
-    def on_the_way(self) -> Inputs:
+    def on_the_way(self) -> OnTheWay:
         return dict(self.inputs)
 
-    def keep(self, block: Block, sums: Gradients, on_the_way: Inputs) -> None:
+    def keep(self, block: Block, sums: Gradients, on_the_way: OnTheWay) -> None:
         if len(self.finished) == self.count:
             raise Cut
         self.finished.append(block.name)

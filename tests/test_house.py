@@ -12,6 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gblm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+# A modality is a package with a command; everything else is core.
+SIDES = tuple(sorted({file.parent.name for file in PACKAGE.glob("*/__main__.py")} - {"report"}))
+
 # From the ground up; what stands on one line may import its own line and those above it here.
 LAYERS = [
     ("base",),
@@ -22,10 +25,9 @@ LAYERS = [
     ("walk",),
     ("methods",),
     ("command",),
-    ("llm", "vit"),
+    SIDES,
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SIDES = ("llm", "vit")  # everything else is core
 OUTSIDE = {"eval", "tests"}  # they stand above the package
 
 FORBIDDEN = {"transformers", "timm", "datasets", "torchvision", "lm_eval"}
@@ -70,7 +72,7 @@ def upward(module: str, source: str) -> list[str]:
         for name in own
         if part(name) not in RANK
         or RANK[part(name)] > RANK[part(module)]
-        or {part(name), part(module)} == set(SIDES)
+        or (part(name) in SIDES and part(module) in SIDES and part(name) != part(module))
     )
 
 

@@ -397,7 +397,7 @@ def prune_in(
     folder: Path, model: nn.Module, batch: dict[str, Tensor], method: Method, half: torch.dtype
 ) -> gblm.Report:
     """Prune half of a model, with a folder for what rests, its gradients block by block."""
-    walk = replace(Walk.of(model, batch, micro_batch=2, folder=folder), half=half)
+    walk = replace(Walk.of(model, batch, micro_batch=2, folder=folder), compute_dtype=half)
     pruning = Pruning(walk, method, method_pattern(method, "0.5"))
     if pruning.needs:
         pruning.gradients = sweep(walk, pruning.needs, "blocks")[0]

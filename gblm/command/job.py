@@ -24,12 +24,10 @@ from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
-from gblm.walk.blocks import Block
+from gblm.walk.blocks import Block, Snapshot
 from gblm.walk.gradients import first, sweep
-from gblm.walk.journal import GradientFolder, Journal, fingerprint
-from gblm.walk.journal import Settings as Fingerprint
+from gblm.walk.journal import Fingerprint, GradientFolder, Journal, fingerprint
 from gblm.walk.prune import Pruning, check, needed
-from gblm.walk.visit import Snapshot
 from gblm.walk.walk import Walk
 
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
@@ -195,8 +193,8 @@ class Job:
             # Only where the weights do not live on the device is there a need of files.
             folder=self.work.scratch if self.work and opened.offload else None,
         )
-        half = find_compute_dtype(opened.settings.compute_dtype, walk.device)
-        return replace(walk, half=half, progress=progress)
+        dtype = find_compute_dtype(opened.settings.compute_dtype, walk.device)
+        return replace(walk, compute_dtype=dtype, progress=progress)
 
     def weight(self, name: str) -> Tensor:
         """Return the weight of a linear, on the device."""

@@ -46,10 +46,10 @@ class Regional(Solve):
 
     def linears(self, visit: Visit) -> list[LinearReport]:
         block, calls = visit.block, visit.calls
-        gradients = regional_sums(block, calls, self.regional, visit.step)
+        gradients = regional_sums(block, calls, self.regional, visit.samples_at_once)
         if self.rounds:
             self._optimise(visit, gradients)
-            gradients = regional_sums(block, calls, self.regional, visit.step)
+            gradients = regional_sums(block, calls, self.regional, visit.samples_at_once)
         groups = visit.inputs_of(visit.calls, self.needs)
         reports = self.groups(groups, visit.patterns, gradients)
         if self.rounds:

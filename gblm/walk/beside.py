@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from gblm.walk.blocks import Linear, hooked
+from gblm.walk.blocks import Linear, Snapshot, hooked
 from gblm.walk.call import Call, Output
 from gblm.walk.coroutine import Coroutine, wait
 from gblm.walk.inputs import Inputs
-
-if TYPE_CHECKING:
-    from gblm.walk.visit import Visit
 
 
 @dataclass
@@ -51,66 +48,74 @@ class _Piece:
         self.at = self.coroutine.switch()
 
 
+class Stream:
+    """The pieces of the calls of one stream."""
+
+    def __init__(self, calls: list[Call], samples_at_once: int) -> None:
+        self.calls = [[_Piece(call, x) for x in call.pieces(samples_at_once)] for call in calls]
+        self.pieces = [piece for pieces in self.calls for piece in pieces]
+
+    def go_on(self, index: int) -> None:
+        """Let the pieces that wait before a group, or one that is solved, go on."""
+        for piece in self.pieces:
+            while isinstance(piece.at, _Waiting) and piece.at.index <= index:
+                piece.go_on()
+
+    def outputs(self) -> list[Output]:
+        """Return what the block gives, for each call, once all pieces have come to its end."""
+        return [
+            pieces[0].call.joined([x.at for x in pieces], [x.piece for x in pieces])
+            for pieces in self.calls
+        ]
+
+
 class TwoStreams:
-    """Both streams in a block: they wait before each group of linears until it is solved."""
+    """Both streams in a block: they wait before each group of linears until it is solved.
 
-    def __init__(self, visit: Visit, groups: list[Inputs]) -> None:
-        self.visit, self.groups = visit, groups
+    dense, pruned: the calls of each. before: the dense weights.
+    """
 
-    def inputs(self) -> Iterator[list[Inputs]]:
-        """Yield the inputs of each group; then the dense outputs, and ours if wanted, are known."""
-        visit = self.visit
-        dense = [self._pieces(call) for call in visit.dense_calls]
-        pruned = [self._pieces(call) for call in visit.calls]
-        theirs, ours = ([x for call in stream for x in call] for stream in (dense, pruned))
+    def __init__(
+        self, dense: list[Call], pruned: list[Call], before: Snapshot, samples_at_once: int
+    ) -> None:
+        self.before = before
+        self.dense, self.pruned = Stream(dense, samples_at_once), Stream(pruned, samples_at_once)
+
+    def inputs(self, groups: list[Inputs], to_end: bool) -> Iterator[list[Inputs]]:
+        """Yield the inputs of each group, to be solved; then the streams have their outputs.
+
+        to_end: whether the pruned stream goes on after its last group.
+        """
+        pieces = self.dense.pieces + self.pruned.pieces
         hooks = [
             inputs.group[0].module.register_forward_pre_hook(partial(_pause, i, inputs.group[0]))
-            for i, inputs in enumerate(self.groups)
+            for i, inputs in enumerate(groups)
         ]
         try:
             with hooked(hooks):
-                for piece in theirs + ours:
+                for piece in pieces:
                     piece.go_on()
-                for index, inputs in enumerate(self.groups):
-                    self._add(index, inputs, theirs, ours)
+                for index, inputs in enumerate(groups):
+                    self._add(index, inputs)
                     yield [inputs]
-                    with visit.before.back():
-                        _go_on(theirs, index)
-                    if visit.last or index < len(self.groups) - 1:
-                        _go_on(ours, index)
-            visit.keep_dense(_joined(visit.dense_calls, dense))
-            visit.outputs = _joined(visit.calls, pruned) if visit.last else None
+                    with self.before.back():
+                        self.dense.go_on(index)
+                    if to_end or index < len(groups) - 1:
+                        self.pruned.go_on(index)
         finally:
-            for piece in theirs + ours:
+            for piece in pieces:
                 piece.coroutine.close()
 
-    def _pieces(self, call: Call) -> list[_Piece]:
-        return [_Piece(call, piece) for piece in call.pieces(self.visit.step)]
-
-    def _add(self, index: int, inputs: Inputs, theirs: list[_Piece], ours: list[_Piece]) -> None:
-        for own, other in zip(ours, theirs, strict=True):
+    def _add(self, index: int, inputs: Inputs) -> None:
+        for own, other in zip(self.pruned.pieces, self.dense.pieces, strict=True):
             if own.waits(index):
                 # What is routed sees other positions of each stream, which make no pair.
                 routed = inputs.group[0].routed
                 paired = not routed and other.waits(index) and other.at.x.shape == own.at.x.shape
                 dense = other.at.x if paired else None
                 inputs.add(own.at.x, own.piece.stop - own.piece.start, dense)
-        inputs.finish(sum(call.samples for call in self.visit.calls))
+        inputs.finish(sum(piece.piece.stop - piece.piece.start for piece in self.pruned.pieces))
 
 
 def _pause(index: int, linear: Linear, module: nn.Module, args: tuple) -> None:
     wait(_Waiting(index, linear.rows(args[0]).flatten(0, -2)))
-
-
-def _go_on(pieces: list[_Piece], index: int) -> None:
-    """Let the pieces that wait before a group, or one that is solved, go on."""
-    for piece in pieces:
-        while isinstance(piece.at, _Waiting) and piece.at.index <= index:
-            piece.go_on()
-
-
-def _joined(calls: list[Call], pieces: list[list[_Piece]]) -> list[Output]:
-    return [
-        call.joined([piece.at for piece in own], [piece.piece for piece in own])
-        for call, own in zip(calls, pieces, strict=True)
-    ]

@@ -80,6 +80,36 @@ class Block:
         return [linear for group in self.groups for linear in group]
 
 
+class Snapshot:
+    """The parameters of a block at some time, to be written again."""
+
+    def __init__(self, block: Block) -> None:
+        self.parameters = [own.detach() for own in block.module.parameters()]
+        self.values = [own.clone() for own in self.parameters]
+        self.versions = [own._version for own in self.parameters]
+
+    def write(self) -> None:
+        """Give the parameters their values of then; those that nobody has written stay."""
+        for i, (parameter, value) in enumerate(zip(self.parameters, self.values, strict=True)):
+            if parameter._version != self.versions[i]:
+                parameter.copy_(value)
+
+    def changed(self) -> bool:
+        """Whether anybody has written to the parameters since."""
+        return [own._version for own in self.parameters] != self.versions
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """Have the values of then for a time."""
+        now = [parameter.clone() for parameter in self.parameters]
+        self.write()
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.parameters, now, strict=True):
+                parameter.copy_(value)
+
+
 def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
     """Leave linears dense that `include` does not name, or that `exclude` does.
 

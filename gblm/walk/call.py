@@ -22,7 +22,7 @@ Output = Any  # what a block gives: a tensor, or a tuple, list or dict with some
 class Call:
     """One call of a block by the model's code, with the arguments of `samples` samples.
 
-    carried: where each leaf of the arguments holds the samples. half: the dtype of products in a
+    carried: where each leaf of the arguments holds the samples. compute_dtype: of the products in a
     piece that is run with `half=True`. scope: where the model's code waits in this call.
     """
 
@@ -33,7 +33,7 @@ class Call:
     samples: int
     scope: Scope
     placement: Placement
-    half: torch.dtype
+    compute_dtype: torch.dtype
     carried: list[Carried] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -57,11 +57,11 @@ class Call:
     def run(self, leaves: list[Any], half: bool = False) -> Output:
         """Return what the block's own forward gives for these leaves.
 
-        It runs with the context variables and the modes of the model's code scope it. half:
+        It runs with the context variables and the modes of the model's code around it. half:
         products are in the dtype of the walk, where that is narrower than the block's.
         """
         args, kwargs = tree_unflatten(leaves, self.spec)
-        products = halved(self.block.module, self.half) if half else nullcontext()
+        products = halved(self.block.module, self.compute_dtype) if half else nullcontext()
         with self.scope.inside() as context, products:
             return context.run(self.forward, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Strands: runs of a model's code that can wait in the middle, for each other.
+"""Coroutines: runs of a model's code that can wait in the middle, for each other.
 
 A coroutine is a greenlet: a thread could wait as well, but every thread that computes brings a pool
 of threads of its own. What Python and torch keep for each thread, a coroutine keeps for itself:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
-Inputs = dict[str, Tensor]  # gradients on their way, by where they are
+OnTheWay = dict[str, Tensor]  # gradients, by the block, micro-batch and output they are at
 SAMPLES = "samples"  # and beside them, how many samples each micro-batch has
 
 
@@ -44,8 +44,8 @@ class Store(Protocol):
     """Keeps the sums of finished blocks, for a sweep that goes on from there."""
 
     def has(self, block: Block) -> bool: ...
-    def on_the_way(self) -> Inputs: ...
-    def keep(self, block: Block, sums: Gradients, on_the_way: Inputs) -> None: ...
+    def on_the_way(self) -> OnTheWay: ...
+    def keep(self, block: Block, sums: Gradients, on_the_way: OnTheWay) -> None: ...
 
 
 def gradient_sums(
@@ -271,7 +271,7 @@ class BlockBackward:
         self._advance()
         return {} if self.store else sums
 
-    def _on_the_way(self) -> Inputs:
+    def _on_the_way(self) -> OnTheWay:
         """Return the gradients that have come to the outputs of blocks yet to be left."""
         gradients = {
             f"{block}.{micro}.{output}": stats.wide(gradient) / self.scale

@@ -30,7 +30,7 @@ from gblm.machine.processes import rank, wait, world
 from gblm.report import LinearReport, Report
 from gblm.walk.blocks import Block, parameters, size
 
-Settings = dict[str, Any]
+Fingerprint = dict[str, Any]
 WAY = "remove its folder"  # out, where a file is damaged
 
 
@@ -61,7 +61,7 @@ class GradientFolder:
     def __init__(
         self,
         folder: Path,
-        settings: Settings,
+        settings: Fingerprint,
         dtype: torch.dtype | None = None,
         journal: bool = False,
     ) -> None:
@@ -120,12 +120,14 @@ class GradientFolder:
         of = f"-of-process-{rank()}" if world() > 1 else ""
         return self.folder / f"sweep-{count}{of}.safetensors"
 
-    def _settings(self) -> Settings:
-        found: Settings = json.loads(json.dumps({**self.settings, "processes": world()}))  # as read
+    def _settings(self) -> Fingerprint:
+        found: Fingerprint = json.loads(
+            json.dumps({**self.settings, "processes": world()})
+        )  # as read
         return found
 
-    def _found(self) -> Settings:
-        found: Settings = {"settings": self.settings, "linears": self.linears}
+    def _found(self) -> Fingerprint:
+        found: Fingerprint = {"settings": self.settings, "linears": self.linears}
         return found | {"samples": self.samples, "positions": self.positions}
 
     def finish(self) -> StoredGradients:
@@ -164,7 +166,7 @@ class GradientFolder:
 class Journal:
     """The finished blocks of a run, to go on from."""
 
-    def __init__(self, folder: Path, settings: Settings, resume: bool) -> None:
+    def __init__(self, folder: Path, settings: Fingerprint, resume: bool) -> None:
         """Open a folder; raises `GblmError` where it holds another run, or one to be resumed."""
         self.folder, self.path = folder, folder / "journal.json"
         self.settings = json.loads(json.dumps({**settings, "processes": world()}))  # as read
@@ -222,7 +224,7 @@ class Journal:
         wait()
 
 
-def fingerprint(model: nn.Module, batch: Batch, blocks: list[Block]) -> Settings:
+def fingerprint(model: nn.Module, batch: Batch, blocks: list[Block]) -> Fingerprint:
     """Return what tells a model and a calibration batch apart, as hashes.
 
     The model: names, shapes and some values of all parameters and buffers, 64 of each, as they are
@@ -248,7 +250,7 @@ def fingerprint(model: nn.Module, batch: Batch, blocks: list[Block]) -> Settings
     }
 
 
-def refuse_others(folder: Path, theirs: Settings, ours: Settings) -> None:
+def refuse_others(folder: Path, theirs: Fingerprint, ours: Fingerprint) -> None:
     """Raise `GblmError` that names the settings in which a folder is another's."""
     names = sorted(set(theirs) | set(ours))
     other = [name for name in names if theirs.get(name) != ours.get(name)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -18,38 +17,12 @@ from gblm.machine.offload import onload
 from gblm.maths import stats
 from gblm.report import LinearReport
 from gblm.walk.beside import TwoStreams
-from gblm.walk.blocks import Block, Linear, frozen
+from gblm.walk.blocks import Block, Linear, Snapshot, frozen
 from gblm.walk.call import Call, Output
 from gblm.walk.inputs import ERROR_POSITIONS, Inputs, collect
 from gblm.walk.walk import Walk
 
 T = TypeVar("T")
-
-
-class Snapshot:
-    """The parameters of a block at some time, to be written again."""
-
-    def __init__(self, block: Block) -> None:
-        self.parameters = [own.detach() for own in block.module.parameters()]
-        self.values = [own.clone() for own in self.parameters]
-        self.versions = [own._version for own in self.parameters]
-
-    def write(self) -> None:
-        """Give the parameters their values of then; those that nobody has written stay."""
-        for i, (parameter, value) in enumerate(zip(self.parameters, self.values, strict=True)):
-            if parameter._version != self.versions[i]:
-                parameter.copy_(value)
-
-    @contextmanager
-    def back(self) -> Iterator[None]:
-        """Have the values of then for a time."""
-        now = [parameter.clone() for parameter in self.parameters]
-        self.write()
-        try:
-            yield
-        finally:
-            for parameter, value in zip(self.parameters, now, strict=True):
-                parameter.copy_(value)
 
 
 @dataclass
@@ -76,19 +49,20 @@ class Visit:
         self._dense_outputs: list[Output] | None = None
 
     @property
-    def step(self) -> int:
+    def samples_at_once(self) -> int:
         """How many samples go through the block at a time."""
         return self.walk.micro.samples
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """Return what work on the dense block gives; begun anew, in smaller pieces, out of memory.
+        """Return what work on the block gives; begun anew, in smaller pieces, out of memory.
 
         The block is as it was before each attempt, and after the last where that fails.
         """
+        start = Snapshot(self.block) if self.before.changed() else self.before
         try:
-            return self.walk.micro.run(lambda _: work(), undo=self.before.write)
+            return self.walk.micro.run(lambda _: work(), undo=start.write)
         except BaseException:
-            self.before.write()
+            start.write()
             raise
 
     def dense_outputs(self) -> list[Output]:
@@ -130,24 +104,27 @@ class Visit:
         solve each before you ask for the next. Raises `GblmError` with the linear's name where a
         statistic holds a NaN or an Inf.
         """
-        if self.dense_calls:
-            yield from TwoStreams(self, self._empty(needs, focus)).inputs()
-        else:
+        if not self.dense_calls:
             yield self.inputs_of(self.calls, needs, focus)
+            return
+        streams = TwoStreams(self.dense_calls, self.calls, self.before, self.samples_at_once)
+        yield from streams.inputs(self._empty(needs, focus), to_end=self.last)
+        self.keep_dense(streams.dense.outputs())
+        self.outputs = streams.pruned.outputs() if self.last else None
 
     def inputs_of(
         self, calls: list[Call], needs: frozenset[str], focus: float = 0.0
     ) -> list[Inputs]:
         """Return what the groups of linears see on some calls."""
         groups = self._empty(needs, focus)
-        collect(groups, calls, self.step)
+        collect(groups, calls, self.samples_at_once)
         return groups
 
     def _empty(self, needs: frozenset[str], focus: float) -> list[Inputs]:
         names = needs & set(stats.INPUT)
-        return [self._none(group, names, focus) for group in self.block.groups]
+        return [self._new_inputs(group, names, focus) for group in self.block.groups]
 
-    def _none(self, group: list[Linear], needs: frozenset[str], focus: float) -> Inputs:
+    def _new_inputs(self, group: list[Linear], needs: frozenset[str], focus: float) -> Inputs:
         stride = max(1, group[0].positions * self.walk.samples // ERROR_POSITIONS)
         empty = stats.zeros(needs, group[0].weight)
         return Inputs(group, empty, self.weights(group, focus), stride)

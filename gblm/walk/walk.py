@@ -44,7 +44,7 @@ class Walk:
     """A model, its blocks, and the samples on their way through them.
 
     batch: this process's share of the calibration samples. micro: how many go together.
-    half: the dtype of products where narrower ones do, float32 for none.
+    compute_dtype: of products where narrower ones do, float32 for none.
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ class Walk:
     batch: Batch
     micro: BatchSize
     placement: Placement
-    half: torch.dtype = torch.float32
+    compute_dtype: torch.dtype = torch.float32
     progress: Progress = field(default=no_progress)
 
     @classmethod
@@ -82,8 +82,8 @@ class Walk:
         device = next(model.parameters()).device
         batch = processes.share(batch)
         micro = micro_batch_for(blocks, size(batch), micro_batch, device)
-        half = find_compute_dtype("auto", device)
-        return cls(model, adapter, blocks, batch, micro, Placement(device, folder), half)
+        dtype = find_compute_dtype("auto", device)
+        return cls(model, adapter, blocks, batch, micro, Placement(device, folder), dtype)
 
     @property
     def device(self) -> torch.device:
@@ -210,7 +210,7 @@ class Run:
             size(self.batch),
             self.coroutine.scope(),
             placement,
-            self.walk.half,
+            self.walk.compute_dtype,
         )
 
 
