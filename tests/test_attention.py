@@ -62,10 +62,10 @@ def test_it_is_the_attention_of_torch(heads, length, others, causal, scale, scor
 )
 def test_a_mask_and_dropout_are_left_to_torch(left, plain, monkeypatch):
     inputs = drawn(2, 1, 5, 5)
-    assert (attention._plain(*inputs, **left) is not None) == plain
-    assert attention._plain(*(x.float() for x in inputs), **left) is None
+    assert (attention._Attention(*inputs, **left).plain() is not None) == plain
+    assert attention._Attention(*(x.float() for x in inputs), **left).plain() is None
     monkeypatch.setattr(attention, "SCORES", 2 * 5 * 5 - 1)
-    assert attention._plain(*inputs, **left) is None
+    assert attention._Attention(*inputs, **left).plain() is None
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_mask_and_dropout_are_left_to_torch(left, plain, monkeypatch):
 def test_autocast_decides_the_dtype(dtype, within):
     inputs = [x.to(dtype).detach() for x in drawn(2, 1, 5, 5)]
     with torch.autocast("cpu", torch.bfloat16, enabled=within):
-        found = attention._plain(*inputs)
+        found = attention._Attention(*inputs).plain()
     assert (found is not None) == (within or dtype == torch.bfloat16)
     if found is not None:
         assert found.dtype == torch.bfloat16

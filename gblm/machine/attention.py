@@ -1,5 +1,7 @@
 """Attention in plain products, where a CPU is quicker with them than with the fused kernel."""
 
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,40 +36,46 @@ class HalfProducts(TorchFunctionMode):
                 for x in args
             )
         if func is F.scaled_dot_product_attention:
-            output = _plain(*args, **kwargs)
-            if output is not None:
-                return output
+            with suppress(TypeError):  # of an argument that only torch knows
+                output = _Attention(*args, **kwargs).plain()
+                if output is not None:
+                    return output
         return func(*args, **kwargs)
 
 
-def _plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """Return what `F.scaled_dot_product_attention` does with these arguments, None to let it."""
-    device, half = query.device.type, torch.bfloat16
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    if device != "cpu" or dtype != half or query.ndim != 4 or attn_mask is not None or dropout_p:
-        return None
-    samples = SCORES // (query[0, ..., 0].numel() * key.shape[-2])  # at a time
-    if not samples:
-        return None
-    query = query.to(half) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    key, value = key.to(half).transpose(-1, -2), value.to(half)
-    if enable_gqa:
-        shared = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
-    future = query.new_full((query.shape[-2], key.shape[-1]), -torch.inf).triu(1)
-    outputs = []
-    for q, k, v in zip(*(x.split(samples) for x in (query, key, value)), strict=True):
-        scores = q @ k
-        if is_causal:
-            scores += future
-        outputs.append(scores.softmax(-1) @ v)
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+@dataclass
+class _Attention:
+    """The arguments of `F.scaled_dot_product_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def plain(self) -> Tensor | None:
+        """Return the attention by plain products, None to leave it to torch."""
+        query, key, half = self.query, self.key, torch.bfloat16
+        if query.device.type != "cpu" or query.ndim != 4:
+            return None
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
+        samples = SCORES // (query[0, ..., 0].numel() * key.shape[-2])  # at a time
+        if dtype != half or self.attn_mask is not None or self.dropout_p or not samples:
+            return None
+        query = query.to(half) * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        key, value = key.to(half).transpose(-1, -2), self.value.to(half)
+        if self.enable_gqa:
+            shared = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
+        future = query.new_full((query.shape[-2], key.shape[-1]), -torch.inf).triu(1)
+        outputs = []
+        for q, k, v in zip(*(x.split(samples) for x in (query, key, value)), strict=True):
+            scores = q @ k
+            if self.is_causal:
+                scores += future
+            outputs.append(scores.softmax(-1) @ v)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
