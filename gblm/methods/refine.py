@@ -116,9 +116,9 @@ class Tuned:
             parameter.detach().copy_(value)
         self.reset()
 
-    def learning(self) -> _Learning:
+    def learning(self) -> Learning:
         """Return a context in which the parameters take gradients."""
-        return _Learning(self.parameters)
+        return Learning(self.parameters)
 
     def output(self, call: Call) -> int | None:
         """Return which of the block's outputs, flattened, is the first made with what is fitted."""
@@ -167,7 +167,7 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     processes.add_up(parameter.grad for parameter in parameters)  # type: ignore[misc]
 
 
-class _Learning:
+class Learning:
     """A context in which parameters take gradients, and after which they have none."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from gblm.machine import processes
 from gblm.machine.speed import Cost
 from gblm.maths import stats
-from gblm.methods.refine import add_gradients
+from gblm.methods.refine import Learning, add_gradients
 from gblm.methods.solve import Solve, relative_error
 from gblm.report import LinearReport
 from gblm.walk.blocks import Block, hooked
@@ -86,14 +86,15 @@ class Regional(Solve):
             for value, weight in zip(values, weights, strict=True):
                 value.copy_(weight)
             for call, target in zip(samples, targets, strict=True):
-                _differentiate(call, target, weights)
-                add_gradients(weights)
-                for value, weight in zip(values, weights, strict=True):
-                    value.grad = None if weight.grad is None else stats.wide(weight.grad)
-                    weight.grad = None
+                with Learning(weights), torch.enable_grad():
+                    which, output = _output(call, call.leaves)
+                    (output - target[which].to(output)).square().sum().backward()
+                    add_gradients(weights)
+                    for value, weight in zip(values, weights, strict=True):
+                        value.grad = None if weight.grad is None else stats.wide(weight.grad)
                 optimiser.step()
                 for value, weight in zip(values, weights, strict=True):
-                    weight.detach().copy_(value)
+                    weight.copy_(value)
 
     def cost(self, footprint: Footprint) -> Cost:
         """Solve's, a backward pass for gradients, and five passes of each round's samples."""
@@ -121,19 +122,6 @@ def regional_sums(block: Block, calls: list[Call], needs: Iterable[str], step: i
                 output.movedim(dim, 0).reshape(samples, -1).norm(dim=1).sum().backward()
     finish(block, sums, sum(call.samples for call in calls))
     return sums
-
-
-def _differentiate(call: Call, target: list[Any], weights: list[nn.Parameter]) -> None:
-    """Give the weights the gradient of one sample's distance from the dense block's output."""
-    for weight in weights:
-        weight.requires_grad_()
-    try:
-        with torch.enable_grad():
-            which, output = _output(call, call.leaves)
-            (output - target[which].to(output)).square().sum().backward()
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
 
 
 def _output(call: Call, leaves: list[Any]) -> tuple[int, Tensor]:
