@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch, GblmError
 from gblm.machine import processes
-from gblm.machine.device import BatchSize, find_compute_dtype, memory_errors
+from gblm.machine.device import BatchSize, find_compute_dtype
 from gblm.machine.offload import placeholder, unhooked
 from gblm.machine.placement import Placement
 from gblm.walk.blocks import Block, MicroBatch, check_samples, micro_batches, size, to_device
@@ -77,8 +77,7 @@ class Walk:
         """
         check_samples(batch)
         adapter = adapter or find_adapter(model)
-        with memory_errors():
-            blocks = blocks or survey(model, batch, adapter)
+        blocks = blocks or survey(model, batch, adapter)
         device = next(model.parameters()).device
         batch = processes.share(batch)
         micro = micro_batch_for(blocks, size(batch), micro_batch, device)
@@ -111,14 +110,12 @@ class Walk:
                 stack.enter_context(unhooked(block.module))
                 stack.callback(_restore(block.module))
                 block.module.forward = _WaitingForward(block, block.module.forward)
-            made = [[Run(self, part) for part in parts] for _ in range(streams)]
-            first = made[0][0]
-            for run in (run for stream in made for run in stream):
-                run.plans = len(parts) * streams if run is first else 0
-                run.to_file = to_file
+            runs = [[Run(self, part, to_file) for part in parts] for _ in range(streams)]
+            runs[0][0].plans = len(parts) * streams
+            for run in (run for stream in runs for run in stream):
                 stack.callback(run.coroutine.close)
                 run.go_on()
-            yield made
+            yield runs
 
 
 @dataclass
@@ -147,8 +144,10 @@ class Run:
     rest, 0 where another does.
     """
 
-    def __init__(self, walk: Walk, part: MicroBatch, plans: int = 0, to_file: bool = False) -> None:
-        self.walk, self.plans, self.to_file = walk, plans, to_file
+    plans = 0
+
+    def __init__(self, walk: Walk, part: MicroBatch, to_file: bool) -> None:
+        self.walk, self.to_file = walk, to_file
         self.batch, self.numbers = part.batch, part.numbers
         self.coroutine = Coroutine(self._work, walk.device)
         self.call: Call | None = None
