@@ -1,6 +1,6 @@
 """gblm: one-shot pruning of trained transformers, with the gradients of a few samples."""
 
-from gblm.base import Adapter, GblmError, Kind, Method, Pattern, Statistics, Step
+from gblm.base import Adapter, GblmError, Method, Pattern, Statistics, Step
 from gblm.maths.patterns import nm, parse, unstructured
 from gblm.methods import METHODS, masked
 from gblm.report import Report
@@ -11,7 +11,6 @@ __all__ = [
     "METHODS",
     "Adapter",
     "GblmError",
-    "Kind",
     "Method",
     "Pattern",
     "Report",

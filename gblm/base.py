@@ -179,20 +179,6 @@ class Method:
         return solvers[0]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How a module is seen as a linear.
-
-    `weight(module)` is a view `[out, in]` of its weight, written through; `features` is the
-    dimension of its input and output that holds the features, the samples standing first.
-    """
-
-    weight: Callable[[nn.Module], Tensor]
-    features: int = -1
-
-
-LINEAR = Kind(lambda module: module.get_parameter("weight"))
-
 Batch = dict[str, Tensor]  # calibration samples: every tensor has the samples first
 
 
@@ -204,7 +190,6 @@ class Adapter:
     trunk(model, batch): run the model through its last block; returns what its head takes: a
         tensor `[samples, …]`, or a list, tuple or dict of them.
     loss(model, hidden, batch): the loss of every sample `[samples]`, through the model's own head.
-    kind(module): how a module is seen as a linear, None where it is not prunable.
     unpad(batch): the samples of a batch one by one, `[1, …]` each, cut to their real positions;
         None where no sample has padding.
     """
@@ -212,7 +197,4 @@ class Adapter:
     blocks: Callable[[nn.Module], dict[str, nn.Module]]
     trunk: Callable[[nn.Module, Batch], Tensor]
     loss: Callable[[nn.Module, Tensor, Batch], Tensor]
-    kind: Callable[[nn.Module], Kind | None] = lambda module: (
-        LINEAR if isinstance(module, nn.Linear) else None
-    )
     unpad: Callable[[Batch], list[Batch] | None] = lambda batch: None

@@ -3,8 +3,6 @@
 And what a report says of the others is true of the model that the run leaves.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,6 @@ from torch.nn.utils import prune as torch_prune
 
 import gblm
 from gblm import methods
-from gblm.base import LINEAR, Kind
 
 WORDS, WIDE = 16, 8
 METHODS = [*methods.METHODS, "gblm+repair", "wanda++:rounds=1"]
@@ -76,16 +73,11 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(logits, batch["label"], reduction="none")
 
 
-def see(module: nn.Module) -> Kind | None:
-    return LINEAR if isinstance(module, nn.Linear) else None
-
-
-def adapter(kind: Callable[[nn.Module], Kind | None] = see) -> gblm.Adapter:
+def adapter() -> gblm.Adapter:
     return gblm.Adapter(
         lambda model: {f"layers.{i}": block for i, block in enumerate(model.layers)},
         Model.trunk,
         Model.losses,
-        kind,
     )
 
 
@@ -99,44 +91,6 @@ def prune(model: nn.Module, text: str, **options) -> gblm.Report:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-# A weight that cannot be written through
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [
-        lambda module: module.weight.clone(),
-        lambda module: module.weight * 1,
-        lambda module: module.weight.to(torch.float64),
-        lambda module: torch.cat([module.weight, module.weight]),
-    ],
-    ids=["clone", "product", "dtype", "cat"],
-)
-def test_a_kind_whose_weight_is_a_copy_is_refused(copied):
-    model = Model()
-    before = state(model)
-    kind = Kind(copied)
-    with pytest.raises(gblm.GblmError, match=r"layers\.0\.inner"):
-        prune(model, "wanda", adapter=adapter(lambda module: kind if see(module) else None))
-    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda module: module.weight.flatten(1),
-        lambda module: module.weight.view(module.weight.shape),
-        lambda module: module.weight[:],
-    ],
-    ids=["flatten", "view", "slice"],
-)
-def test_a_kind_whose_weight_is_a_view_is_taken(view):
-    model = Model()
-    kind = Kind(view)
-    prune(model, "wanda", adapter=adapter(lambda module: kind if see(module) else None))
-    assert (model.layers[0].inner.weight == 0).float().mean() == 0.5
 
 
 # Linears that stay dense

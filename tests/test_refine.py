@@ -86,7 +86,7 @@ def test_halved_streams_leave_sums_and_solves_exact(llama, batch, monkeypatch):
             sums.append(inputs.statistics["input_gram"])
 
     walk = Walk.of(llama, batch, micro_batch=3)
-    linear = walk.blocks[0].linears[0].module
+    linear = llama.get_submodule(walk.blocks[0].linears[0].name)
     hook = linear.register_forward_hook(lambda module, args, output: made.append(output.dtype))
     forward(walk, work, beside=True)
     assert set(made) == {torch.bfloat16}

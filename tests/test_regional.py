@@ -25,7 +25,7 @@ def test_regional_gradients_are_those_of_the_blocks_own_norm(llama64, batch):
     walk = Walk.of(llama64, batch, micro_batch=3)
     forward(walk, work)
     first, linear = walk.blocks[0], walk.blocks[0].linears[0]
-    weight = linear.module.weight
+    weight = linear.parameter
     total = torch.zeros_like(weight)
     for sample in batch["input_ids"]:
         outputs: list[torch.Tensor] = []

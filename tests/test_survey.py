@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 import gblm
 from gblm import methods
 from gblm.walk.survey import survey
+from gblm.walk.visit import forward
+from gblm.walk.walk import Walk
 
 # A model of no library, with an adapter of its own: the core needs no transformers.
 
@@ -98,14 +100,46 @@ def test_an_unused_linear_is_reported_and_left_alone(method):
     assert all("idle" not in linear.name for linear in report.linears)
 
 
-def test_a_linear_used_twice_stays_dense():
-    model = Toy(0, 1, twice=True, idle=True)
-    with pytest.raises(gblm.GblmError, match="no linears to prune"):
-        prune(model, toy_batch(), adapter=TOY)
-    model.layers[1].twice = False
-    report = prune(model, toy_batch(), adapter=TOY)
-    assert report.dense["layers.0.inner"] == "used more than once by its block"
-    assert [linear.name for linear in report.linears] == ["layers.1.inner", "layers.1.outer"]
+@pytest.mark.parametrize("backward", ["blocks", "model"])
+def test_a_linear_used_twice_adds_up_its_uses(backward):
+    model, batch = Toy(0, 1, twice=True).double(), toy_batch()
+    batch["x"] = batch["x"].double()
+    options = {"adapter": TOY, "micro_batch": 2, "backward": backward}
+    found = gblm.gradient_sums(model, batch, ["grad_abs", "grad_sq"], **options)
+    for name, sums in found.items():
+        weight = model.get_submodule(name).weight
+        losses = TOY.loss(model, TOY.trunk(model, batch), batch)
+        kept = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses]
+        torch.testing.assert_close(sums["grad_abs"], sum(g.abs() for g in kept))
+        torch.testing.assert_close(sums["grad_sq"], sum(g.square() for g in kept))
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_linear_used_twice_is_pruned(method):
+    model = Toy(0, 1, twice=True)
+    report = prune(model, toy_batch(), method, adapter=TOY)
+    assert [linear.name for linear in report.linears] == [
+        f"layers.{i}.{name}" for i in range(2) for name in ("inner", "outer")
+    ]
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_inputs_of_all_uses_are_in_the_statistics():
+    model, batch = Toy(0, 1, twice=True), toy_batch()
+    seen = []
+    hook = model.layers[0].inner.register_forward_pre_hook(lambda module, args: seen.append(*args))
+    toy_trunk(model, batch)
+    hook.remove()
+    found = []
+
+    def work(visit):
+        for groups in visit.inputs(frozenset({"input_sq"})):
+            found.append({inputs.group[0].name: inputs.statistics for inputs in groups})
+
+    forward(Walk.of(model, batch, TOY), work)
+    torch.testing.assert_close(
+        found[0]["layers.0.inner"]["input_sq"], torch.cat(seen).square().sum(dim=(0, 1))
+    )
 
 
 def test_a_block_used_twice_is_refused_by_name():
@@ -125,8 +159,10 @@ def test_a_weight_shared_by_two_linears_stays_dense():
 def test_a_model_without_blocks_or_linears_is_refused():
     with pytest.raises(gblm.GblmError, match="no blocks found in Toy"):
         prune(Toy(0), toy_batch(), adapter=replace(TOY, blocks=lambda model: {}))
+    model = Toy(0)
+    model.layers[0] = nn.Softplus()
     with pytest.raises(gblm.GblmError, match="no linears to prune in the blocks of Toy"):
-        prune(Toy(0), toy_batch(), adapter=replace(TOY, kind=lambda module: None))
+        prune(model, toy_batch(), adapter=TOY)
 
 
 def test_a_model_of_an_unknown_library_needs_an_adapter():

@@ -157,7 +157,7 @@ def plan(
     terminal.print(_linears(title, footprint))
     for line in _lines(opened, runs, footprint):
         terminal.print(line, soft_wrap=True, highlight=False)
-    dtype = next(footprint.linears[0].module.parameters()).dtype
+    dtype = footprint.linears[0].parameter.dtype
     width = max(linear.shape[1] for linear in footprint.linears)
     terminal.print(_costs(footprint, runs, task, measure(device, dtype, width)))
     if device.type == "cpu":

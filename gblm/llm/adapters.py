@@ -4,21 +4,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers.integrations import moe
 
-from gblm.base import LINEAR, Adapter, Batch, GblmError, Kind
+from gblm.base import Adapter, Batch, GblmError
 from gblm.maths.stats import wide
-from gblm.walk.survey import valueless
+from gblm.walk import products
+from gblm.walk.products import valueless
 
-CONV1D = Kind(lambda module: module.get_parameter("weight").T)
+# Experts where torch's own grouped product does not run; the module has registered it.
+assert moe
+products.FORMS[torch.ops.transformers.grouped_mm_fallback] = products.grouped
 
 
 def adapter(model: nn.Module) -> Adapter:
     """Return the adapter of a causal language model: its blocks are found, not listed."""
-    return Adapter(blocks, trunk, loss, kind, unpad)
+    return Adapter(blocks, trunk, loss, unpad)
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -28,13 +32,6 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     sizes = [sum(p.numel() for p in module.parameters()) for _, module in lists]
     name, largest = lists[sizes.index(max(sizes))] if lists else ("", nn.ModuleList())
     return {f"{name}.{index}": block for index, block in largest.named_children()}
-
-
-def kind(module: nn.Module) -> Kind | None:
-    """See `nn.Linear` as it is and the Conv1D of GPT-2 by its transpose."""
-    if isinstance(module, nn.Linear):
-        return LINEAR
-    return CONV1D if isinstance(module, Conv1D) else None
 
 
 def unpad(batch: Batch) -> list[Batch] | None:

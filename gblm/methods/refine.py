@@ -95,7 +95,7 @@ class Tuned:
     """
 
     def __init__(self, block: Block) -> None:
-        self.weights = [linear.parameter for linear in block.linears]
+        self.weights = list(dict.fromkeys(linear.parameter for linear in block.linears))
         known = set(self.weights)
         self.parameters = self.weights + [
             p

@@ -19,10 +19,10 @@ from gblm.maths import stats
 from gblm.methods.refine import Learning, add_gradients
 from gblm.methods.solve import Solve, relative_error
 from gblm.report import LinearReport
-from gblm.walk.blocks import Block, hooked
+from gblm.walk.blocks import Block
 from gblm.walk.call import Call, first_differentiable, place
 from gblm.walk.footprint import Footprint
-from gblm.walk.gradients import Gradients, finish, per_sample, zero_sums
+from gblm.walk.gradients import Gradients, PerSample, finish, zero_sums
 from gblm.walk.inputs import Inputs
 from gblm.walk.visit import Visit
 
@@ -74,7 +74,7 @@ class Regional(Solve):
             [singles[i] for i in torch.randperm(len(singles), generator=draw)[:count].tolist()]
             for _ in range(self.rounds)
         ]
-        weights = [linear.parameter for linear in block.linears]
+        weights = list(dict.fromkeys(linear.parameter for linear in block.linears))
         values = [stats.wide(weight.detach()).clone() for weight in weights]
         optimiser = torch.optim.RMSprop(values, lr=self.rate)
         for chosen in rounds:
@@ -115,18 +115,19 @@ def regional_sums(block: Block, calls: list[Call], needs: Iterable[str], step: i
     for call in calls:
         for piece in call.pieces(step):
             samples = piece.stop - piece.start
-            hooks = [per_sample(linear, sums[linear.name], samples) for linear in block.linears]
-            with torch.enable_grad(), hooked(hooks):
-                which, output = _output(call, call.arguments(piece))
+            watch = PerSample(block.linears, sums, samples)
+            with torch.enable_grad():
+                which, output = _output(call, call.arguments(piece), watch)
                 dim, _ = place(block.outputs, which, output, samples) or (0, 0)
                 output.movedim(dim, 0).reshape(samples, -1).norm(dim=1).sum().backward()
+            watch.finish()
     finish(block, sums, sum(call.samples for call in calls))
     return sums
 
 
-def _output(call: Call, leaves: list[Any]) -> tuple[int, Tensor]:
+def _output(call: Call, leaves: list[Any], watch: PerSample | None = None) -> tuple[int, Tensor]:
     """Return the first output that the block makes of its linears: which it is, and its values."""
-    outputs = tree_flatten(call.run(leaves))[0]
+    outputs = tree_flatten(call.run(leaves, watch=watch))[0]
     which = first_differentiable(outputs)
     assert which is not None  # a linear that is used has been seen to reach an output
     return which, stats.wide(outputs[which])

@@ -8,27 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gblm.base import LINEAR, Adapter, Batch, Kind
+from gblm.base import Adapter, Batch
 from gblm.walk.blocks import hooked
-
-POINTWISE = Kind(lambda module: module.get_parameter("weight").flatten(1), features=1)
 
 LISTS = (nn.ModuleList, nn.Sequential)
 STEMS = ("patch_embed", "stem")  # before the blocks, though some are built of lists
 
 
 def adapter(model: nn.Module) -> Adapter:
-    """Return the adapter of an image classifier: its blocks are found, not listed.
-
-    The attention of BEiT, EVA and Swin v2 is set to run its `qkv` as a module of its own.
-    """
-    # By default it gives the weight of `qkv` to F.linear, with a bias put together of three, and no
-    # hook on `qkv` sees what it takes. timm's switch calls `qkv` and adds the same bias after it:
-    # equal but for rounding.
-    attentions: list[Any] = [m for m in model.modules() if hasattr(m, "qkv_bias_separate")]
-    for attention in attentions:
-        attention.qkv_bias_separate = True
-    return Adapter(blocks, trunk, loss, kind)
+    """Return the adapter of an image classifier: its blocks are found, not listed."""
+    return Adapter(blocks, trunk, loss)
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,21 +41,6 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return outermost
 
 
-def kind(module: nn.Module) -> Kind | None:
-    """See `nn.Linear` as it is and a pointwise convolution as its weight `[out, in]`.
-
-    Pointwise is a convolution of 1×1 with stride 1, one group and no padding, whatever it computes:
-    those of a squeeze-and-excitation too. Classes that standardise their weight before they use it
-    are left alone, for a zero of theirs does not stay one.
-    """
-    if isinstance(module, nn.Linear):
-        return LINEAR
-    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
-        return None
-    sizes = (module.kernel_size, module.stride, module.padding, module.groups)
-    return POINTWISE if sizes == ((1, 1), (1, 1), (0, 0), 1) else None
-
-
 def trunk(model: nn.Module, batch: Batch) -> Any:
     """Return what the head takes: timm's `forward_features` of the images `[n, c, h, w]`."""
     with hooked(_contiguous(model) if len(batch["images"]) == 1 else ()):
@@ -87,15 +61,21 @@ def loss(model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
     return torch.stack(losses).mean(dim=0)
 
 
+def _multiplies(module: nn.Module) -> bool:
+    """Say whether a module is a linear layer or a pointwise convolution."""
+    pointwise = isinstance(module, nn.Conv2d) and module.weight.shape[2:].numel() == 1
+    return pointwise or isinstance(module, nn.Linear)
+
+
 def _within(name: str, module: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks in a list, or in the lists within it."""
-    if any(map(kind, module.children())):
+    if any(map(_multiplies, module.children())):
         return {name: module}
     inside: dict[str, nn.Module] = {}
     for inner, child in module.named_children():
         if isinstance(child, LISTS):
             inside |= _within(f"{name}.{inner}", child)
-        elif any(map(kind, child.modules())):
+        elif any(map(_multiplies, child.modules())):
             inside[f"{name}.{inner}"] = child
     return inside
 

@@ -6,17 +6,17 @@ dense stream with the weights as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from gblm.walk.blocks import Linear, Snapshot, hooked
+from gblm.walk.blocks import Linear, Snapshot
 from gblm.walk.call import Call, Output
 from gblm.walk.coroutine import Coroutine, wait
 from gblm.walk.inputs import Inputs
+from gblm.walk.products import Products, Use
 
 
 @dataclass
@@ -33,13 +33,14 @@ class _Piece:
 
     call: Call
     piece: slice
+    watch: _Pausing
 
     def __post_init__(self) -> None:
         self.coroutine = Coroutine(self._work, self.call.placement.device)
         self.at: Any = None
 
     def _work(self) -> Output:
-        return self.call.run(self.call.arguments(self.piece), half=True)
+        return self.call.run(self.call.arguments(self.piece), half=True, watch=self.watch)
 
     def waits(self, index: int) -> bool:
         return isinstance(self.at, _Waiting) and self.at.index == index
@@ -51,9 +52,16 @@ class _Piece:
 class Stream:
     """The pieces of the calls of one stream."""
 
-    def __init__(self, calls: list[Call], samples_at_once: int) -> None:
-        self.calls = [[_Piece(call, x) for x in call.pieces(samples_at_once)] for call in calls]
+    def __init__(self, calls: list[Call], samples_at_once: int, watch: _Pausing) -> None:
+        self.calls = [
+            [_Piece(call, x, watch) for x in call.pieces(samples_at_once)] for call in calls
+        ]
         self.pieces = [piece for pieces in self.calls for piece in pieces]
+
+    def begin(self) -> None:
+        """Let every piece come to its first group."""
+        for piece in self.pieces:
+            piece.go_on()
 
     def go_on(self, index: int) -> None:
         """Let the pieces that wait before a group, or one that is solved, go on."""
@@ -72,38 +80,41 @@ class Stream:
 class TwoStreams:
     """Both streams in a block: they wait before each group of linears until it is solved.
 
-    dense, pruned: the calls of each. before: the dense weights.
+    groups: of the inputs to come. dense, pruned: the calls of each stream. before: the dense
+    weights.
     """
 
     def __init__(
-        self, dense: list[Call], pruned: list[Call], before: Snapshot, samples_at_once: int
+        self,
+        groups: list[Inputs],
+        dense: list[Call],
+        pruned: list[Call],
+        before: Snapshot,
+        samples_at_once: int,
     ) -> None:
-        self.before = before
-        self.dense, self.pruned = Stream(dense, samples_at_once), Stream(pruned, samples_at_once)
+        self.groups, self.before = groups, before
+        values = dict(zip(before.owners, before.values, strict=True))
+        self.dense = Stream(dense, samples_at_once, _Pausing(groups, values))
+        self.pruned = Stream(pruned, samples_at_once, _Pausing(groups))
 
-    def inputs(self, groups: list[Inputs], to_end: bool) -> Iterator[list[Inputs]]:
+    def inputs(self, to_end: bool) -> Iterator[list[Inputs]]:
         """Yield the inputs of each group, to be solved; then the streams have their outputs.
 
         to_end: whether the pruned stream goes on after its last group.
         """
-        pieces = self.dense.pieces + self.pruned.pieces
-        hooks = [
-            inputs.group[0].module.register_forward_pre_hook(partial(_pause, i, inputs.group[0]))
-            for i, inputs in enumerate(groups)
-        ]
         try:
-            with hooked(hooks):
-                for piece in pieces:
-                    piece.go_on()
-                for index, inputs in enumerate(groups):
-                    self._add(index, inputs)
-                    yield [inputs]
-                    with self.before.back():
-                        self.dense.go_on(index)
-                    if to_end or index < len(groups) - 1:
-                        self.pruned.go_on(index)
+            with self.before.back():
+                self.dense.begin()
+            self.pruned.begin()
+            for index, inputs in enumerate(self.groups):
+                self._add(index, inputs)
+                yield [inputs]
+                with self.before.back():
+                    self.dense.go_on(index)
+                if to_end or index < len(self.groups) - 1:
+                    self.pruned.go_on(index)
         finally:
-            for piece in pieces:
+            for piece in self.dense.pieces + self.pruned.pieces:
                 piece.coroutine.close()
 
     def _add(self, index: int, inputs: Inputs) -> None:
@@ -117,5 +128,14 @@ class TwoStreams:
         inputs.finish(sum(piece.piece.stop - piece.piece.start for piece in self.pruned.pieces))
 
 
-def _pause(index: int, linear: Linear, module: nn.Module, args: tuple) -> None:
-    wait(_Waiting(index, linear.rows(args[0]).flatten(0, -2)))
+class _Pausing(Products):
+    """Waits before the first linear of each group."""
+
+    def __init__(
+        self, groups: list[Inputs], values: Mapping[nn.Parameter, Tensor] | None = None
+    ) -> None:
+        super().__init__([inputs.group[0] for inputs in groups], values)
+        self.index = {inputs.group[0].name: i for i, inputs in enumerate(groups)}
+
+    def before(self, linear: Linear, use: Use) -> None:
+        wait(_Waiting(self.index[linear.name], use.x.flatten(0, -2)))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm.base import Adapter, Batch, GblmError, Kind
+from gblm.base import Adapter, Batch, GblmError
 from gblm.machine.offload import onload
+from gblm.walk.products import Matrix
 
 # Where a tensor holds its samples: the dimension, and how many entries of it each sample has.
 Carried = tuple[int, int] | None
@@ -19,19 +20,20 @@ Carried = tuple[int, int] | None
 
 @dataclass
 class Linear:
-    """One prunable weight, seen as a matrix `[out, in]`.
+    """A matrix `[out, in]` of a parameter, in products y = x·Wᵀ of its block.
 
     positions: input vectors of one sample, the most where samples differ. routed: whether it sees
     only those positions that the model sends to it. mixed: whether samples do not stand first in
-    its input.
+    its input. repeated: whether its block uses it more than once.
     """
 
     name: str
-    module: nn.Module
-    kind: Kind
+    parameter: nn.Parameter
+    matrix: Matrix
     positions: int = 0
     routed: bool = False
     mixed: bool = False
+    repeated: bool = False
 
     @property
     def alone(self) -> bool:
@@ -40,23 +42,15 @@ class Linear:
 
     @property
     def weight(self) -> Tensor:
-        return self.kind.weight(self.module).detach()
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.module.get_parameter("weight")
+        """The matrix, written through."""
+        return self.matrix.view(self.parameter.detach())
 
     @property
     def shape(self) -> tuple[int, int]:
-        outputs, inputs = self.weight.shape
-        return outputs, inputs
+        return self.matrix.shape
 
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)}"
-
-    def rows(self, value: Tensor) -> Tensor:
-        """Return an input or output of the module as `[samples, …, features]`."""
-        return value.movedim(self.kind.features, -1)
 
 
 @dataclass
@@ -64,8 +58,9 @@ class Block:
     """The repeated unit of a model.
 
     `groups` are its linears in the order of use, those that see the same input together; `dense`
-    names the linears that stay dense, and why. `arguments` and `outputs` say of every leaf of what
-    the block is called with, and of what it gives, where that holds the samples.
+    names the matrices that stay dense, and why. `arguments` and `outputs` say of every leaf of what
+    the block is called with, and of what it gives, where that holds the samples. stateful: whether
+    its modules keep something from one run of it, which a second one in between would change.
     """
 
     name: str
@@ -74,6 +69,12 @@ class Block:
     dense: dict[str, str] = field(default_factory=dict)
     arguments: list[Carried] = field(default_factory=list)
     outputs: list[Carried] = field(default_factory=list)
+    stateful: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it cannot wait in the middle of a run while others go on."""
+        return self.stateful or any(linear.repeated for linear in self.linears)
 
     @property
     def linears(self) -> list[Linear]:
@@ -84,7 +85,8 @@ class Snapshot:
     """The parameters of a block at some time, to be written again."""
 
     def __init__(self, block: Block) -> None:
-        self.parameters = [own.detach() for own in block.module.parameters()]
+        self.owners = list(block.module.parameters())
+        self.parameters = [own.detach() for own in self.owners]
         self.values = [own.clone() for own in self.parameters]
         self.versions = [own._version for own in self.parameters]
 
@@ -100,14 +102,14 @@ class Snapshot:
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """Have the values of then for a time."""
-        now = [parameter.clone() for parameter in self.parameters]
-        self.write()
+        """Have the values of then for a time, to be read alone."""
         try:
+            for owner, value in zip(self.owners, self.values, strict=True):
+                owner.data = value
             yield
         finally:
-            for parameter, value in zip(self.parameters, now, strict=True):
-                parameter.copy_(value)
+            for owner, now in zip(self.owners, self.parameters, strict=True):
+                owner.data = now
 
 
 def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
@@ -117,13 +119,14 @@ def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
     all. Raises `GblmError` where a pattern matches no linear, or none is left.
     """
     names = [linear.name for block in blocks for linear in block.linears]
-    for pattern in include + exclude:
-        if not fnmatch.filter(names, pattern):
+    matches = {pattern: _matching(names, pattern) for pattern in include + exclude}
+    for pattern, found in matches.items():
+        if not found:
             raise GblmError(
                 f"no linear is called {pattern}; names are like {names[0]}, * stands for anything"
             )
-    kept = {name for pattern in include or ["*"] for name in fnmatch.filter(names, pattern)}
-    kept -= {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+    kept = set().union(*(matches[pattern] for pattern in include)) if include else set(names)
+    kept = kept.difference(*(matches[pattern] for pattern in exclude))
     if not kept:
         raise GblmError("every linear is excluded; exclude fewer")
     for block in blocks:
@@ -131,6 +134,11 @@ def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
         block.dense |= dict.fromkeys(left, "excluded")
         groups = [[linear for linear in group if linear.name in kept] for group in block.groups]
         block.groups = [group for group in groups if group]
+
+
+def _matching(names: list[str], pattern: str) -> set[str]:
+    """Return the names a pattern stands for; the brackets of an expert's name are themselves."""
+    return set(fnmatch.filter(names, pattern.replace("[", "[[]")))
 
 
 def parameters(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from gblm.machine.device import halved
 from gblm.machine.placement import Placement
 from gblm.walk.blocks import Block, Carried
 from gblm.walk.coroutine import Scope
+from gblm.walk.products import Products
 
 Forward = Callable[..., Any]
 Output = Any  # what a block gives: a tensor, or a tuple, list or dict with some
@@ -54,15 +55,16 @@ class Call:
             for i, leaf in enumerate(self.leaves)
         ]
 
-    def run(self, leaves: list[Any], half: bool = False) -> Output:
+    def run(self, leaves: list[Any], half: bool = False, watch: Products | None = None) -> Output:
         """Return what the block's own forward gives for these leaves.
 
         It runs with the context variables and the modes of the model's code around it. half:
-        products are in the dtype of the walk, where that is narrower than the block's.
+        products are in the dtype of the walk, where that is narrower than the block's. watch: sees
+        the products.
         """
         args, kwargs = tree_unflatten(leaves, self.spec)
         products = halved(self.block.module, self.compute_dtype) if half else nullcontext()
-        with self.scope.inside() as context, products:
+        with self.scope.inside() as context, watch or nullcontext(), products:
             return context.run(self.forward, *args, **kwargs)
 
     def outputs(self, step: int, half: bool = False) -> Output:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +27,11 @@ from gblm.machine import processes
 from gblm.machine.device import BatchSize, free_memory, memory_errors, out_of_memory
 from gblm.machine.offload import offload_of, onload
 from gblm.maths import stats
-from gblm.walk.blocks import Block, Linear, frozen, hooked, micro_batches, size, take, to_device
+from gblm.walk.blocks import Block, Linear, frozen, micro_batches, size, take, to_device
 from gblm.walk.call import Call, part, place
 from gblm.walk.head import differentiate, finite, loss_scales, saved
 from gblm.walk.inputs import NotFinite, check
+from gblm.walk.products import Products, Use
 from gblm.walk.walk import Run, Walk
 
 log = logging.getLogger(__name__)
@@ -134,11 +137,12 @@ class PlainBackward:
         sums = zero_sums(linears, self.needs)
         for some in micro_batches(walk.batch, step, walk.adapter):
             batch = to_device(some.batch, walk.device)
-            hooks = [per_sample(linear, sums[linear.name], size(batch)) for linear in linears]
-            with hooked(hooks):
+            watch = PerSample(linears, sums, size(batch))
+            with watch:
                 hidden = walk.adapter.trunk(walk.model, batch)
             losses = finite(walk.adapter.loss(walk.model, hidden, batch), some.numbers)
             (losses * self.scale).sum().backward()
+            watch.finish()
             done += size(batch)
             walk.progress("gradients", done, walk.samples)
         return sums
@@ -325,14 +329,14 @@ def recompute(passed: Recorded, sums: Gradients, step: int) -> dict[int, Tensor]
     call, block = passed.call, passed.call.block
     totals: dict[int, Tensor] = {}
     for piece in call.pieces(step):
-        samples = piece.stop - piece.start
         leaves = call.arguments(piece)
         for i in passed.edges:
             leaves[i] = leaves[i].detach().requires_grad_()
-        hooks = [per_sample(linear, sums[linear.name], samples) for linear in block.linears]
-        with torch.enable_grad(), hooked(hooks):
-            outputs = tree_flatten(call.run(leaves))[0]
+        watch = PerSample(block.linears, sums, piece.stop - piece.start)
+        with torch.enable_grad():
+            outputs = tree_flatten(call.run(leaves, watch=watch))[0]
         _backward_piece(call, piece, outputs, passed.arrived)
+        watch.finish()
         for i in passed.edges:
             if leaves[i].grad is not None:
                 _add(totals, call, i, piece, leaves[i].grad)
@@ -377,32 +381,49 @@ def finish(block: Block, sums: Gradients, samples: int, scale: float = 1.0) -> N
         check(linear, sums[linear.name])
 
 
-class _PerSample:
-    """Adds the gradient of every sample of a linear once backward reaches its output."""
+class PerSample(Products):
+    """Adds the gradient of every sample of each linear once backward reaches its output.
 
-    def __init__(self, linear: Linear, sums: Statistics, samples: int) -> None:
-        self.linear, self.sums, self.samples = linear, sums, samples
+    `finish` after backward adds those of linears that a block uses more than once: a sample's
+    gradient is the sum of its uses.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        x = self._by_sample(args[0].detach())
-        leaf = not output.requires_grad  # nothing before this linear needs a gradient
+    def __init__(self, linears: Iterable[Linear], sums: Gradients, samples: int) -> None:
+        super().__init__(linears)
+        self.sums, self.samples = sums, samples
+        self.repeated: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def after(self, seen: list[tuple[Linear, Use]], output: Tensor) -> Tensor:
+        leaf = not output.requires_grad  # nothing before this product needs a gradient
         output.requires_grad_()
-        output.register_hook(lambda dy: stats.add_gradients(self.sums, x, self._by_sample(dy)))
+        uses = [(linear, self._by_sample(linear, use.x.detach()), use.rows) for linear, use in seen]
+        output.register_hook(partial(self._add, uses))
         return output.clone() if leaf else output  # a leaf could not be changed in place
 
-    def _by_sample(self, value: Tensor) -> Tensor:
-        rows = self.linear.rows(value)
-        if self.samples > 1 and (self.linear.alone or rows.shape[:-1].numel() % self.samples):
+    def _add(
+        self, uses: list[tuple[Linear, Tensor, Callable[[Tensor], Tensor]]], gradient: Tensor
+    ) -> None:
+        for linear, x, rows in uses:
+            dy = self._by_sample(linear, rows(gradient))
+            if linear.repeated:
+                self.repeated[linear.name].append((x, dy))
+            else:
+                stats.add_gradients(self.sums[linear.name], x, dy)
+
+    def finish(self) -> None:
+        """Add the gradients of the linears that are used more than once."""
+        for name, uses in self.repeated.items():
+            x, dy = (torch.cat(parts, dim=1) for parts in zip(*uses, strict=True))
+            stats.add_gradients(self.sums[name], x, dy)
+        self.repeated.clear()
+
+    def _by_sample(self, linear: Linear, rows: Tensor) -> Tensor:
+        if self.samples > 1 and (linear.alone or rows.shape[:-1].numel() % self.samples):
             raise GblmError(
-                f"{self.linear} does not see the same number of inputs of every "
+                f"{linear} does not see the same number of inputs of every "
                 "sample, so that its gradients cannot be told apart; use --micro-batch 1"
             )
         return rows.reshape(self.samples, -1, rows.shape[-1])
-
-
-def per_sample(linear: Linear, sums: Statistics, samples: int) -> Any:
-    """Hook a linear: the gradient of every sample is added once backward reaches its output."""
-    return linear.module.register_forward_hook(_PerSample(linear, sums, samples))
 
 
 def zero_sums(linears: list[Linear], needs: frozenset[str]) -> Gradients:
@@ -423,9 +444,9 @@ def activations(
 ) -> tuple[int, int]:
     """Return the bytes that a plain backward keeps of one sample: of the trunk, and of the head."""
     linears = [linear for block in blocks for linear in block.linears]
-    hooks = [per_sample(linear, Statistics({}), 1) for linear in linears]
-    with hooked(hooks), saved(model) as storages:
-        hidden = adapter.trunk(model, one)
+    with saved(model) as storages:
+        with PerSample(linears, {linear.name: Statistics({}) for linear in linears}, 1):
+            hidden = adapter.trunk(model, one)
         trunk = sum(storages.values())
         loss = adapter.loss(model, hidden, one)
         head = sum(storages.values()) - trunk

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gblm.base import GblmError, Statistics
 from gblm.machine import processes
 from gblm.machine.device import exact
 from gblm.maths import stats
-from gblm.walk.blocks import Linear, hooked
+from gblm.walk.blocks import Linear
 from gblm.walk.call import Call
+from gblm.walk.products import Products, Use
 
 # The relative error of a linear is measured on at most this many of its calibration inputs.
 ERROR_POSITIONS = 1024
@@ -54,35 +54,32 @@ class Inputs:
 def collect(groups: list[Inputs], calls: list[Call], step: int) -> None:
     """Run a block on its calls, and add what the groups of its linears see."""
     watch = _Collecting(groups)
-    hooks = [
-        inputs.group[0].module.register_forward_pre_hook(partial(watch.see, inputs))
-        for inputs in groups
-    ]
-    with hooked(hooks):
-        for call in calls:
-            for piece in call.pieces(step):
-                watch.start(piece.stop - piece.start)
-                with suppress(Stop):
-                    call.run(call.arguments(piece))
+    for call in calls:
+        for piece in call.pieces(step):
+            watch.start(piece.stop - piece.start)
+            with suppress(Stop):
+                call.run(call.arguments(piece), watch=watch)
     for inputs in groups:
         inputs.finish(sum(call.samples for call in calls))
 
 
-class _Collecting:
+class _Collecting(Products):
     """Adds what linears see, and stops the block once the last of them has."""
 
     def __init__(self, groups: list[Inputs]) -> None:
-        self.groups = groups
-        self.missing: list[Inputs] = []
+        super().__init__(inputs.group[0] for inputs in groups)
+        self.groups = {inputs.group[0].name: inputs for inputs in groups}
+        self.stops = not any(inputs.group[0].repeated for inputs in groups)
+        self.missing: set[str] = set()
         self.samples = 0
 
     def start(self, samples: int) -> None:
-        self.missing, self.samples = list(self.groups), samples
+        self.missing, self.samples = set(self.groups), samples
 
-    def see(self, inputs: Inputs, module: nn.Module, args: tuple) -> None:
-        inputs.add(inputs.group[0].rows(args[0]).flatten(0, -2), self.samples)
-        self.missing = [other for other in self.missing if other is not inputs]
-        if not self.missing:  # nothing after the last linear's input is of use
+    def before(self, linear: Linear, use: Use) -> None:
+        self.groups[linear.name].add(use.x.flatten(0, -2), self.samples)
+        self.missing.discard(linear.name)
+        if self.stops and not self.missing:  # nothing after the last linear's input is of use
             raise Stop
 
 

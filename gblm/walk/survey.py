@@ -8,14 +8,12 @@ which linears see only some of the positions, as those of routed experts do.
 import importlib.metadata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, Batch, GblmError
@@ -31,6 +29,7 @@ from gblm.walk.blocks import (
     parameters,
     to_device,
 )
+from gblm.walk.products import Matrix, Products, Use, valueless
 
 OTHERS = 16  # samples at most that are tried until every linear of a block has been used,
 FRUITLESS = 3  # and the fewest before one that brings nothing new is the last
@@ -70,12 +69,8 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
         )
     with memory_errors():
         _check_finite(model, blocks)
-        owners: dict[nn.Parameter, list[str]] = defaultdict(list)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            owners[parameter].append(name)
-        linears = {block.name: _linears(block, adapter, owners) for block in blocks.values()}
-        names = {linear.name for within in linears.values() for linear in within}
-        runs = _runs(model, batch, adapter, partial(_Watch, blocks, linears), names)
+        found = {module: Found(block) for module, block in blocks.items()}
+        runs = _runs(model, batch, adapter, found)
     ordered = [blocks[visit.module] for visit in runs[0]]
     modules = [block.module for block in ordered]
     if any([visit.module for visit in run] != modules for run in runs):
@@ -83,12 +78,17 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
             "some samples come to other blocks than others; a model that chooses its blocks by the "
             "sample cannot be pruned"
         )
+    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[parameter].append(name)
     for i, block in enumerate(ordered):
         once, twice = runs[0][i], runs[1][i]
         block.arguments = _carried(once.arguments, twice.arguments)
         block.outputs = _carried(once.outputs, twice.outputs)
         others = [visit for run in runs[2:] for visit in run if visit.module is block.module]
-        _describe(block, linears[block.name], [once, *others], twice)
+        with onload(block.module):
+            linears = found[block.module].linears_of(owners)
+        _describe(block, linears, [once, *others], twice)
     if not any(block.groups for block in ordered):
         raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
     return ordered
@@ -98,8 +98,8 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
 class _Visit:
     """One call of a block: the shapes of its arguments and outputs, the uses of its linears.
 
-    uses: how often each linear is called; rows: the shape of its input, but for the features;
-    groups: those with the same input.
+    uses: how often each linear is used; rows: the shape of its input, but for the features;
+    groups: those with the same input, by what tells it, and the input itself.
     """
 
     module: nn.Module
@@ -107,42 +107,145 @@ class _Visit:
     outputs: Shapes = field(default_factory=list)
     uses: Counter[str] = field(default_factory=Counter)
     rows: dict[str, torch.Size] = field(default_factory=dict)
-    groups: list[tuple[Tensor, list[Linear]]] = field(default_factory=list)
+    groups: dict[tuple, list[Linear]] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)
 
 
-class _Watch:
-    """Notes what a run of the model does with its blocks and linears."""
+class Found:
+    """The linears of a block that have been seen, and what else uses its parameters."""
 
-    def __init__(self, blocks: dict[nn.Module, Block], linears: dict[str, list[Linear]]) -> None:
-        self.blocks, self.visits = blocks, list[_Visit]()
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.linears: dict[tuple[str, Matrix], Linear] = {}
+        self.others: dict[str, str] = {}  # by parameter, the function
+        self.names = {own: name for name, own in block.module.named_parameters()}
+
+    def linear(self, parameter: nn.Parameter, matrix: Matrix) -> Linear:
+        """Return the linear of a matrix, new where it has not been seen."""
+        name = self.names[parameter]
+        if (name, matrix) not in self.linears:
+            title = self._title(name) + matrix.index(parameter)
+            self.linears[name, matrix] = Linear(title, parameter, matrix)
+        return self.linears[name, matrix]
+
+    def _title(self, name: str) -> str:
+        """Return what a parameter is called: by its module where that has one matrix, `weight`."""
+        module = name.partition(".parametrizations.")[0].removesuffix("weight_orig")
+        return f"{self.block.name}.{module.removesuffix('weight')}".rstrip(".")
+
+    def linears_of(self, owners: dict[nn.Parameter, list[str]]) -> list[Linear]:
+        """Return the linears that can be pruned; names the other matrices of the block as dense.
+
+        Of a parameter that holds a matrix for each expert, those that no sample has come to are
+        linears as well. They have the order of the parameters.
+        """
+        linears = []
+        for parameter, name in self.names.items():
+            if parameter.squeeze().ndim < 2:
+                continue
+            seen = [matrix for known, matrix in self.linears if known == name]
+            title, whole = self._title(name), f"{self.block.name}.{name}"
+            if not seen:
+                other = self.others.get(name)
+                why = f"used by {other}, not in a product" if other else "not used by its block"
+                self.block.dense[title] = _unfit(parameter, whole, owners) or why
+            elif why := _unfit(parameter, whole, owners) or _overlap(parameter, seen):
+                self.block.dense[title] = why
+            else:
+                every = _experts(parameter, seen) if parameter.ndim > 2 else seen
+                linears += [self.linear(parameter, matrix) for matrix in every]
+        return linears
+
+
+def _experts(parameter: Tensor, seen: list[Matrix]) -> list[Matrix]:
+    """Return the matrices of all experts, where some have been seen."""
+    experts, stride = len(parameter), parameter.stride(0)
+    if any(sum(n * s for n, s in zip(x.shape, x.stride, strict=True)) > 2 * stride for x in seen):
+        return seen
+    within = dict.fromkeys((x.offset % stride, x.shape, x.stride) for x in seen)
+    return [
+        Matrix(i * stride + offset, shape, strides)
+        for offset, shape, strides in within
+        for i in range(experts)
+    ]
+
+
+def _overlap(parameter: Tensor, seen: list[Matrix]) -> str:
+    """Return that the matrices of a parameter share some of its elements, where they do."""
+    if len(seen) == 1:
+        return ""
+    counts = torch.zeros(parameter.numel(), dtype=torch.uint8)
+    for matrix in seen:
+        counts.as_strided(matrix.shape, matrix.stride, matrix.offset).add_(1)
+    return "used by products with parts of it that overlap" if counts.max() > 1 else ""
+
+
+class _Watch(Products):
+    """Notes what a run of the model does with its blocks and their parameters."""
+
+    def __init__(self, found: dict[nn.Module, Found]) -> None:
+        super().__init__(())
+        self.found, self.visits = found, list[_Visit]()
+        self.parameters: dict[int, nn.Parameter] = {}  # of the block at work, by their storage
         self.hooks: list[Any] = []
-        for module in blocks:
+        for module in found:
             self.hooks.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
             self.hooks.append(module.register_forward_hook(self.leave))
-        for linear in (linear for within in linears.values() for linear in within):
-            use = partial(self.use, linear)
-            self.hooks.append(linear.module.register_forward_pre_hook(use))
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if any(visit.module is module for visit in self.visits):
-            name = self.blocks[module].name
+            name = self.found[module].block.name
             raise GblmError(f"block {name} is used more than once; it cannot be pruned")
         self.visits.append(_Visit(module, _shapes((args, kwargs))))
+        self.parameters = {own.untyped_storage()._cdata: own for own in self.found[module].names}
+        self.tensors = dict(self.parameters)
+        self.attributes = _attributes(module)
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         visit = self.visits[-1]
         visit.outputs = _shapes(output)
-        visit.groups = [(x.new_empty(0), linears) for x, linears in visit.groups]  # frees inputs
+        visit.inputs.clear()
+        self.tensors = {}
+        now = _attributes(module)
+        if any(now.get(key) is not value for key, value in self.attributes.items()):
+            self.found[module].block.stateful = True
 
-    def use(self, linear: Linear, module: nn.Module, args: tuple) -> None:
-        visit, x = self.visits[-1], args[0]
-        visit.uses[linear.name] += 1
-        visit.rows[linear.name] = linear.rows(x).shape[:-1]
-        group = next((linears for other, linears in visit.groups if other is x), None)
-        if group is None:
-            visit.groups.append((x, [linear]))
-        else:
-            group.append(linear)
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        before = sum(self.visits[-1].uses.values()) if self.tensors else 0
+        output = super().__torch_function__(func, types, args, kwargs)
+        if self.tensors and sum(self.visits[-1].uses.values()) == before:
+            self._note_other(func, (args, kwargs), output)
+        return output
+
+    def _note_other(self, func: Any, arguments: Any, output: Any) -> None:
+        """Note a function that makes something else of a parameter."""
+        if not isinstance(output, Tensor) or self.knows(output) or not output.is_floating_point():
+            return
+        found = self.found[self.visits[-1].module]
+        for leaf in filter(self.knows, tree_flatten(arguments)[0]):
+            name = found.names[self.parameters[leaf.untyped_storage()._cdata]]
+            found.others.setdefault(name, getattr(func, "__name__", str(func)))
+
+    def linear(self, weight: Tensor) -> Linear | None:
+        parameter = self.parameters.get(weight.untyped_storage()._cdata)
+        if parameter is None or weight.ndim != 2:
+            return None
+        return self.found[self.visits[-1].module].linear(parameter, Matrix.of(weight, parameter))
+
+    def before(self, linear: Linear, use: Use) -> None:
+        visit, name = self.visits[-1], linear.name
+        visit.uses[name] += 1
+        if visit.uses[name] == 1:
+            visit.rows[name] = use.x.shape[:-1]
+            visit.groups.setdefault(use.input_key(), []).append(linear)
+            visit.inputs.append(use.x)  # so that no other input takes its place in memory
+
+
+def _attributes(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """Return what the modules of a block hold beside parameters and buffers."""
+    return {(own, name): value for own in module.modules() for name, value in vars(own).items()}
 
 
 def _shapes(value: Any) -> Shapes:
@@ -151,11 +254,11 @@ def _shapes(value: Any) -> Shapes:
 
 
 def _runs(
-    model: nn.Module, batch: Batch, adapter: Adapter, watch: partial[_Watch], unused: set[str]
+    model: nn.Module, batch: Batch, adapter: Adapter, found: dict[nn.Module, Found]
 ) -> list[list[_Visit]]:
     """Return the visits of runs of the longest sample, of it twice, and of others.
 
-    One other at least, and more while some linear has not been used and each brings news.
+    One other at least, and more while a parameter has not been used, and each brings news.
     """
     device = next(model.parameters()).device
     singles = [part.batch for part in micro_batches(batch, 1, adapter)]
@@ -164,14 +267,24 @@ def _runs(
     double = {name: torch.cat([value, value]) for name, value in first.items()}
     runs = []
     for i, samples in enumerate([first, double, *others]):
-        with frozen(model), torch.no_grad(), hooked((watching := watch()).hooks):
+        known = sum(len(own.linears) for own in found.values())
+        watch = _Watch(found)
+        with frozen(model), torch.no_grad(), hooked(watch.hooks), watch:
             adapter.trunk(model, to_device(samples, device))
-        runs.append(watching.visits)
-        new = unused & {name for visit in watching.visits for name in visit.uses}
-        unused = unused - new
-        if i > 1 and (not unused or (i > 1 + FRUITLESS and not new)):
+        runs.append(watch.visits)
+        news = sum(len(own.linears) for own in found.values()) > known
+        if i > 1 and not any(_unused(own) for own in found.values()):
+            break
+        if i > 1 + FRUITLESS and not news:
             break
     return runs
+
+
+def _unused(found: Found) -> bool:
+    """Say whether some matrix of a block has not been seen in any use."""
+    seen = {name for name, _ in found.linears} | {*found.others}
+    matrices = {name for own, name in found.names.items() if own.squeeze().ndim > 1}
+    return not matrices <= seen
 
 
 def _carried(once: Shapes, twice: Shapes) -> list[Carried]:
@@ -188,27 +301,25 @@ def _describe(block: Block, linears: list[Linear], visits: list[_Visit], double:
     """Group the linears of a block by their inputs, in the order of use; name those left dense."""
     for linear in linears:
         name = linear.name
-        uses = [visit.uses[name] for visit in visits]
         by_shape: dict[tuple, set[int]] = defaultdict(set)  # positions, of samples that are alike
         for visit in visits:
             rows = visit.rows.get(name)
             by_shape[tuple(visit.arguments)].add(rows.numel() if rows is not None else 0)
-        linear.positions = max(count for counts in by_shape.values() for count in counts)
-        linear.routed = 0 in uses or any(len(counts) > 1 for counts in by_shape.values())
+        uses = [visit.uses[name] for visit in visits]
+        counts = {count for own in by_shape.values() for count in own}
+        linear.positions, linear.repeated = max(counts) * max(uses), max(uses) > 1
+        expert = linear.parameter.squeeze().ndim > 2
+        linear.routed = expert or 0 in uses or any(len(own) > 1 for own in by_shape.values())
         one, two = visits[0].rows.get(name), double.rows.get(name)
         linear.mixed = one is not None and two is not None and _mixed(one, two)
-        if not any(uses):
-            block.dense[name] = "not used by its block"
-        elif max(uses) > 1:
-            block.dense[name] = "used more than once by its block"
-        elif one is not None and one == two and one.numel():
+        if one is not None and one == two and one.numel():
             block.dense[name] = "sees no samples"
-    for name, parameter in block.module.named_parameters():
-        if parameter.ndim == 3 and min(parameter.shape) > 1:
-            block.dense[f"{block.name}.{name}"] = "a tensor of expert matrices, seen as no linear"
-    runs = [[linears for _, linears in visit.groups] for visit in visits]
-    runs = [[[x for x in group if x.name not in block.dense] for group in run] for run in runs]
-    block.groups = _ordered(runs, [linear.name for linear in linears])
+    pruned = {linear.name for linear in linears} - block.dense.keys()
+    runs = [[[x for x in g if x.name in pruned] for g in visit.groups.values()] for visit in visits]
+    block.groups = _ordered([[g for g in run if g] for run in runs], [x.name for x in linears])
+    grouped = {linear.name for linear in block.linears}
+    unseen = [linear for linear in linears if linear.name in pruned - grouped]
+    block.groups += [[linear] for linear in unseen]
 
 
 def _mixed(one: torch.Size, two: torch.Size) -> bool:
@@ -246,45 +357,14 @@ def _ordered(runs: list[list[list[Linear]]], names: list[str]) -> list[list[Line
     return [groups[name] for name in ordered]
 
 
-def valueless(tensor: Tensor) -> bool:
-    """Say whether a tensor is a shape alone: on the meta device, or fake."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
-def _linears(block: Block, adapter: Adapter, owners: dict[nn.Parameter, list[str]]) -> list[Linear]:
-    """Return the linears of a block that can be pruned; names the others as dense."""
-    linears = []
-    for inner, module in block.module.named_modules():
-        if kind := adapter.kind(module):
-            linear = Linear(f"{block.name}.{inner}" if inner else block.name, module, kind)
-            if why := _unfit(block, linear, owners):
-                block.dense[linear.name] = why
-            else:
-                linears.append(linear)
-    return linears
-
-
-def _unfit(block: Block, linear: Linear, owners: dict[nn.Parameter, list[str]]) -> str:
-    """Return why a linear cannot be pruned, nothing where it can.
-
-    Raises `GblmError` where its kind copies the weight, so that nothing could be written to it.
-    """
-    module = linear.module
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return "its weight is computed from other parameters"
-    weight = module.get_parameter("weight")
-    if type(weight.data) is not Tensor and not isinstance(weight.data, FakeTensor):
-        return f"its weight is a {type(weight.data).__name__}"
-    if not weight.is_floating_point() or weight.itemsize < 2:
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    with onload(block.module):
-        matrix = linear.kind.weight(module)
-        if not valueless(matrix) and matrix.data_ptr() != weight.data_ptr():
-            raise GblmError(
-                f"{linear.name}: its Kind copies the weight, so that no mask could be written to "
-                "it; return a view"
-            )
-    others = [name for name in owners[weight] if name != f"{linear.name}.weight"]
+def _unfit(parameter: nn.Parameter, name: str, owners: dict[nn.Parameter, list[str]]) -> str:
+    """Return why the matrices of a parameter cannot be pruned, nothing where they can."""
+    data = parameter.data
+    if type(data) is not Tensor and not isinstance(data, FakeTensor):
+        return f"its weight is a {type(data).__name__}"
+    if not parameter.is_floating_point() or parameter.itemsize < 2:
+        return f"its weight is {str(parameter.dtype).removeprefix('torch.')}"
+    others = [other for other in owners[parameter] if other != name]
     return f"shares its weight with {others[0]}" if others else ""
 
 

@@ -104,11 +104,14 @@ class Visit:
         solve each before you ask for the next. Raises `GblmError` with the linear's name where a
         statistic holds a NaN or an Inf.
         """
-        if not self.dense_calls:
+        if not self.dense_calls or self.block.whole:
             yield self.inputs_of(self.calls, needs, focus)
             return
-        streams = TwoStreams(self.dense_calls, self.calls, self.before, self.samples_at_once)
-        yield from streams.inputs(self._empty(needs, focus), to_end=self.last)
+        groups = self._empty(needs, focus)
+        streams = TwoStreams(
+            groups, self.dense_calls, self.calls, self.before, self.samples_at_once
+        )
+        yield from streams.inputs(to_end=self.last)
         self.keep_dense(streams.dense.outputs())
         self.outputs = streams.pruned.outputs() if self.last else None
 

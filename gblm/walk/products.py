@@ -1,0 +1,272 @@
+"""Products of a model's code with matrices of its parameters, seen as they are computed.
+
+A linear is a matrix W `[out, in]`, a view of a parameter, in a product y = x·Wᵀ, whichever module
+or function computes it and however the parameter stores it: whole, transposed, a slice of a fused
+or of a three-dimensional one. A function mode of torch stands above autograd and autocast, and so
+sees the operands of every product, and its output with its gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+
+def valueless(tensor: Tensor) -> bool:
+    """Say whether a tensor is a shape alone: on the meta device, or fake."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where a matrix `[out, in]` lies in a parameter: its first element, and its strides."""
+
+    offset: int
+    shape: tuple[int, int]
+    stride: tuple[int, int]
+
+    @classmethod
+    def of(cls, view: Tensor, parameter: Tensor) -> Matrix:
+        """Return where a view of a parameter lies in it."""
+        offset = view.storage_offset() - parameter.storage_offset()
+        return cls(offset, tuple(view.shape), view.stride())  # type: ignore[arg-type]
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """Return the matrix, written through; of a parameter without values, one without."""
+        if parameter.untyped_storage().nbytes() < parameter.nbytes:  # it is offloaded
+            return parameter.flatten()[:1].expand(self.shape)
+        return parameter.as_strided(
+            self.shape, self.stride, parameter.storage_offset() + self.offset
+        )
+
+    def index(self, parameter: Tensor) -> str:
+        """Return the part of the parameter that it is, as one would write it: `[17]`, `[0:64]`."""
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        ranges = []
+        rest, rest_of_last = self.offset, last
+        for size, stride in zip(parameter.shape, parameter.stride(), strict=True):
+            first, rest = divmod(rest, stride)
+            end, rest_of_last = divmod(rest_of_last, stride)
+            whole = first == 0 and end == size - 1
+            ranges.append(":" if whole else str(first) if first == end else f"{first}:{end + 1}")
+        while ranges and ranges[-1] == ":":
+            ranges.pop()
+        return f"[{', '.join(ranges)}]" if ranges else ""
+
+
+@dataclass
+class Use:
+    """One product y = x·Wᵀ: W `weight [out, in]`, `x [..., in]`.
+
+    rows(y), of the product's output or of its gradient, is `[..., out]`, in the order of x.
+    """
+
+    weight: Tensor
+    x: Tensor
+    rows: Callable[[Tensor], Tensor]
+
+    def input_key(self) -> tuple:
+        """Return what is equal for linears that see the same input, while that is kept."""
+        x = self.x
+        storage = x.untyped_storage()._cdata
+        return storage, x.storage_offset(), x.shape, x.stride(), x._version
+
+
+Known = Callable[[Any], bool]  # whether something is a view of a parameter that is watched
+Form = Callable[..., Iterable[Use]]
+
+
+class Products(TorchFunctionMode):
+    """Sees the products with some linears while the model's code runs.
+
+    values: what their parameters hold then, where that is not their own.
+    """
+
+    def __init__(
+        self, linears: Iterable[Any], values: Mapping[nn.Parameter, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.linears: dict[int, dict[Matrix, Any]] = {}  # by the storage of their parameter
+        self.tensors: dict[int, Tensor] = {}
+        for linear in linears:
+            tensor = values[linear.parameter] if values else linear.parameter
+            storage = tensor.untyped_storage()._cdata
+            self.tensors[storage] = tensor
+            self.linears.setdefault(storage, {})[linear.matrix] = linear
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        form = FORMS.get(func)
+        if form is None:
+            return func(*args, **kwargs)
+        seen = []
+        for use in form(self.knows, *args, **kwargs):
+            if (linear := self.linear(use.weight)) is not None:
+                self.before(linear, use)
+                seen.append((linear, use))
+        output = func(*args, **kwargs)
+        return self.after(seen, output) if seen else output
+
+    def knows(self, tensor: Any) -> bool:
+        """Say whether a tensor is a view of a parameter that is watched."""
+        return (
+            isinstance(tensor, Tensor)
+            and tensor.ndim > 1
+            and tensor.untyped_storage()._cdata in self.tensors
+        )
+
+    def linear(self, weight: Tensor) -> Any:
+        """Return the linear of a view, None where it is none."""
+        storage = weight.untyped_storage()._cdata
+        if storage not in self.tensors:  # a copy
+            return None
+        return self.linears[storage].get(Matrix.of(weight, self.tensors[storage]))
+
+    def before(self, linear: Any, use: Use) -> None:
+        """Act before a product."""
+
+    def after(self, seen: list[tuple[Any, Use]], output: Tensor) -> Tensor:
+        """Return the output of a product for the model's code."""
+        return output
+
+
+def _same(y: Tensor) -> Tensor:
+    return y
+
+
+def _linear(known: Known, input: Tensor, weight: Tensor, bias: Any = None) -> Iterator[Use]:
+    if known(weight):
+        yield Use(weight, input, _same)
+
+
+def _matmul(known: Known, a: Tensor, b: Tensor, **out: Any) -> Iterator[Use]:
+    if known(b):
+        yield from _right(a, b)
+    elif known(a) and b.ndim == 1:
+        yield Use(a, b[None], _as_row)
+    elif known(a):  # yᵀ = bᵀaᵀ
+        for use in _right(b.mT, a.mT):
+            yield Use(use.weight, use.x, partial(_transposed, use.rows))
+
+
+def _right(x: Tensor, w: Tensor) -> Iterator[Use]:
+    """Yield the uses of x @ w for w `[in, out]`, or `[experts, in, out]`."""
+    if w.ndim == 2:
+        yield Use(w.mT, x, _same) if x.ndim > 1 else Use(w.mT, x[None], _as_row)
+    elif w.ndim == 3:
+        for i, own in enumerate(w):  # x is of all experts, or of each
+            many = x.ndim > 2 and x.shape[-3] == len(w)
+            rows = x.select(-3, i if many else 0) if x.ndim > 2 else x
+            yield Use(own.mT, rows, partial(torch.select, dim=-3, index=i))
+
+
+def _as_row(y: Tensor) -> Tensor:
+    return y[None]
+
+
+def _transposed(rows: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    return rows(y.mT)
+
+
+def _addmm(
+    known: Known, input: Tensor, *matrices: Tensor, alpha: float = 1, **named: Any
+) -> Iterator[Use]:
+    """Yield the uses of input + alpha·ab; torch names a and b by the function."""
+    named = {name: value for name, value in named.items() if name not in ("beta", "out")}
+    if alpha == 1:
+        yield from _matmul(known, *matrices, *named.values())
+
+
+def _conv(
+    known: Known,
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Iterator[Use]:
+    pointwise = weight.shape[2:].numel() == 1 and groups == 1 and input.ndim == weight.ndim
+    if pointwise and known(weight) and _all(stride, 1) and _all(padding, 0):
+        yield Use(weight.flatten(1), input.movedim(1, -1), _features_last)
+
+
+def _features_last(y: Tensor) -> Tensor:
+    return y.movedim(1, -1)
+
+
+def _all(value: Any, number: int) -> bool:
+    return all(x == number for x in (value if isinstance(value, Sequence) else [value]))
+
+
+def grouped(
+    known: Known, input: Tensor, weight: Tensor, offs: Tensor | None = None, **rest: Any
+) -> Iterator[Use]:
+    """Yield the uses of a grouped product: rows up to `offs[i]` meet `weight[i] [in, out]`."""
+    if not known(weight) or weight.ndim != 3 or input.ndim != 2 or offs is None:
+        return
+    if valueless(offs):  # as if all experts had as many
+        ends = [(i + 1) * len(input) // len(weight) for i in range(len(weight))]
+    else:
+        ends = offs.tolist()
+    for own, start, end in zip(weight, [0, *ends], ends, strict=False):
+        if end > start:
+            rows = partial(torch.narrow, dim=0, start=start, length=end - start)
+            yield Use(own.mT, rows(input), rows)
+
+
+def _einsum(known: Known, equation: str, *operands: Any) -> Iterator[Use]:
+    if len(operands) == 1 and isinstance(operands[0], Sequence):
+        operands = tuple(operands[0])
+    sides, _, out = equation.replace(" ", "").partition("->")
+    letters = sides.split(",")
+    if len(operands) != 2 or "." in equation or not out or not any(map(known, operands)):
+        return
+    w, x = (0, 1) if known(operands[0]) else (1, 0)
+    weight, ws, other, xs = operands[w], letters[w], operands[x], letters[x]
+    many = [c for c in ws if c in xs and c in out]
+    inputs = [c for c in ws if c in xs and c not in out]
+    outputs = [c for c in ws if c in out and c not in xs]
+    rest = [c for c in xs if c in out and c not in ws]
+    if len(many + inputs + outputs) != len(ws) or len(many + inputs + rest) != len(xs):
+        return  # a letter is summed alone, or stands twice
+    weight = weight.permute([ws.index(c) for c in many + outputs + inputs])
+    other = other.permute([xs.index(c) for c in many + rest + inputs])
+    order, k = [out.index(c) for c in many + rest + outputs], len(many)
+    for index in itertools.product(*[range(n) for n in weight.shape[:k]]):
+        own = weight[index].reshape(weight.shape[k : k + len(outputs)].numel(), -1)
+        yield Use(own, other[index].flatten(len(rest)), partial(_picked, order, index, len(rest)))
+
+
+def _picked(order: list[int], index: tuple[int, ...], rest: int, y: Tensor) -> Tensor:
+    return y.permute(order)[index].flatten(rest)
+
+
+def _swapped(known: Known, b: Tensor, a: Tensor) -> Iterator[Use]:
+    return _matmul(known, a, b)
+
+
+# How a function of torch multiplies: its uses of matrices that are known, by its arguments.
+FORMS: dict[Any, Form] = {F.linear: _linear, torch.einsum: _einsum}
+FORMS |= dict.fromkeys(
+    [torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__],
+    _matmul,
+)
+FORMS[Tensor.__rmatmul__] = _swapped
+FORMS |= dict.fromkeys([torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm], _addmm)
+FORMS |= dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _conv)
+for _name, _place in (("grouped_mm", F), ("_grouped_mm", torch)):
+    if hasattr(_place, _name):
+        FORMS[getattr(_place, _name)] = grouped
