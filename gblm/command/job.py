@@ -27,7 +27,7 @@ from gblm.report.masks import masks
 from gblm.walk.blocks import Block, Snapshot
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Fingerprint, GradientFolder, Journal, fingerprint
-from gblm.walk.prune import Pruning, check, needed
+from gblm.walk.prune import Pruning, needed, unfit
 from gblm.walk.walk import Walk
 
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
@@ -209,7 +209,7 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
     A run's result is in its folder before the next run starts.
     """
     for run in runs:
-        check(job.blocks, run.method, run.pattern)
+        unfit(job.blocks, run.method, run.pattern)
     opened, work = job.opened, job.work
     # A single run needs no way back to the dense model, and an offloaded one has its own.
     several = len(runs) > 1 and not opened.offload

@@ -24,7 +24,7 @@ from gblm.report.wording import short, size, time
 from gblm.walk.blocks import choose
 from gblm.walk.blocks import size as size_of
 from gblm.walk.footprint import Footprint
-from gblm.walk.prune import check
+from gblm.walk.prune import unfit
 from gblm.walk.walk import micro_batch_for
 
 ASIDE = {"acc_norm"}  # metrics that stand in the report alone
@@ -137,7 +137,7 @@ def plan(
     settings = opened.settings
     choose(footprint.blocks, list(settings.include), list(settings.exclude))
     for run in runs:
-        check(footprint.blocks, run.method, run.pattern)
+        unfit(footprint.blocks, run.method, run.pattern)
     offload = find_offload(settings.offload, footprint.weights, device) != "none"
     evaluated, together = opened.evaluated()
     samples = math.ceil(size_of(opened.batch) / world())

@@ -21,6 +21,9 @@ from gblm.walk.footprint import Footprint
 from gblm.walk.inputs import Inputs, with_gradients
 from gblm.walk.visit import Visit
 
+# An expert with fewer inputs is pruned by the magnitude of its weights: they tell too little.
+FEWEST = 32
+
 # The cost of a linear [out, in] for a solver, beside its mask.
 SolverCost = Callable[[int, int], Cost]
 
@@ -103,8 +106,13 @@ class Solve(Step):
         dense = stats.wide(linear.weight)
         statistics = with_gradients(inputs.statistics, gradient, dense.device)
         where = f"{linear}, {self.name}, {pattern.name}"
+        note = ""
         try:
-            weight, keep = self.solve(dense, statistics, pattern)
+            if linear.routed and self.needs and inputs.statistics.positions < FEWEST:
+                note = f"by magnitude, for it has {inputs.statistics.positions} inputs"
+                weight, keep = dense, pattern.keep(dense.abs())
+            else:
+                weight, keep = self.solve(dense, statistics, pattern)
         except GblmError as error:
             raise GblmError(f"{where}: {error}") from None
         weight = weight.masked_fill(~keep, 0).to(linear.weight.dtype)
@@ -113,7 +121,10 @@ class Solve(Step):
         off = relative_error(dense, weight, inputs.examples)
         sparsity = (weight == 0).float().mean().item()
         seconds = time.perf_counter() - start
-        return weight, LinearReport(linear.name, list(linear.shape), sparsity, off, seconds)
+        counts = (inputs.statistics.positions, note)
+        return weight, LinearReport(
+            linear.name, list(linear.shape), sparsity, off, seconds, *counts
+        )
 
     def cost(self, footprint: Footprint) -> Cost:
         """Forward passes for statistics and outputs, Gram matrices, masks, errors, solutions."""

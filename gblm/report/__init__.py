@@ -30,7 +30,8 @@ class LinearReport:
     """What became of one linear.
 
     `relative_error` is ‖(W − Ŵ)X‖ / ‖WX‖ over 1024 to 2048 of its calibration inputs X, drawn
-    evenly, or all where there are fewer; `seconds` are those of its solve.
+    evenly, or all where there are fewer; `seconds` are those of its solve. `positions` is the
+    number of its inputs; `note` says where it was pruned in another way than its method's.
     """
 
     name: str
@@ -38,6 +39,8 @@ class LinearReport:
     sparsity: float
     relative_error: float
     seconds: float
+    positions: int = 0
+    note: str = ""
 
     @property
     def size(self) -> int:
@@ -117,6 +120,7 @@ class Report:
     blocks: list[str] = field(default_factory=list)  # their names, in the order of use
     allocation: str = "uniform"
     parameters: int = 0  # numbers in the whole model
+    block_parameters: int = 0  # numbers in its blocks
     compute_dtype: str = ""  # of products in which fp32 blocks are computed
     calibration: str = ""  # what the samples are
     loading: str = ""  # Python that loads the result, empty where none was saved

@@ -24,7 +24,8 @@ class Linear:
 
     positions: input vectors of one sample, the most where samples differ. routed: whether it sees
     only those positions that the model sends to it. mixed: whether samples do not stand first in
-    its input. repeated: whether its block uses it more than once.
+    its input. repeated: whether its block uses it more than once. chosen: whether the user has
+    named it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Linear:
     routed: bool = False
     mixed: bool = False
     repeated: bool = False
+    chosen: bool = False
 
     @property
     def alone(self) -> bool:
@@ -129,6 +131,8 @@ def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
     kept = kept.difference(*(matches[pattern] for pattern in exclude))
     if not kept:
         raise GblmError("every linear is excluded; exclude fewer")
+    for linear in (linear for block in blocks for linear in block.linears):
+        linear.chosen = bool(include) and linear.name in kept
     for block in blocks:
         left = [linear.name for linear in block.linears if linear.name not in kept]
         block.dense |= dict.fromkeys(left, "excluded")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
 log = logging.getLogger(__name__)
+
+UNFIT = 0.1  # of the weights, at most, that stay dense where their linears cannot have a pattern
 
 
 def prune(
@@ -82,13 +85,16 @@ class Pruning:
     journal: Journal | None = None
 
     def __post_init__(self) -> None:
-        """Check that every linear can have the pattern; raises `GblmError` where one cannot."""
-        check(self.walk.blocks, self.method, self.pattern)
+        """Find the linears that cannot have the pattern; raises `GblmError` for many."""
+        self.unfit = unfit(self.walk.blocks, self.method, self.pattern)
         blocks = [block.name for block in self.walk.blocks]
         self.report = Report(self.method.name, self.pattern.name, blocks=blocks)
         self.report.parameters = sum(own.numel() for own in self.walk.model.parameters())
         for block in self.walk.blocks:
             self.report.dense.update(block.dense)
+            own = sum(parameter.numel() for parameter in block.module.parameters())
+            self.report.block_parameters += own
+        self.report.dense.update(self.unfit)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -100,11 +106,13 @@ class Pruning:
         report, blocks = self.report, self.walk.blocks
         if self.journal:
             self.journal.begin(report, blocks)
-        chosen = {x.name: self.pattern for block in blocks for x in block.linears}
+        fit = [x for block in blocks for x in block.linears if x.name not in self.unfit]
+        chosen = {x.name: self.pattern for x in fit}
         if spread := allocated(self.method, self.pattern):
             report.allocation = spread.name
+            budget = Budget(self.walk, spread, self.pattern, self.gradients, {*chosen})
             with clock(report.seconds, "allocation"), memory_errors():
-                chosen = Budget(self.walk, spread, self.pattern, self.gradients).patterns()
+                chosen = budget.patterns()
             for name, own in chosen.items():
                 log.debug("allocation %s: %s gets %s", spread.name, name, own.name)
         micro = self.walk.micro.samples
@@ -125,7 +133,7 @@ class Pruning:
             self.journal.restore(block)
         else:
             self._work(visit)
-            self.report.linears += visit.reports
+            self.report.linears += [own for own in visit.reports if own.name not in self.unfit]
             if self.journal:
                 self.journal.finish(block)
         errors = [entry.relative_error for entry in visit.reports]
@@ -163,12 +171,13 @@ def needed(method: Method, pattern: Pattern) -> frozenset[str]:
 
 @dataclass
 class Budget:
-    """The budget of a model, spread over its linears by statistics of the dense model."""
+    """The budget of a model, spread over some linears by statistics of the dense model."""
 
     walk: Walk
     spread: Allocation
     pattern: Pattern
     gradients: Mapping[str, Statistics]
+    names: set[str]
 
     def patterns(self) -> dict[str, Pattern]:
         """Return the pattern of each linear by its name; one that is not there stays dense."""
@@ -180,6 +189,7 @@ class Budget:
             Weighed(own.name, own.weight, none, block.name, partial(self._read, block, own))
             for block in self.walk.blocks
             for own in block.linears
+            if own.name in self.names
         ]
         return allocation.patterns_for(self.spread, weighed, self.pattern)
 
@@ -201,11 +211,26 @@ def _checksum(block: Block) -> list[float]:
         return [own.double().abs().sum().item() for own in block.module.parameters()]
 
 
-def check(blocks: list[Block], method: Method, pattern: Pattern) -> None:
-    """Raise `GblmError` with the linear's name where one cannot have the pattern."""
-    for block in blocks:
-        for linear in block.linears:
-            try:
-                pattern.check(linear.shape)
-            except GblmError as error:
-                raise GblmError(f"{linear}, {method.name}, {pattern.name}: {error}") from None
+def unfit(blocks: list[Block], method: Method, pattern: Pattern) -> dict[str, str]:
+    """Return the linears that cannot have the pattern, and why; they stay dense.
+
+    Raises `GblmError` with the name of one where they hold more than a tenth of the weights, or
+    where the user has named it.
+    """
+    linears = [linear for block in blocks for linear in block.linears]
+    reasons: dict[str, GblmError] = {}
+    for linear in linears:
+        try:
+            pattern.check(linear.shape)
+        except GblmError as error:
+            reasons[linear.name] = error
+    left = [linear for linear in linears if linear.name in reasons]
+    few = sum(map(_size, left)) <= UNFIT * sum(map(_size, linears))
+    if wrong := [linear for linear in left if linear.chosen or not few]:
+        name = f"{wrong[0]}, {method.name}, {pattern.name}"
+        raise GblmError(f"{name}: {reasons[wrong[0].name]}")
+    return {name: f"{pattern.name}: {error}" for name, error in reasons.items()}
+
+
+def _size(linear: Linear) -> int:
+    return math.prod(linear.shape)

@@ -6,6 +6,7 @@ which linears see only some of the positions, as those of routed experts do.
 """
 
 import importlib.metadata
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -144,17 +145,24 @@ class Found:
             if parameter.squeeze().ndim < 2:
                 continue
             seen = [matrix for known, matrix in self.linears if known == name]
-            title, whole = self._title(name), f"{self.block.name}.{name}"
+            title = self._title(name)
             if not seen:
                 other = self.others.get(name)
                 why = f"used by {other}, not in a product" if other else "not used by its block"
-                self.block.dense[title] = _unfit(parameter, whole, owners) or why
-            elif why := _unfit(parameter, whole, owners) or _overlap(parameter, seen):
+                self.block.dense[title] = _unfit(parameter) or why
+            elif why := (
+                _unfit(parameter) or self._shared(owners[parameter]) or _overlap(parameter, seen)
+            ):
                 self.block.dense[title] = why
             else:
                 every = _experts(parameter, seen) if parameter.ndim > 2 else seen
                 linears += [self.linear(parameter, matrix) for matrix in every]
         return linears
+
+    def _shared(self, owners: list[str]) -> str:
+        """Return that a parameter is used outside of the block as well, where it is."""
+        others = [name for name in owners if not name.startswith(f"{self.block.name}.")]
+        return f"shares its weight with {others[0]}" if others else ""
 
 
 def _experts(parameter: Tensor, seen: list[Matrix]) -> list[Matrix]:
@@ -308,9 +316,14 @@ def _describe(block: Block, linears: list[Linear], visits: list[_Visit], double:
         uses = [visit.uses[name] for visit in visits]
         counts = {count for own in by_shape.values() for count in own}
         linear.positions, linear.repeated = max(counts) * max(uses), max(uses) > 1
-        expert = linear.parameter.squeeze().ndim > 2
-        linear.routed = expert or 0 in uses or any(len(own) > 1 for own in by_shape.values())
         one, two = visits[0].rows.get(name), double.rows.get(name)
+        whole = math.prod(linear.shape) == linear.parameter.numel()
+        expert = (
+            not whole
+            and linear.parameter.ndim > 2
+            and any(len(visit.rows.get(name, ())) == 1 for visit in visits)
+        )
+        linear.routed = expert or 0 in uses or any(len(own) > 1 for own in by_shape.values())
         linear.mixed = one is not None and two is not None and _mixed(one, two)
         if one is not None and one == two and one.numel():
             block.dense[name] = "sees no samples"
@@ -357,15 +370,14 @@ def _ordered(runs: list[list[list[Linear]]], names: list[str]) -> list[list[Line
     return [groups[name] for name in ordered]
 
 
-def _unfit(parameter: nn.Parameter, name: str, owners: dict[nn.Parameter, list[str]]) -> str:
+def _unfit(parameter: nn.Parameter) -> str:
     """Return why the matrices of a parameter cannot be pruned, nothing where they can."""
     data = parameter.data
     if type(data) is not Tensor and not isinstance(data, FakeTensor):
         return f"its weight is a {type(data).__name__}"
     if not parameter.is_floating_point() or parameter.itemsize < 2:
         return f"its weight is {str(parameter.dtype).removeprefix('torch.')}"
-    others = [other for other in owners[parameter] if other != name]
-    return f"shares its weight with {others[0]}" if others else ""
+    return ""
 
 
 def _check_finite(model: nn.Module, blocks: dict[nn.Module, Block]) -> None:
