@@ -195,6 +195,6 @@ class Adapter:
     """
 
     blocks: Callable[[nn.Module], dict[str, nn.Module]]
-    trunk: Callable[[nn.Module, Batch], Tensor]
-    loss: Callable[[nn.Module, Tensor, Batch], Tensor]
+    trunk: Callable[[nn.Module, Batch], Any]
+    loss: Callable[[nn.Module, Any, Batch], Tensor]
     unpad: Callable[[Batch], list[Batch] | None] = lambda batch: None

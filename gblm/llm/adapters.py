@@ -1,7 +1,11 @@
-"""How the core sees a causal language model of transformers."""
+"""How the core sees a language model of transformers, also one that sees pictures.
 
+Causal models, encoder-decoders, masked models, classifiers, and models of pictures and text.
+"""
+
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,35 +17,87 @@ from transformers.integrations import moe
 from gblm.base import Adapter, Batch, GblmError
 from gblm.maths.stats import wide
 from gblm.walk import products
+from gblm.walk.blocks import hooked
 from gblm.walk.products import valueless
 
 # Experts where torch's own grouped product does not run; the module has registered it.
 assert moe
 products.FORMS[torch.ops.transformers.grouped_mm_fallback] = products.grouped
 
+# Heads whose label stands at the position of its logits; that of others is one before.
+IN_PLACE = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining")
+
 
 def adapter(model: nn.Module) -> Adapter:
-    """Return the adapter of a causal language model: its blocks are found, not listed."""
+    """Return the adapter of a language model: its blocks are found, not listed.
+
+    Experts are computed by torch's grouped product, or one after the other.
+    """
+    if isinstance(model, PreTrainedModel) and model.get_experts_implementation()[""] not in (
+        None,
+        "eager",
+        "grouped_mm",
+    ):
+        model.set_experts_implementation("eager")  # the others hide which expert a product is of
     return Adapter(blocks, trunk, loss, unpad)
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the list that holds most parameters, by name."""
-    lists = [item for item in model.named_modules() if isinstance(item[1], nn.ModuleList)]
-    # The outermost of equals: a list of one block holds as much as the lists within it.
-    sizes = [sum(p.numel() for p in module.parameters()) for _, module in lists]
-    name, largest = lists[sizes.index(max(sizes))] if lists else ("", nn.ModuleList())
-    return {f"{name}.{index}": block for index, block in largest.named_children()}
+    """Return the blocks by name: the members of the outermost lists that hold layers.
+
+    Those of the encoder and the decoder, of the tower that sees and the model that speaks. Where
+    there are several lists, one that holds less than a hundredth of the largest's parameters is
+    none. What a model that sees has between its tower and its text model is one block.
+    """
+    found: dict[str, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for own in found.values() for block in own)
+        if isinstance(module, nn.ModuleList) and not inside:
+            layers = {f"{name}.{key}": own for key, own in module.named_children() if _layer(own)}
+            found |= {name: layers} if layers else {}
+    sizes = {name: sum(map(_size, own.values())) for name, own in found.items()}
+    lists = {name: own for name, own in found.items() if sizes[name] >= max(sizes.values()) / 100}
+    layers = {name: block for own in lists.values() for name, block in own.items()}
+    return layers | _connectors(model, layers)
+
+
+def _layer(module: nn.Module) -> bool:
+    """Say whether a member of a list is a layer: a module of several with a matrix."""
+    whole = not isinstance(module, nn.ModuleList) and any(module.children())
+    return whole and any(own.squeeze().ndim > 1 for own in module.parameters())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _connectors(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return what a model that sees has beside its tower and its text model, by name."""
+    base = getattr(model, "base_model", model)
+    if not hasattr(getattr(model, "config", None), "vision_config") or base is model:
+        return {}
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    named = {f"{prefix}.{name}": module for name, module in base.named_children()}
+    return {
+        name: module
+        for name, module in named.items()
+        if any(isinstance(own, nn.Linear) for own in module.modules())
+        and not any(layer.startswith(f"{name}.") for layer in layers)
+        and any(module.children())
+    }
 
 
 def unpad(batch: Batch) -> list[Batch] | None:
     """Return the windows of a batch one by one, cut to the tokens that `attention_mask` is 1 for.
 
-    None where no token is masked. A window with a gap keeps the places of its tokens. Raises
-    `GblmError` where a window holds no token.
+    None where no token is masked and no picture is smaller than others. A window with a gap keeps
+    the places of its tokens; a target of its own (`decoder_…`, `labels` beside it) is cut by
+    `decoder_attention_mask`. Raises `GblmError` where a window holds no token.
     """
     mask = batch.get("attention_mask")
-    if mask is None or bool(mask.all()):
+    patches = batch.get("image_grid_thw")
+    even = patches is None or bool((patches == patches[:1]).all())
+    if mask is None or (bool(mask.all()) and even and "decoder_attention_mask" not in batch):
         return None
     windows = []
     for i, keep in enumerate(mask.bool()):
@@ -49,9 +105,9 @@ def unpad(batch: Batch) -> list[Batch] | None:
         if not len(places):
             raise GblmError(f"sample {i} of the batch holds no token but padding; remove it")
         window = {
-            name: value[i : i + 1, keep] if value.shape[1:2] == keep.shape else value[i : i + 1]
+            name: _cut(name, value[i : i + 1], keep, batch, i)
             for name, value in batch.items()
-            if name != "attention_mask"
+            if name not in ("attention_mask", "decoder_attention_mask")
         }
         if int(places[-1] - places[0]) >= len(places):
             window.setdefault("position_ids", places[None] - places[0])
@@ -59,17 +115,79 @@ def unpad(batch: Batch) -> list[Batch] | None:
     return windows
 
 
-def trunk(model: nn.Module, batch: Batch) -> Tensor:
-    """Return what the head takes: the base model's last hidden state `[n, t, hidden]`."""
-    hidden: Tensor = _base(model)(**_inputs(batch), use_cache=False).last_hidden_state
-    return hidden
+def _cut(name: str, value: Tensor, keep: Tensor, batch: Batch, index: int) -> Tensor:
+    """Return a sample's tensor without its padding."""
+    if name == "pixel_values" and "image_grid_thw" in batch:
+        return value[:, : int(batch["image_grid_thw"][index].prod(dim=-1).sum())]
+    if "decoder_input_ids" in batch and (name == "labels" or name.startswith("decoder_")):
+        target = batch.get("decoder_attention_mask")
+        return value if target is None else value[:, target[index].bool()]
+    return value[:, keep] if value.shape[1:2] == keep.shape else value
 
 
-def loss(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
-    """Return the mean loss `[n]` of every window over its targets, from the hidden state."""
-    with _replay(_base(model), hidden):
-        logits = model(**_inputs(batch), use_cache=False).logits
-    return window_loss(logits, batch.get("labels", batch["input_ids"]))
+class _Reached(BaseException):
+    """Ends a run of a model at what its head takes."""
+
+    def __init__(self, hidden: dict[str, Tensor]) -> None:
+        self.hidden = hidden
+
+
+def trunk(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return what the head takes of the model below it: `last_hidden_state [n, t, hidden]`, ….
+
+    The model runs its own forward, which ends there.
+    """
+    ends, entered = _ends(model), list[nn.Module]()
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        entered.append(module)
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        if module is entered[0]:
+            raise _Reached(_hidden(output))
+
+    hooks = [end.register_forward_pre_hook(enter) for end in ends]
+    hooks += [end.register_forward_hook(leave) for end in ends]
+    with hooked(hooks):
+        try:
+            model(**_inputs(model, batch))
+        except _Reached as reached:
+            return reached.hidden
+    raise GblmError(f"{type(model).__name__} does not run its base model; pass an Adapter")
+
+
+def loss(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Return the mean loss `[n]` of every sample over its targets, from what the head takes.
+
+    The targets are `labels`: of a causal model the next tokens, of a masked one and of an
+    encoder-decoder those in their place, of a classifier one for each sample. Without them they are
+    the window itself for a causal model, and for a classifier what it says.
+    """
+    encoder = model.get_encoder()  # type: ignore[operator]
+    with _replay(_ends(model) + [encoder] * (encoder is not model), hidden):
+        output = model(**_inputs(model, batch))
+    logits = output.logits if hasattr(output, "logits") else output.prediction_logits
+    return losses(model, logits, batch)
+
+
+def losses(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
+    """Return the mean loss `[n]` of every sample from a model's logits: see `loss`."""
+    labels = batch.get("labels")
+    if logits.ndim == 2:
+        labels = logits.argmax(dim=-1) if labels is None else labels
+        return cross_entropy(wide(logits), labels.long(), reduction="none")
+    if not in_place(model):
+        labels = batch["input_ids"] if labels is None else labels
+        return window_loss(logits[:, -labels.shape[1] :], labels)
+    if labels is None:
+        raise GblmError(f"a batch for {type(model).__name__} needs labels [n, t]; −100 is none")
+    return _mean_loss(logits, labels.long())
+
+
+def in_place(model: nn.Module) -> bool:
+    """Say whether a label stands at the position of its logits, and not one behind."""
+    decodes: bool = getattr(model.config, "is_encoder_decoder", False)
+    return decodes or type(model).__name__.endswith(IN_PLACE)
 
 
 def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -77,51 +195,79 @@ def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     labels: `[n, t]`, each the target of the position before it; −100 is none.
     """
-    targets = labels[:, 1:].long()
-    inputs = wide(logits[:, :-1].flatten(0, 1)), targets.flatten()
-    losses = cross_entropy(*inputs, ignore_index=-100, reduction="none").view(len(labels), -1)
+    return _mean_loss(logits[:, :-1], labels[:, 1:].long())
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    inputs = wide(logits.flatten(0, 1)), targets.flatten()
+    losses = cross_entropy(*inputs, ignore_index=-100, reduction="none").view(len(targets), -1)
     counts = (targets != -100).sum(dim=1)
     if valueless(targets) or (counts == targets.shape[1]).all():
         return losses.mean(dim=1)
     return losses.sum(dim=1) / counts
 
 
-def _inputs(batch: Batch) -> Batch:
-    """Return what the model takes of a batch; ids of any whole number, as torch's embedding not."""
-    return {
-        name: value.long() if name == "input_ids" else value
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return what the model takes of a batch; ids of any whole number, as torch's embedding not.
+
+    Patches of pictures stand one after the other where a model counts them by `image_grid_thw`.
+    """
+    inputs: dict[str, Any] = {
+        name: value.long() if name.endswith("input_ids") else value
         for name, value in batch.items()
         if name != "labels"
     }
+    if "image_grid_thw" in batch:
+        inputs["pixel_values"] = batch["pixel_values"].flatten(0, 1)
+        inputs["image_grid_thw"] = batch["image_grid_thw"].view(-1, 3)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of which one gives what the head takes: whichever is entered first.
+
+    The head of OPT passes its base model by and calls the decoder within.
+    """
     assert isinstance(model, PreTrainedModel)
-    if model.base_model is model:
-        raise GblmError(f"{type(model).__name__} has no head; load a causal language model")
-    # What the head calls: that of OPT passes its base model by and calls the decoder within.
-    decoder: nn.Module = model.get_decoder()
-    return decoder
+    ends = [model.base_model, model.get_decoder()]
+    ends = [end for end in dict.fromkeys(ends) if end is not model]
+    if not ends:
+        raise GblmError(f"{type(model).__name__} has no head; load a model with one, for a task")
+    return ends
+
+
+def _hidden(output: Any) -> dict[str, Tensor]:
+    if isinstance(output, Tensor | tuple | list):
+        return {"last_hidden_state": output if isinstance(output, Tensor) else output[0]}
+    names = ("last_hidden_state", "pooler_output")
+    return {name: x for name in names if isinstance(x := getattr(output, name, None), Tensor)}
+
+
+class _Replayed(dict):
+    """The output of a base model: what it has given, and None for caches and attentions."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int | slice):
+            return super().__getitem__(index)
+        return tuple(self.values())[index]
 
 
 @contextmanager
-def _replay(base: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Let the base model give this hidden state instead of computing it."""
-
-    class Replayed(dict):
-        last_hidden_state = hidden
-
-        def __getattr__(self, name: str) -> None:  # no cache, no attentions
-            return None
-
-        def __getitem__(self, index: Any) -> Any:
-            return hidden if index == 0 else super().__getitem__(index)
-
-    before = vars(base).get("forward")
-    base.forward = lambda *args, **kwargs: Replayed()
-    try:
+def _replay(ends: list[nn.Module], hidden: dict[str, Tensor]) -> Iterator[None]:
+    """Let modules give this hidden state instead of computing it."""
+    with ExitStack() as stack:
+        for module in dict.fromkeys(ends):
+            stack.callback(_restore, module, vars(module).get("forward"))
+            module.forward = lambda *args, **kwargs: _Replayed(hidden)
         yield
-    finally:
-        del base.forward
-        if before is not None:
-            base.forward = before
+
+
+def _restore(module: Any, before: Any) -> None:
+    del module.forward
+    if before is not None:
+        module.forward = before

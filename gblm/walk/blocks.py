@@ -63,6 +63,7 @@ class Block:
     names the matrices that stay dense, and why. `arguments` and `outputs` say of every leaf of what
     the block is called with, and of what it gives, where that holds the samples. stateful: whether
     its modules keep something from one run of it, which a second one in between would change.
+    uncut: whether something it is called with grows with the samples, but not by as much for each.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Block:
     arguments: list[Carried] = field(default_factory=list)
     outputs: list[Carried] = field(default_factory=list)
     stateful: bool = False
+    uncut: bool = False
 
     @property
     def whole(self) -> bool:

@@ -86,6 +86,8 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
         once, twice = runs[0][i], runs[1][i]
         block.arguments = _carried(once.arguments, twice.arguments)
         block.outputs = _carried(once.outputs, twice.outputs)
+        pairs = zip(block.arguments, once.arguments, twice.arguments, strict=False)
+        block.uncut = any(place is None and one != two for place, one, two in pairs)
         others = [visit for run in runs[2:] for visit in run if visit.module is block.module]
         with onload(block.module):
             linears = found[block.module].linears_of(owners)

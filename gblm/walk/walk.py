@@ -234,6 +234,8 @@ def micro_batch_for(
         if fixed < 1:
             raise GblmError(f"micro-batches of {fixed} samples are none; use 1 or more, or auto")
         return BatchSize(fixed)
+    if any(block.uncut for block in blocks):
+        return BatchSize(1)
     most = POSITIONS.get(device.type, GPU_POSITIONS)
     positions = max(linear.positions for block in blocks for linear in block.linears)
     # Processes that begin anew by themselves would wait for each other in different places.
