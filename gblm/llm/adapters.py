@@ -164,7 +164,8 @@ def loss(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
     the window itself for a causal model, and for a classifier what it says.
     """
     encoder = model.get_encoder()  # type: ignore[operator]
-    with _replay(_ends(model) + [encoder] * (encoder is not model), hidden):
+    below = _ends(model) + [encoder] * (encoder is not model)
+    with _replay(below, hidden):
         output = model(**_inputs(model, batch))
     logits = output.logits if hasattr(output, "logits") else output.prediction_logits
     return losses(model, logits, batch)
@@ -233,6 +234,7 @@ def _ends(model: nn.Module) -> list[nn.Module]:
     assert isinstance(model, PreTrainedModel)
     ends = [model.base_model, model.get_decoder()]
     ends = [end for end in dict.fromkeys(ends) if end is not model]
+    ends = [end for end in ends if isinstance(end, PreTrainedModel)]  # a `decoder` may be the head
     if not ends:
         raise GblmError(f"{type(model).__name__} has no head; load a model with one, for a task")
     return ends

@@ -120,7 +120,7 @@ class Report:
     blocks: list[str] = field(default_factory=list)  # their names, in the order of use
     allocation: str = "uniform"
     parameters: int = 0  # numbers in the whole model
-    block_parameters: int = 0  # numbers in its blocks
+    block_weights: int = 0  # numbers in the matrices of its blocks
     compute_dtype: str = ""  # of products in which fp32 blocks are computed
     calibration: str = ""  # what the samples are
     loading: str = ""  # Python that loads the result, empty where none was saved

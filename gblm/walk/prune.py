@@ -92,8 +92,8 @@ class Pruning:
         self.report.parameters = sum(own.numel() for own in self.walk.model.parameters())
         for block in self.walk.blocks:
             self.report.dense.update(block.dense)
-            own = sum(parameter.numel() for parameter in block.module.parameters())
-            self.report.block_parameters += own
+            matrices = (own for own in block.module.parameters() if own.squeeze().ndim > 1)
+            self.report.block_weights += sum(own.numel() for own in matrices)
         self.report.dense.update(self.unfit)
 
     @property
