@@ -106,8 +106,11 @@ def small(config: Any) -> dict[str, Any]:
             kinds = list(dict.fromkeys(value))
             options[name] = (kinds * 2)[: max(2, len(kinds))]
             options["num_hidden_layers"] = len(options[name])
-        if isinstance(value, dict) and "mrope_section" in value:
-            options[name] = {**value, "mrope_section": [2, 1, 1]}
+    if "vl" in config.model_type and "rope_parameters" in known:
+        options["rope_parameters"] = {
+            **(known["rope_parameters"] or {}),
+            "mrope_section": [2, 1, 1],
+        }
     return options
 
 
@@ -202,11 +205,13 @@ def pictures(model: Any, ids: Tensor, draw: torch.Generator) -> dict[str, Tensor
         if "idefics" in config.model_type or "smolvlm" in config.model_type:
             pixels = pixels[:, None]
         more = {"pixel_values": pixels}
-        if "image_sizes" in wanted:
-            more["image_sizes"] = torch.tensor([[size, size]] * SAMPLES)
-        options = {"image_sizes": more["image_sizes"][:1]} if "image_sizes" in more else {}
+        sizes = torch.tensor([[size, size]] * SAMPLES)
         with torch.no_grad():
-            features = model.get_image_features(pixels[:1], **options)
+            try:
+                features = model.get_image_features(pixels[:1])
+            except TypeError:
+                more["image_sizes"] = sizes
+                features = model.get_image_features(pixels[:1], image_sizes=sizes[:1])
         features = getattr(features, "pooler_output", features)
         features = features[0] if isinstance(features, list | tuple) else features
         count = features.reshape(-1, features.shape[-1]).shape[0]

@@ -221,7 +221,8 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     if "image_grid_thw" in batch:
         inputs["pixel_values"] = batch["pixel_values"].flatten(0, 1)
         inputs["image_grid_thw"] = batch["image_grid_thw"].view(-1, 3)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(own.name == "use_cache" or own.kind is own.VAR_KEYWORD for own in parameters):
         inputs["use_cache"] = False
     return inputs
 
