@@ -148,6 +148,6 @@ def _check_positive(**values: int) -> None:
 def _check_width(windows: Tensor, length: int, source: str) -> None:
     if windows.shape[1] < length:
         raise GblmError(
-            f"{source}: its ready windows hold {counted(windows.shape[1], 'token')}, {length} asked "
-            f"for; use --length {windows.shape[1]} or less"
+            f"{source}: its ready windows hold {counted(windows.shape[1], 'token')}, {length} "
+            f"asked for; use --length {windows.shape[1]} or less"
         )
