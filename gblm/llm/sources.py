@@ -1,7 +1,5 @@
 """What a source of text holds: a data set of the hub, the demo, or a local file or folder."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Images for calibration and evaluation, as a model of timm wants them."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections import Counter
@@ -261,13 +259,6 @@ def fitting(model: nn.Module, batch: Batch, source: str) -> None:
 def input_size(model: nn.Module) -> tuple[int, ...]:
     """Return the shape `[c, h, w]` of the images that a model was made for."""
     return tuple(config(model)["input_size"])
-
-
-def scaling(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the mean and the deviation `[c, 1, 1]` by which a model's images are scaled."""
-    options = config(model)
-    mean, std = (torch.tensor(options[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    return mean, std
 
 
 def _transformed(transform: Transform, mode: str, picture: Image.Image) -> Tensor:

@@ -1,7 +1,5 @@
 """What a source of images holds: the demo, a folder, a data set of hub or parquet, or an array."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

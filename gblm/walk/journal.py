@@ -11,8 +11,6 @@ Every file is written beside its place, forced to the disk and renamed, the jour
 run is cut off, the journal and what it names are whole.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
