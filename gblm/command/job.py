@@ -240,7 +240,7 @@ def shared_gradients(
 
     So each run has those it would have alone. They are of a former run, or computed and kept.
     """
-    settings = job.opened.settings
+    settings, dtype = job.opened.settings, job.opened.settings.gradient_dtype
     needs: dict[float, frozenset[str]] = {}
     for run in runs:
         if names := needed(run.method, run.pattern):
@@ -249,28 +249,23 @@ def shared_gradients(
     for share, names in needs.items():
         shared = gradients[share] = DenseGradients()
         with clock(shared.seconds, "gradients"):
-            folder = gradient_folder(job.work, settings, origin, names, share) if job.work else None
-            former = folder.stored(must=bool(settings.gradients)) if folder else None
-            if former is not None:
-                shared.sums = former
-                continue
+            folder = None
+            if job.work:
+                name = "gradients" if share == 1 else f"gradients-{share:g}"
+                folder = GradientFolder(
+                    settings.gradients or job.work / name,
+                    {**origin, "needs": sorted(names), "share": share, "dtype": dtype},
+                    DTYPES[dtype] if dtype != "float32" else None,
+                    journal=settings.work_dir is not None,
+                )
+                former = folder.stored(must=bool(settings.gradients))
+                if former is not None:
+                    shared.sums = former
+                    continue
             sums, backward = sweep(job.walk(show, share), names, settings.backward, folder)
             shared.flags["backward"] = backward
             shared.sums = folder.finish() if folder else sums
     return gradients
-
-
-def gradient_folder(
-    work: Path, settings: Settings, origin: Fingerprint, needs: frozenset[str], share: float
-) -> GradientFolder:
-    """Return the folder of gradients, with what they must be."""
-    dtype = settings.gradient_dtype
-    return GradientFolder(
-        settings.gradients or work / ("gradients" if share == 1 else f"gradients-{share:g}"),
-        {**origin, "needs": sorted(needs), "share": share, "dtype": dtype},
-        DTYPES[dtype] if dtype != "float32" else None,
-        journal=settings.work_dir is not None,
-    )
 
 
 def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evaluation) -> Report:
