@@ -62,47 +62,13 @@ class Run:
     flags: dict[str, Any] = field(default_factory=dict)  # that ask for it alone
 
 
-@dataclass
-class Work:
-    """The work folder of a command, the user's or a passing one: see `gblm.walk.journal`."""
-
-    folder: Path
-    settings: Settings
-
-    @property
-    def scratch(self) -> Path:
-        """What this process needs for the time of the command."""
-        return self.folder / f"process-{rank()}"
-
-    def journal(self, run: Run, origin: Fingerprint) -> Journal | None:
-        """Return the journal of a run; raises `GblmError` where its folder holds another.
-
-        origin: what tells apart the model and the samples.
-        """
-        if not self.settings.work_dir:
-            return None
-        key = {**origin, **run.method.key(), "pattern": run.pattern.name}
-        return Journal(self.folder / run.label, key, self.settings.resume)
-
-    def gradients(self, origin: Fingerprint, needs: frozenset[str], share: float) -> GradientFolder:
-        """Return the folder of gradients, with what they must be."""
-        dtype = self.settings.gradient_dtype
-        key = {**origin, "needs": sorted(needs), "share": share, "dtype": dtype}
-        name = "gradients" if share == 1 else f"gradients-{share:g}"
-        return GradientFolder(
-            self.settings.gradients or self.folder / name,
-            key,
-            DTYPES[dtype] if dtype != "float32" else None,
-            journal=self.settings.work_dir is not None,
-        )
-
-
 @contextmanager
-def work_folder(settings: Settings) -> Iterator[Work]:
+def work_folder(settings: Settings) -> Iterator[Path]:
     """Give the work folder that the settings name; else one for the time of the command.
 
-    That one lies beside the output, where there is room for the model. Other commands are kept out
-    of both the output and the work folder: raises `GblmError` where one is in it.
+    See `gblm.walk.journal` for what is in it. A passing one lies beside the output, where there is
+    room for the model. Other commands are kept out of both the output and the work folder: raises
+    `GblmError` where one is in it.
     """
     output, folder = settings.output, settings.work_dir
     with ExitStack() as stack:
@@ -116,11 +82,15 @@ def work_folder(settings: Settings) -> Iterator[Work]:
                 parent.mkdir(parents=True, exist_ok=True)
             passing = tempfile.TemporaryDirectory(prefix=".gblm-", dir=parent)
             folder = Path(stack.enter_context(passing))
-        work = Work(folder, settings)
-        shutil.rmtree(work.scratch, ignore_errors=True)  # of a run that was killed
-        work.scratch.mkdir(parents=True)
-        stack.callback(shutil.rmtree, work.scratch, ignore_errors=True)
-        yield work
+        shutil.rmtree(scratch(folder), ignore_errors=True)  # of a run that was killed
+        scratch(folder).mkdir(parents=True)
+        stack.callback(shutil.rmtree, scratch(folder), ignore_errors=True)
+        yield folder
+
+
+def scratch(work: Path) -> Path:
+    """Return the part of a work folder that this process has for the time of the command."""
+    return work / f"process-{rank()}"
 
 
 @dataclass
@@ -174,7 +144,7 @@ class Job:
     blocks: list[Block]
     recipe: Recipe
     seconds: dict[str, float] = field(default_factory=dict)
-    work: Work | None = None
+    work: Path | None = None
     examples: Examples | None = None
 
     @property
@@ -191,7 +161,7 @@ class Job:
             blocks=self.blocks,
             micro_batch=opened.settings.micro_batch,
             # Only where the weights do not live on the device is there a need of files.
-            folder=self.work.scratch if self.work and opened.offload else None,
+            folder=scratch(self.work) if self.work and opened.offload else None,
         )
         dtype = find_compute_dtype(opened.settings.compute_dtype, walk.device)
         return replace(walk, compute_dtype=dtype, progress=progress)
@@ -210,12 +180,15 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
     """
     for run in runs:
         unfit(job.blocks, run.method, run.pattern)
-    opened, work = job.opened, job.work
+    opened, settings = job.opened, job.opened.settings
     # A single run needs no way back to the dense model, and an offloaded one has its own.
     several = len(runs) > 1 and not opened.offload
     dense = [Snapshot(block) for block in job.blocks if several]
-    origin = fingerprint(opened.model, opened.batch, job.blocks) if work else {}
-    journals = [work.journal(run, origin) if work else None for run in runs]
+    origin = fingerprint(opened.model, opened.batch, job.blocks) if job.work else {}
+    journals: list[Journal | None] = []
+    for run in runs:  # before any is carried out, for a folder may hold another
+        key, folder = {**origin, **run.method.key(), "pattern": run.pattern.name}, settings.work_dir
+        journals.append(Journal(folder / run.label, key, settings.resume) if folder else None)
     reports: list[Report] = []
     with bars() as show:
         with clock(job.seconds, "evaluate dense"):
@@ -267,7 +240,7 @@ def shared_gradients(
 
     So each run has those it would have alone. They are of a former run, or computed and kept.
     """
-    settings = job.opened.settings
+    settings, dtype = job.opened.settings, job.opened.settings.gradient_dtype
     needs: dict[float, frozenset[str]] = {}
     for run in runs:
         if names := needed(run.method, run.pattern):
@@ -276,11 +249,19 @@ def shared_gradients(
     for share, names in needs.items():
         shared = gradients[share] = DenseGradients()
         with clock(shared.seconds, "gradients"):
-            folder = job.work.gradients(origin, names, share) if job.work else None
-            former = folder.stored(must=bool(settings.gradients)) if folder else None
-            if former is not None:
-                shared.sums = former
-                continue
+            folder = None
+            if job.work:
+                name = "gradients" if share == 1 else f"gradients-{share:g}"
+                folder = GradientFolder(
+                    settings.gradients or job.work / name,
+                    {**origin, "needs": sorted(names), "share": share, "dtype": dtype},
+                    DTYPES[dtype] if dtype != "float32" else None,
+                    journal=settings.work_dir is not None,
+                )
+                former = folder.stored(must=bool(settings.gradients))
+                if former is not None:
+                    shared.sums = former
+                    continue
             sums, backward = sweep(job.walk(show, share), names, settings.backward, folder)
             shared.flags["backward"] = backward
             shared.sums = folder.finish() if folder else sums

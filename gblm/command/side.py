@@ -15,7 +15,7 @@ from torch import nn
 
 from gblm.base import GblmError
 from gblm.command import show
-from gblm.command.job import Job, Opened, Run, Work, compare, work_folder
+from gblm.command.job import Job, Opened, Run, compare, scratch, work_folder
 from gblm.command.settings import S, Settings, completion, filled, keeps, make_app, parse, recipe
 from gblm.machine.device import DTYPES, find_compute_dtype, find_device
 from gblm.machine.files import check_output, check_report
@@ -120,7 +120,13 @@ def logged(verbose: int) -> Iterator[None]:
 def command(side: Side[S], settings: S) -> None:
     """Do what the settings ask for: carry out the runs, or say what they would take."""
     title = settings.model or "the packaged demo"
-    settings = filled(resolved(side, settings), **side.usual)
+    if not settings.model:
+        if not side.demo:
+            raise GblmError("no model to prune; name one by --model")
+        if flag := next((name for name in side.alone if getattr(settings, name)), None):
+            raise GblmError(f"--{flag} goes with --model; without a model the demo brings its own")
+        settings = filled(settings, **side.demo)
+    settings = filled(settings, **side.usual)
     if not settings.calibration:
         raise GblmError("nothing to calibrate on; give a folder or a data set by --calibration")
     runs = find_runs(settings)
@@ -131,17 +137,6 @@ def command(side: Side[S], settings: S) -> None:
             return dry_run(side, settings, runs, title)
         with work_folder(settings) as work:
             carry_out(side, settings, runs, work, title)
-
-
-def resolved(side: Side[S], settings: S) -> S:
-    """Return the settings with those of the packaged demo where no model is named."""
-    if settings.model:
-        return settings
-    if not side.demo:
-        raise GblmError("no model to prune; name one by --model")
-    if flag := next((name for name in side.alone if getattr(settings, name)), None):
-        raise GblmError(f"--{flag} goes with --model; without a model the demo brings its own")
-    return filled(settings, **side.demo)
 
 
 def find_runs(settings: Settings) -> list[Run]:
@@ -204,13 +199,21 @@ def footprint_of(opened: Opened) -> Footprint:
     return footprint(opened.model, zeros, opened.adapter)
 
 
-def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: str) -> None:
+def carry_out(side: Side[S], settings: S, runs: list[Run], work: Path, title: str) -> None:
     """Open the model and its data, carry out the runs in a work folder, show the table."""
     seconds: dict[str, float] = {}
-    opened = side.load(settings, find_device(settings.device), work.scratch, seconds)
+    device = find_device(settings.device)
+    opened = side.load(settings, device, scratch(work), seconds)
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), list(settings.exclude))
-    opened.settings = with_choices(opened)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    opened.settings = replace(  # by what gblm chose
+        opened.settings,
+        device="cuda" if world() > 1 and settings.device != "cpu" else str(device),
+        dtype=names.get(next(opened.model.parameters()).dtype, settings.dtype),
+        compute_dtype=names[find_compute_dtype(settings.compute_dtype, device)],
+        offload=opened.offload.kind if opened.offload else "none",
+    )
     # Of a model that comes to the device block by block examples take long: for --report alone.
     shows = not rank() and (settings.report or (settings.output and not opened.offload))
     job = Job(
@@ -222,16 +225,3 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Work, title: st
         opened.examples() if shows else None,
     )
     show.results(title, compare(job, runs), settings)
-
-
-def with_choices(opened: Opened) -> Settings:
-    """Return the settings of what was opened, with what gblm chose filled in."""
-    settings, device = opened.settings, find_device(opened.settings.device)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return replace(
-        settings,
-        device="cuda" if world() > 1 and settings.device != "cpu" else str(device),
-        dtype=names.get(next(opened.model.parameters()).dtype, settings.dtype),
-        compute_dtype=names[find_compute_dtype(settings.compute_dtype, device)],
-        offload=opened.offload.kind if opened.offload else "none",
-    )

@@ -1,21 +1,17 @@
 """Token windows `[n, t]` for calibration and evaluation: from the hub, the demo or a local path."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gblm.base import GblmError
 from gblm.llm.sources import read
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from gblm.report.wording import counted
 
 C4_WINDOWS = 256  # of the c4 evaluation, as published
 
@@ -42,7 +38,7 @@ def calibration(
         _check_width(content, length, source)
         if len(content) < samples:
             raise GblmError(
-                f"calibration windows {source}: {_count(len(content), 'window')} there, {samples} "
+                f"calibration windows {source}: {counted(len(content), 'window')} there, {samples} "
                 f"asked for; use --samples {len(content)} or less"
             )
         return content[:samples, :length].contiguous()
@@ -76,7 +72,7 @@ def evaluation(
     ids = tokens(tokenizer, content if isinstance(content, str) else " ".join(content))
     if len(ids) < length:
         raise GblmError(
-            f"evaluation text {source} holds {_count(len(ids), 'token')}, less than one window of "
+            f"evaluation text {source} holds {counted(len(ids), 'token')}, less than one window of "
             f"{length}; give a longer text or a smaller --length"
         )
     windows = ids[: len(ids) // length * length].view(-1, length)
@@ -103,8 +99,8 @@ def _from_text(ids: Tensor, samples: int, length: int, draw: random.Random, sour
     """Draw windows that start anywhere in a text `[t]`."""
     if len(ids) // length < samples:
         raise GblmError(
-            f"calibration text {source} holds {_count(len(ids), 'token')}, that is "
-            f"{_count(len(ids) // length, 'window')} of {length}, and {samples} are asked for; "
+            f"calibration text {source} holds {counted(len(ids), 'token')}, that is "
+            f"{counted(len(ids) // length, 'window')} of {length}, and {samples} are asked for; "
             "give a longer text, fewer --samples or a smaller --length"
         )
     last = max(len(ids) - length - 1, 0)
@@ -120,7 +116,12 @@ def _from_documents(
     draw: random.Random,
 ) -> Tensor | None:
     """Draw windows from documents longer than a window; None where those hold too few."""
-    long = cache(partial(_long_ids, documents, tokenizer, length))  # each is tokenised once
+
+    @cache  # each is tokenised once
+    def long(index: int) -> Tensor | None:
+        ids = tokens(tokenizer, documents[index])
+        return ids if len(ids) > length else None
+
     count = len(documents)
     if all(long(index) is None for index in range(count)):
         return None
@@ -138,14 +139,6 @@ def _from_documents(
     return torch.stack(windows) if enough else None
 
 
-def _long_ids(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, index: int
-) -> Tensor | None:
-    """Return the ids of a document, None where they are no more than a window."""
-    ids = tokens(tokenizer, documents[index])
-    return ids if len(ids) > length else None
-
-
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
@@ -155,10 +148,6 @@ def _check_positive(**values: int) -> None:
 def _check_width(windows: Tensor, length: int, source: str) -> None:
     if windows.shape[1] < length:
         raise GblmError(
-            f"{source}: its ready windows hold {_count(windows.shape[1], 'token')}, {length} asked "
-            f"for; use --length {windows.shape[1]} or less"
+            f"{source}: its ready windows hold {counted(windows.shape[1], 'token')}, {length} "
+            f"asked for; use --length {windows.shape[1]} or less"
         )
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

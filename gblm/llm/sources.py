@@ -1,7 +1,5 @@
 """What a source of text holds: a data set of the hub, the demo, or a local file or folder."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Sequence
@@ -100,14 +98,22 @@ def _local(path: Path, split: str) -> Content:
 
 
 def _file(path: Path, where: str) -> Content:
-    """Read one file by its ending."""
+    """Read one file by its ending: texts, or windows `input_ids [n, t]` as int64."""
     name = path.name.lower()
     way = "check its rights, and that it is whole and what its ending says"
     with explained(f"{where} cannot be read", way):
         if name.endswith((".npz", ".safetensors")):
-            return _windows(path, where)
+            (ids,) = read_arrays(path, ["input_ids"], where)
+            no_integers = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+            if ids.ndim == 2 and ids.numel() and not no_integers:
+                return ids.long()
+            found = dtype_and_shape(ids)
+            raise GblmError(f"{where}: `input_ids` is {found}; give integers [n, t]")
         if name.endswith(".parquet"):
-            return _parquet(path, where)
+            rows = Rows([path])
+            if "text" in (names := rows.schema.names):
+                return [_text(row, f"{where}, row {i}") for i, row in enumerate(rows["text"], 1)]
+            raise GblmError(f"{where} has no `text` column, only {', '.join(names)}; rename one")
         with gzip.open(path) if name.endswith(".gz") else path.open("rb") as handle:
             if name.removesuffix(".gz").endswith((".json", ".jsonl")):
                 return _json(handle, where)
@@ -156,19 +162,3 @@ def _text(row: Any, where: str) -> str:
     if not isinstance(text, str):
         raise GblmError(f"{where} has no `text` field that is a string; give each row one")
     return text
-
-
-def _parquet(path: Path, where: str) -> list[str]:
-    rows = Rows([path])
-    if "text" not in (names := rows.schema.names):
-        raise GblmError(f"{where} has no `text` column, only {', '.join(names)}; rename one")
-    return [_text(row, f"{where}, row {number}") for number, row in enumerate(rows["text"], 1)]
-
-
-def _windows(path: Path, where: str) -> Tensor:
-    """Read `input_ids [n, t]` of a `.npz` or `.safetensors` file as int64."""
-    (ids,) = read_arrays(path, ["input_ids"], where)
-    no_integers = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
-    if ids.ndim != 2 or no_integers or not ids.numel():
-        raise GblmError(f"{where}: `input_ids` is {dtype_and_shape(ids)}; give integers [n, t]")
-    return ids.long()

@@ -215,10 +215,14 @@ def _items(name: str, file: Path) -> Any:
 
     with explained(f"{file} cannot be read", "repair it"):
         lines = file.read_text(encoding="utf-8").split("\n")
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         with explained(f"{file}, line {number}: no item of the task {name}", "repair it"):
-            rows += [_row(name, line)] if line.strip() else []
+            rows.append(row := dict(json.loads(line)))
+            if name == "boolq" and "label" not in row:  # in the file of its authors
+                row["label"] = int(row["answer"])
     if not rows:
         raise GblmError(f"{file} is empty; give one item of the task {name} a line")
     if other := next((row for row in rows if row.keys() != rows[0].keys()), None):
@@ -227,11 +231,3 @@ def _items(name: str, file: Path) -> Any:
         )
     with explained(f"{file} is no table of items", "repair it"):  # a field is not of one type
         return datasets.Dataset.from_list(rows)
-
-
-def _row(name: str, line: str) -> Row:
-    """Return an item, with the columns of the hub's copy of its task."""
-    row: Row = dict(json.loads(line))
-    if name == "boolq" and "label" not in row:  # the file that its authors gave out has no label
-        row["label"] = int(row["answer"])
-    return row

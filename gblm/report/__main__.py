@@ -57,13 +57,9 @@ def run(paths: list[Path], output: Path, overwrite: bool) -> None:
     if len(reports) == 1:
         page = run_page(*reports.values())
     else:
-        pages = [folder / "report.html" for folder in folders]
-        start = output.absolute().parent
-        links = {
-            str(page.parent): quote(os.path.relpath(page, start))
-            for page in pages
-            if page.is_file()
-        }
+        pages, start = [folder / "report.html" for folder in folders], output.absolute().parent
+        there = (page for page in pages if page.is_file())
+        links = {str(page.parent): quote(os.path.relpath(page, start)) for page in there}
         page = comparison_page(reports, links)
     write_text(output, page)
     print(f"written to {output}")

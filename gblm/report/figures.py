@@ -47,19 +47,17 @@ SVG = "{http://www.w3.org/2000/svg}"
 LINK = "http://www.w3.org/1999/xlink"
 
 
-MAPS = (  # of which value of a linear; title, what it says, label, colour
+MAPS = (  # of which value of a linear; title, what it says, colour
     (
         "relative_error",
         "Error by linear",
         "How far the outputs have moved, ‖(W\u00a0−\u00a0Ŵ)X‖\u00a0/\u00a0‖WX‖, in percent.",
-        "Relative error, block by block",
         ERROR,
     ),
     (
         "sparsity",
         "Sparsity by linear",
         "The share of the weights that are exactly 0, in percent.",
-        "Sparsity, block by block",
         SPARSITY,
     ),
 )
@@ -81,12 +79,12 @@ def heat_maps(report: Report) -> list[tuple[str, str, Markup]]:
         return []
     rows["whole block"] = whole
     maps = []
-    for value, title, says, label, colour in MAPS:
+    for value, title, says, colour in MAPS:
         cells = {
             kind: {i: _cell(linears, value, report.blocks[i]) for i, linears in row.items()}
             for kind, row in rows.items()
         }
-        maps.append((title, says, heat(value, label, cells, colour)))
+        maps.append((title, says, heat(value, title, cells, colour)))
     return maps
 
 

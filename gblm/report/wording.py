@@ -82,11 +82,14 @@ class Change:
 
     @property
     def before(self) -> str:
-        return number(self.dense) + error(self.dense_error) + self.metric.unit
+        return self._said(self.dense, self.dense_error)
 
     @property
     def after(self) -> str:
-        return number(self.pruned) + error(self.pruned_error) + self.metric.unit
+        return self._said(self.pruned, self.pruned_error)
+
+    def _said(self, value: float, error: float) -> str:
+        return number(value) + (f" ± {error:.2g}" if error > 0 else "") + self.metric.unit
 
     @property
     def difference(self) -> str:
@@ -171,11 +174,6 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     digits = max(0, 2 - math.floor(math.log10(size))) if size else 0
     return f"{value:.{digits}f}"
-
-
-def error(value: float) -> str:
-    """Return a standard error after its number, nothing where there is none."""
-    return f" ± {value:.2g}" if value > 0 else ""
 
 
 def signed(value: float, digits: int) -> str:

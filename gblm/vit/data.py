@@ -1,7 +1,5 @@
 """Images for calibration and evaluation, as a model of timm wants them."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections import Counter
@@ -73,15 +71,15 @@ class Images(Dataset):
         skipped = f"{self.source.name}: {len(self.broken)} broken and skipped: {broken}"
         return [*self.source.notes, skipped] if broken else [*self.source.notes]
 
-    def order(self, samples: int | None, seed: int = 0) -> list[int]:
+    def order(self, samples: int, seed: int = 0) -> list[int]:
         """Return the indices of all images in the order they are chosen, at least `samples`.
 
         Where there are labels, an image of every class is taken before a second of any; within
         that the order is that of `random.Random(seed)`: fewer samples are the first of more.
         """
-        if samples is not None and samples < 1:
+        if samples < 1:
             raise GblmError(f"samples is {samples}; give 1 or more")
-        if samples is not None and samples > len(self):
+        if samples > len(self):
             raise GblmError(
                 f"{self.source.name}: {len(self)} images there, {samples} asked for; "
                 f"use --samples {len(self)} or less"
@@ -261,13 +259,6 @@ def fitting(model: nn.Module, batch: Batch, source: str) -> None:
 def input_size(model: nn.Module) -> tuple[int, ...]:
     """Return the shape `[c, h, w]` of the images that a model was made for."""
     return tuple(config(model)["input_size"])
-
-
-def scaling(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the mean and the deviation `[c, 1, 1]` by which a model's images are scaled."""
-    options = config(model)
-    mean, std = (torch.tensor(options[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    return mean, std
 
 
 def _transformed(transform: Transform, mode: str, picture: Image.Image) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gblm.base import Batch
 from gblm.report import Example
-from gblm.vit.data import scaling
+from gblm.vit.data import config
 from gblm.walk.blocks import frozen
 
 SHOWN = 8
@@ -25,7 +25,8 @@ class Changed:
 
     def __init__(self, model: nn.Module, batches: Iterable[Batch], source: str) -> None:
         self.batches, self.source = batches, source
-        self.mean, self.std = scaling(model)
+        scaling = config(model)
+        self.mean, self.std = (torch.tensor(scaling[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.names = class_names(int(model.num_classes))  # type: ignore[arg-type]
         self.dense: list[int] = []
 

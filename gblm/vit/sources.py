@@ -1,7 +1,5 @@
 """What a source of images holds: the demo, a folder, a data set of hub or parquet, or an array."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -104,9 +102,9 @@ def _open(source: str, split: str, where: str, classes: int, labelled: bool) -> 
     check_there(path, where, f"{way}, or a data set of the hub")
     if path.is_dir():  # of the hub's tables lie in `data`
         tables = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-        if not tables:
-            return _folder(path, where, classes, labelled)
-        return _table(Rows(tables), where, classes, labelled)
+        if tables:
+            return _table(Rows(tables), where, classes, labelled)
+        return _folder(path, where, classes, labelled)
     if kind in ARRAYS:
         return _arrays(path, where, labelled)
     if kind != ".parquet":

@@ -11,12 +11,10 @@ Every file is written beside its place, forced to the disk and renamed, the jour
 run is cut off, the journal and what it names are whole.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,14 +30,18 @@ from gblm.walk.blocks import Block, parameters, size
 
 Fingerprint = dict[str, Any]
 WAY = "remove its folder"  # out, where a file is damaged
+# What a file says of the sums beside it, in the order of `StoredGradients`.
+SUMS: dict[str, Any] = {"linears": list, "samples": int, "positions": int}
 
 
+@dataclass(eq=False)
 class StoredGradients(Mapping[str, Statistics]):
     """Sums of gradients in a folder, read linear by linear."""
 
-    def __init__(self, folder: Path, linears: list[str], samples: int, positions: int) -> None:
-        self.folder, self.linears = folder, linears
-        self.samples, self.positions = samples, positions
+    folder: Path
+    linears: list[str] = field(default_factory=list)
+    samples: int = 0
+    positions: int = 0
 
     def __getitem__(self, name: str) -> Statistics:
         if name not in self.linears:
@@ -67,16 +69,14 @@ class GradientFolder:
     ) -> None:
         """Open a folder. journal: keep where the sweep is, and go on from there."""
         self.folder, self.settings, self.dtype, self.journal = folder, settings, dtype, journal
-        self.linears: list[str] = []
         self.finished: list[str] = []
-        self.samples = self.positions = 0
+        self.sums = StoredGradients(folder)
         self.sweep = folder / "sweep.json"
         if journal and self.sweep.is_file():
-            kinds: dict[str, Any] = {"settings": dict, "linears": list, "finished": list}
-            found = read_json(self.sweep, **kinds, samples=int, positions=int)
-            if found["settings"] == self._settings():  # else the sweep begins anew
-                self.linears, self.finished = found["linears"], found["finished"]
-                self.samples, self.positions = found["samples"], found["positions"]
+            found = read_json(self.sweep, settings=dict, finished=list, **SUMS)
+            if found["settings"] == as_read(settings):  # else the sweep begins anew
+                self.finished = found["finished"]
+                self.sums = StoredGradients(folder, *(found[name] for name in SUMS))
 
     def has(self, block: Block) -> bool:
         """Say whether the sums of a block are here."""
@@ -93,16 +93,12 @@ class GradientFolder:
 
         on_the_way: the gradients passed on to the blocks before, from which a sweep goes on.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.finished or rank()):
             self.sweep.unlink(missing_ok=True)  # of other settings, whose sums are written over
-        for name, statistics in sums.items():
-            self.linears.append(name)
-            self.samples, self.positions = statistics.samples, statistics.positions
-            tensors = {
-                key: value if self.dtype is None else value.to(self.dtype)
-                for key, value in statistics.sums.items()
-            }
+        for name, one in sums.items():
+            self.sums.linears.append(name)
+            self.sums.samples, self.sums.positions = one.samples, one.positions
+            tensors = {key: value.to(self.dtype or value.dtype) for key, value in one.sums.items()}
             if not rank():  # the sums are the same in all processes
                 write_tensors(_file(self.folder, name), tensors)
         self.finished.append(block.name)
@@ -110,35 +106,16 @@ class GradientFolder:
         if self.journal:
             write_tensors(self._inputs(count), on_the_way)
             wait()  # until all processes have written theirs
-            if not rank():
-                own = {**self._found(), "settings": self._settings(), "finished": self.finished}
-                write_json(self.sweep, own)
-            wait()
+            self._write(self.sweep, settings=as_read(self.settings), finished=self.finished)
             self._inputs(count - 1).unlink(missing_ok=True)
-
-    def _inputs(self, count: int) -> Path:
-        of = f"-of-process-{rank()}" if world() > 1 else ""
-        return self.folder / f"sweep-{count}{of}.safetensors"
-
-    def _settings(self) -> Fingerprint:
-        found: Fingerprint = json.loads(
-            json.dumps({**self.settings, "processes": world()})
-        )  # as read
-        return found
-
-    def _found(self) -> Fingerprint:
-        found: Fingerprint = {"settings": self.settings, "linears": self.linears}
-        return found | {"samples": self.samples, "positions": self.positions}
 
     def finish(self) -> StoredGradients:
         """Write what the folder holds, which makes it whole, and return its sums."""
-        if not rank():
-            write_json(self.folder / "gradients.json", self._found())
-        wait()
+        self._write(self.folder / "gradients.json", settings=self.settings)
         self._inputs(len(self.finished)).unlink(missing_ok=True)
         if not rank():
             self.sweep.unlink(missing_ok=True)
-        return StoredGradients(self.folder, self.linears, self.samples, self.positions)
+        return self.sums
 
     def stored(self, must: bool = False) -> StoredGradients | None:
         """Return the sums of a former run, None where there are none.
@@ -151,7 +128,7 @@ class GradientFolder:
             if must:
                 raise GblmError(f"{self.folder} holds no gradients.json; give a former --work-dir")
             return None
-        found = read_json(path, settings=dict, linears=list, samples=int, positions=int)
+        found = read_json(path, settings=dict, **SUMS)
         theirs = found["settings"]
         if not isinstance(theirs.get("needs"), list):
             raise GblmError(f"{path} names no statistics; remove its folder")
@@ -160,7 +137,17 @@ class GradientFolder:
         if must and theirs["share"] > self.settings["share"]:
             theirs["share"] = self.settings["share"]
         refuse_others(self.folder, theirs, self.settings)
-        return StoredGradients(self.folder, found["linears"], found["samples"], found["positions"])
+        return StoredGradients(self.folder, *(found[name] for name in SUMS))
+
+    def _inputs(self, count: int) -> Path:
+        of = f"-of-process-{rank()}" if world() > 1 else ""
+        return self.folder / f"sweep-{count}{of}.safetensors"
+
+    def _write(self, path: Path, **found: Any) -> None:
+        """Write in process 0 which sums there are, and wait for it in the others."""
+        if not rank():
+            write_json(path, found | {name: getattr(self.sums, name) for name in SUMS})
+        wait()
 
 
 class Journal:
@@ -169,7 +156,7 @@ class Journal:
     def __init__(self, folder: Path, settings: Fingerprint, resume: bool) -> None:
         """Open a folder; raises `GblmError` where it holds another run, or one to be resumed."""
         self.folder, self.path = folder, folder / "journal.json"
-        self.settings = json.loads(json.dumps({**settings, "processes": world()}))  # as read
+        self.settings = as_read(settings)
         self.finished: list[str] = []
         self.entries: list[dict[str, Any]] = []
         self.report: Report | None = None
@@ -213,15 +200,20 @@ class Journal:
     def finish(self, block: Block) -> None:
         """Write a block, and last the journal that names it."""
         assert self.report is not None
+        self.finished.append(block.name)
         if not rank():
             own = {name: value.detach() for name, value in block.module.named_parameters()}
             write_tensors(_file(self.folder, block.name), own)
-        self.finished.append(block.name)
-        if not rank():
             linears = [asdict(entry) for entry in self.report.linears]
             found = {"settings": self.settings, "finished": self.finished, "linears": linears}
             write_json(self.path, found)
         wait()
+
+
+def as_read(settings: Fingerprint) -> Fingerprint:
+    """Return settings as JSON gives them back, with the number of processes."""
+    found: Fingerprint = json.loads(json.dumps({**settings, "processes": world()}))
+    return found
 
 
 def fingerprint(model: nn.Module, batch: Batch, blocks: list[Block]) -> Fingerprint:

@@ -37,7 +37,11 @@ def text(split: str) -> str:
     one_of(split, ("calibration", "evaluation"), "split")
     library = Path(sysconfig.get_paths()["stdlib"])
     held_out = split == "evaluation"
-    files = [path for path in sources(library) if is_held_out(path, library) == held_out]
+    files = [
+        path
+        for path in sources(library)
+        if bool(HELD_OUT.fullmatch(path.relative_to(library).parts[0])) == held_out
+    ]
     if not files:
         raise GblmError(
             f"the demo's text is the source of Python's standard library, but {library} holds no "
@@ -56,8 +60,3 @@ def sources(folder: Path) -> Iterator[Path]:
             yield from sources(path)
         elif path.suffix == ".py":
             yield path
-
-
-def is_held_out(path: Path, library: Path) -> bool:
-    """Tell whether a source belongs to a held-out module or package."""
-    return bool(HELD_OUT.fullmatch(path.relative_to(library).parts[0]))
