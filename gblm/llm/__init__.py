@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-MODULES = ("adapters", "data", "evaluate", "examples", "models", "zero_shot")
+MODULES = ("adapters", "data", "evaluate", "examples", "heads", "models", "pairs", "zero_shot")
 PLACES = {
     "calibration": "data",
     "evaluation": "data",

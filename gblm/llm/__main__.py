@@ -1,18 +1,19 @@
 """`python -m gblm.llm`: prune a causal language model, compare methods, save the result."""
 
+import logging
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 
 from gblm import llm
-from gblm.base import GblmError
+from gblm.base import Batch, GblmError
 from gblm.command import side
 from gblm.command.job import Bars, Opened
 from gblm.command.settings import CALIBRATION, EVALUATION, NUMBER, PATH, SEVERAL, WHAT, Settings
@@ -20,6 +21,9 @@ from gblm.llm import demo
 from gblm.llm.sources import SOURCES
 from gblm.report import Evaluation, Examples, clock
 from gblm.report.wording import short
+from gblm.walk.blocks import size
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
@@ -48,14 +52,20 @@ class LanguageSettings(Settings):
     """their items, TASK_….jsonl [from the hub]"""
     task_limit: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
     """the first items of each task alone"""
+    exact_match: Annotated[bool, EVALUATION()] = False
+    """answers given word by word, of pairs of pictures and text"""
 
 
 @dataclass(kw_only=True)
 class Language(Opened):
-    """A language model with its tokenizer, its windows by data set and its zero-shot tasks."""
+    """A language model with its tokenizer, its windows by data set and its zero-shot tasks.
+
+    tokenizer: a processor for a model that sees; pairs: by data set, those to be answered.
+    """
 
     tokenizer: Any
-    sets: dict[str, Tensor]
+    sets: dict[str, Batch]
+    pairs: dict[str, list[Any]] = field(default_factory=dict)
     tasks: Any = None
 
     def evaluate(self, bars: Bars) -> Evaluation:
@@ -64,25 +74,29 @@ class Language(Opened):
         for name, windows in self.sets.items():
             perplexity = llm.evaluate.perplexity(self.model, windows, progress=bar)
             metrics[name] = {"perplexity": perplexity}
+            if own := self.pairs.get(name):
+                answered = llm.pairs.exact_match(self.model, own, self.tokenizer, progress=bar)
+                metrics[name]["exact_match"] = answered
         if self.tasks:
             inputs, bar = (self.model, self.tokenizer, self.tasks), partial(bars, "zero-shot")
             metrics |= llm.zero_shot.entries(llm.zero_shot.accuracy(*inputs, progress=bar))
         return metrics
 
     def evaluated(self) -> tuple[int, int]:
-        length = self.batch["input_ids"].shape[1]
-        return sum(map(len, self.sets.values())), max(1, llm.evaluate.POSITIONS // length)
+        length = llm.models.length_of(self.batch)
+        return sum(map(size, self.sets.values())), max(1, llm.evaluate.POSITIONS // length)
 
     def save(self, folder: Path) -> None:
         llm.models.save(self.model, self.tokenizer, folder, like=self.settings.model)
 
     def loading(self, folder: Path) -> str:
-        return llm.models.loading(folder)
+        return llm.models.loading(folder, self.model.config)
 
-    def examples(self) -> Examples:
-        calibration = (self.settings.calibration, self.batch["input_ids"])
-        source, windows = next(iter(self.sets.items()), calibration)
-        return llm.examples.Continuations(self.tokenizer, windows, short(source))
+    def examples(self) -> Examples | None:
+        if llm.heads.head(self.model.config) != llm.heads.CAUSAL:
+            return None
+        source, batch = next(iter(self.sets.items()), (self.settings.calibration, self.batch))
+        return llm.examples.Continuations(self.tokenizer, batch["input_ids"], short(source))
 
 
 def load(
@@ -97,12 +111,13 @@ def load(
             checkpoint(settings), settings.offload, scratch, device, settings.dtype
         )
     side.check_folders(settings, model)
-    samples, length = data["batch"]["input_ids"].shape
+    count, length = size(data["batch"]), llm.models.length_of(data["batch"])
+    what = "pairs" if "pixel_values" in data["batch"] else f"windows of {length} tokens"
     return Language(
-        settings=replace(settings, length=length),
+        settings=replace(settings, length=length) if what != "pairs" else settings,
         model=model,
         adapter=llm.adapters.adapter(model),
-        calibration=f"{samples} windows of {length} tokens from {settings.calibration}",
+        calibration=f"{count} {what} from {settings.calibration}",
         offload=offload,
         tasks=tasks,
         **data,
@@ -128,13 +143,45 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     """Return the config, and what a `Language` has beside its model, by name."""
     llm.models.silence()
     config, tokenizer = llm.models.load_tokenizer(settings.model, settings.trust_remote_code)
-    size = {"samples": settings.samples, "length": settings.length, "seed": settings.seed}
-    batch = llm.models.windows(settings.calibration, config, tokenizer, **size)
-    sets, length = {}, batch["input_ids"].shape[1]
+    if hasattr(config, "vision_config"):
+        tokenizer = checkpoint(settings).processor()
+    batch = samples(settings, settings.calibration, config, tokenizer)
+    sets, pairs = {}, {}
     for source in settings.evaluate:
-        sets[source] = llm.data.evaluation(source, tokenizer, length, settings.evaluate_windows)
-        llm.data.check_ids(sets[source], llm.models.vocabulary(config), source)
-    return config, {"batch": batch, "sets": sets, "tokenizer": tokenizer}
+        if llm.pairs.is_pairs(source):
+            own = llm.pairs.read(source)[: settings.evaluate_windows]
+            sets[source] = llm.pairs.batch(own, tokenizer)
+            if settings.exact_match:
+                pairs[source] = [pair for pair in own if pair.answer]
+            continue
+        words, length = getattr(tokenizer, "tokenizer", tokenizer), settings.length
+        length = llm.models.window_length(config, length or llm.models.length_of(batch))
+        ids = llm.data.evaluation(source, words, length, settings.evaluate_windows)
+        llm.data.check_ids(ids, llm.models.vocabulary(config), source)
+        sets[source] = llm.heads.samples_of(ids, config, words, settings.seed)
+    if settings.exact_match and not pairs:
+        raise GblmError("--exact-match goes with --evaluate PAIRS.jsonl that holds answers")
+    return config, {"batch": batch, "sets": sets, "pairs": pairs, "tokenizer": tokenizer}
+
+
+def samples(settings: LanguageSettings, source: str, config: Any, tokenizer: Any) -> Batch:
+    """Return the calibration samples of a source: pairs of pictures and text, or windows."""
+    if llm.pairs.is_pairs(source):
+        if not hasattr(config, "vision_config"):
+            raise GblmError(f"{source} holds pictures, which {settings.model} does not see")
+        found = llm.pairs.read(source)
+        if len(found) < settings.samples:
+            raise GblmError(
+                f"{source} holds {len(found)} pairs, {settings.samples} asked for; "
+                f"use --samples {len(found)} or less"
+            )
+        drawn = random.Random(settings.seed).sample(found, settings.samples)
+        return llm.pairs.batch(drawn, tokenizer)
+    if hasattr(config, "vision_config"):
+        log.warning("calibration on text alone: what sees the pictures stays dense")
+    size_of = {"samples": settings.samples, "length": settings.length, "seed": settings.seed}
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    return llm.models.windows(source, config, words, **size_of)
 
 
 def checkpoint(settings: LanguageSettings) -> Any:

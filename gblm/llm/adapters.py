@@ -150,7 +150,7 @@ def trunk(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     hooks += [end.register_forward_hook(leave) for end in ends]
     with hooked(hooks):
         try:
-            model(**_inputs(model, batch))
+            model(**inputs_of(model, batch))
         except _Reached as reached:
             return reached.hidden
     raise GblmError(f"{type(model).__name__} does not run its base model; pass an Adapter")
@@ -166,7 +166,7 @@ def loss(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
     encoder = model.get_encoder()  # type: ignore[operator]
     below = _ends(model) + [encoder] * (encoder is not model)
     with _replay(below, hidden):
-        output = model(**_inputs(model, batch))
+        output = model(**inputs_of(model, batch))
     logits = output.logits if hasattr(output, "logits") else output.prediction_logits
     return losses(model, logits, batch)
 
@@ -208,7 +208,7 @@ def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.sum(dim=1) / counts
 
 
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return what the model takes of a batch; ids of any whole number, as torch's embedding not.
 
     Patches of pictures stand one after the other where a model counts them by `image_grid_thw`.

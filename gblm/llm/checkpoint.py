@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,9 +21,9 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from gblm.base import GblmError, explained
+from gblm.llm.heads import auto_class
 from gblm.machine.files import INDEX, read_tensors, tensor_shapes, write_shards
 
-AUTO: Any = AutoModelForCausalLM
 SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")  # a file, and no way to one
 ONE_MODEL = "give the config and the weights of one model"
 # By a word of what transformers says: what is wrong, its own text for "", and the way out.
@@ -87,10 +87,17 @@ class Checkpoint:
             tokenizer("a", verbose=False)  # some values of its config are only looked at now
             return tokenizer
 
+    def processor(self) -> Any:
+        """Return its processor of pictures and text."""
+        with self._explained():
+            return AutoProcessor.from_pretrained(
+                self.name, trust_remote_code=self.trust_remote_code
+            )
+
     def model(self, dtype: torch.dtype | str) -> tuple[Any, dict[str, Any]]:
         """Return the model in main memory, and which of its weights were missing or others."""
         with self._explained():
-            return AUTO.from_pretrained(
+            return auto_class(self.config()).from_pretrained(
                 self.name,
                 dtype=dtype,
                 use_safetensors=None if self.allow_pickle else True,
@@ -102,7 +109,8 @@ class Checkpoint:
         """Return the model by its config alone, in evaluation mode."""
         trust = self.trust_remote_code
         with self._explained():
-            return AUTO.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
+            auto = auto_class(config)
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
 
     def files(self) -> dict[str, Path]:
         """Return the local file of every tensor, empty where there are no safetensors."""

@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model, as published."""
+"""Perplexity of a language model, as published."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gblm.llm.adapters import window_loss
+from gblm.base import Batch
+from gblm.llm.adapters import inputs_of, losses, unpad
 from gblm.llm.models import vocabulary
 from gblm.machine import processes
 from gblm.machine.device import BatchSize
+from gblm.walk.blocks import size, take, to_device
 
 POSITIONS = 4096  # of a batch of windows, at most
 LOGITS = 2**25  # about so many of them
@@ -17,27 +19,35 @@ LOGITS = 2**25  # about so many of them
 
 def perplexity(
     model: PreTrainedModel,
-    windows: Tensor,
+    windows: Tensor | Batch,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Return exp of the mean, over windows, of the mean loss over a window's t − 1 targets.
+    """Return exp of the mean, over windows, of the mean loss over a window's targets.
 
-    windows: token ids `[n, t]`. Source: the published code of GBLM (arXiv 2311.04902).
+    windows: token ids `[n, t]`, each with t − 1 targets, or samples with `labels` of their own: the
+    continuation of an encoder-decoder, the masked tokens of a masked model, an answer. Source: the
+    published code of GBLM (arXiv 2311.04902).
     """
+    batch = {"input_ids": windows} if isinstance(windows, Tensor) else windows
+    total = size(batch)
 
     def run(step: int) -> list[Tensor]:
-        losses, done = [], 0
-        for ids in windows.to(model.device).split(step):
-            losses.append(window_loss(model(input_ids=ids, use_cache=False).logits, ids))
-            progress(done := done + len(ids), len(windows))
-        return losses
+        found, done = [], 0
+        for some in unpad(batch) or [
+            take(batch, slice(i, i + step)) for i in range(0, total, step)
+        ]:
+            some = to_device(some, model.device)
+            found.append(losses(model, model(**inputs_of(model, some)).logits, some))
+            progress(done := done + size(some), total)
+        return found
 
-    if len(windows) >= processes.world():
-        windows = processes.share({"windows": windows})["windows"]
+    if total >= processes.world():
+        batch = processes.share(batch)
+        total = size(batch)
     most = min(POSITIONS, LOGITS // vocabulary(model.config))
-    step = max(1, min(len(windows), most // windows.shape[1]))
+    step = max(1, min(total, most // batch["input_ids"].shape[1]))
     with torch.no_grad():
-        losses = torch.cat(BatchSize(step, auto=True).run(run)).cpu()
-    losses = torch.cat(processes.gathered(losses))
-    return losses.double().mean().exp().item()
+        mean = torch.cat(BatchSize(step, auto=True).run(run)).cpu()
+    mean = torch.cat(processes.gathered(mean))
+    return mean.double().mean().exp().item()

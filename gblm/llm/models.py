@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -15,6 +16,7 @@ from gblm.base import Batch, GblmError
 from gblm.llm import data
 from gblm.llm.adapters import blocks
 from gblm.llm.checkpoint import ONE_MODEL, Checkpoint, reshard
+from gblm.llm.heads import CLASS, head, samples_of
 from gblm.machine.device import find_device, find_dtype
 from gblm.machine.files import check_depth, tensor_shapes, write_shards, written_into
 from gblm.machine.offload import (
@@ -164,31 +166,40 @@ def windows(
     length: int | None = None,
     seed: int = 0,
 ) -> Batch:
-    """Return the calibration batch `{"input_ids": [samples, length]}` for a model's config.
+    """Return the calibration batch for a model's config: `input_ids [samples, length]`, ….
+
+    See `heads.samples_of` for what models that are not causal are given beside.
 
     See `gblm.llm.data.calibration` for the sources. length: min(2048, what the model can take)
     where None. Raises `GblmError` where the source has too little, or ids the model does not know.
     """
     ids = data.calibration(source, tokenizer, samples, window_length(config, length), seed)
     data.check_ids(ids, vocabulary(config), source)
-    return {"input_ids": ids}
+    return samples_of(ids, config, tokenizer, seed)
 
 
-def loading(folder: Path) -> str:
+def length_of(batch: Batch) -> int:
+    """Return the tokens of a sample, those of its target among them."""
+    target = batch["labels"].shape[1] if "decoder_input_ids" in batch else 0
+    return batch["input_ids"].shape[1] + target
+
+
+def loading(folder: Path, config: PreTrainedConfig) -> str:
     """Return the Python that loads a saved model."""
+    auto, other = CLASS[head(config)][0], "tokenizer"
+    if hasattr(config, "vision_config"):
+        other = "processor"
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
+        f"from transformers import {auto}, Auto{other.title()}\n\n"
+        f"model = {auto}.from_pretrained({str(folder)!r})\n"
+        f"{other} = Auto{other.title()}.from_pretrained({str(folder)!r})"
     )
 
 
-def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, like: str
-) -> None:
+def save(model: PreTrainedModel, tokenizer: Any, folder: Path | str, like: str) -> None:
     """Save a model into a folder, with tokenizer, generation config, dtype and shards of `like`.
 
-    `like` is the folder or the hub name the model was loaded from.
+    `like` is the folder or the hub name the model was loaded from; tokenizer may be a processor.
     """
     offload, checkpoint = offload_of(model), Checkpoint(like)
     former = checkpoint.shards()

@@ -45,6 +45,9 @@ METRICS = {
         "The mean negative logarithm of the probability of the correct class, in nats.",
         -1,
     ),
+    "exact_match": Metric(
+        "exact match", "The share of answers that are right word by word.", 1, PERCENT
+    ),
     "acc": Metric("accuracy", "The share of questions answered correctly.", 1, PERCENT, 100),
     "acc_norm": Metric(
         "normalised accuracy",

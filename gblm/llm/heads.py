@@ -1,0 +1,84 @@
+"""What a model of transformers is for: its class, its samples, and how well it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto as auto
+
+from gblm.base import Batch, GblmError
+
+CAUSAL, PICTURES, TARGET, MASKED, CLASSES, TOKENS = (
+    "causal",
+    "pictures",
+    "target",
+    "masked",
+    "classes",
+    "tokens",
+)
+MASKED_SHARE = 0.15  # of the tokens of a window, as published (arXiv 1810.04805)
+
+# The Auto class of each head, and the classes of the families that have it.
+CLASS: dict[str, tuple[str, Any]] = {
+    CAUSAL: ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    PICTURES: ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    TARGET: ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    MASKED: ("AutoModelForMaskedLM", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    CLASSES: (
+        "AutoModelForSequenceClassification",
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    TOKENS: ("AutoModelForTokenClassification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+}
+
+
+def head(config: PreTrainedConfig) -> str:
+    """Return what a model is for, by the class that its config names; causal where none does."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    sees = hasattr(config, "vision_config")
+    for kind in (PICTURES, CAUSAL, *CLASS) if sees else CLASS:
+        classes = CLASS[kind][1].values()
+        if any(named in (own if isinstance(own, tuple) else (own,)) for own in classes):
+            return kind
+    return CAUSAL
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class of transformers that loads a model of this config."""
+    return getattr(transformers, CLASS[head(config)][0])
+
+
+def samples_of(ids: Tensor, config: PreTrainedConfig, tokenizer: Any, seed: int = 0) -> Batch:
+    """Return windows `[n, t]` as a model of this config takes them, with `labels`.
+
+    An encoder-decoder is given the first half of a window, its target is the second. Of a masked
+    model 15 % of the tokens are masked, drawn by the seed, and are its targets. A causal model's
+    targets are the windows themselves, a classifier's what it says of them.
+
+    Raises `GblmError` where the model has no token for that.
+    """
+    kind = head(config)
+    if kind == TARGET:
+        half = ids.shape[1] // 2
+        labels = ids[:, half:]
+        start = getattr(config, "decoder_start_token_id", None)
+        first = start if start is not None else config.pad_token_id
+        if first is None:
+            raise GblmError("config.json has no decoder_start_token_id; add it")
+        shifted = torch.cat([torch.full_like(labels[:, :1], first), labels[:, :-1]], dim=1)
+        return {"input_ids": ids[:, :half], "decoder_input_ids": shifted, "labels": labels}
+    if kind == MASKED:
+        if tokenizer.mask_token_id is None:
+            raise GblmError("the tokenizer has no mask token, which a masked model needs; add one")
+        draw = torch.Generator().manual_seed(seed)
+        masked = torch.rand(ids.shape, generator=draw) < MASKED_SHARE
+        masked[:, ids.shape[1] // 2] |= ~masked.any(dim=1)
+        return {
+            "input_ids": ids.masked_fill(masked, tokenizer.mask_token_id),
+            "labels": ids.masked_fill(~masked, -100),
+        }
+    return {"input_ids": ids}
