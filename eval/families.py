@@ -12,6 +12,7 @@ import argparse
 import gc
 import inspect
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ import gblm
 from gblm import methods
 
 VOCABULARY, LENGTH, SAMPLES, IMAGE = 128, 16, 4, 32
+SECONDS = 120  # for one method, at most
 
 TASKS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -44,7 +46,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embed_dim"), 32),
     **dict.fromkeys(("embedding_size", "lru_width", "rnn_hidden_size", "dim_model"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dim_ff", "n_inner"), 64),
+    **dict.fromkeys(("hidden_dim", "ffn_size"), 64),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "d_inner"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("expert_ffn_hidden_size", "shared_intermediate_size"), 32),
@@ -224,9 +227,14 @@ def pictures(model: Any, ids: Tensor, draw: torch.Generator) -> dict[str, Tensor
     return more
 
 
+def too_long(signum: int, frame: Any) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
 def examine(task: str, family: str, names: list[str], patterns: list[str]) -> Result:
     """Prune a family by every method and pattern, and load it again."""
     result, start = Result(task, family), time.perf_counter()
+    signal.signal(signal.SIGALRM, too_long)
     try:
         model = build(task, family)
         batch = batch_of(task, model)
@@ -238,6 +246,7 @@ def examine(task: str, family: str, names: list[str], patterns: list[str]) -> Re
     for name in names:
         for pattern in patterns:
             try:
+                signal.alarm(SECONDS)
                 model.load_state_dict(state)
                 report = gblm.prune(model, batch, methods.make(name), pattern)
                 result.share = report.weights / max(1, report.block_weights)
@@ -247,6 +256,8 @@ def examine(task: str, family: str, names: list[str], patterns: list[str]) -> Re
             except Exception as error:
                 own = isinstance(error, gblm.GblmError)
                 result.errors[f"{name} {pattern}"] = ("" if own else "TRACEBACK ") + reason(error)
+            finally:
+                signal.alarm(0)
     result.seconds = time.perf_counter() - start
     return result
 

@@ -40,7 +40,7 @@ from gblm.command.settings import listed
 from gblm.command.side import guarded
 from gblm.maths import patterns, stats
 from gblm.walk.blocks import Linear
-from gblm.walk.prune import check
+from gblm.walk.prune import unfit
 
 Structure = tuple[float, float]  # of the columns of a mask, and of its rows
 
@@ -203,7 +203,7 @@ def collect(
     pattern = patterns.parse(args.mask_pattern)
     draw = quality.prepare(quality.OPEN[args.side](args), 0, needs)
     blocks = draw.walk.blocks
-    check(blocks, Method(MASKS, ()), pattern)
+    unfit(blocks, Method(MASKS, ()), pattern)
     every = [linear.name for block in blocks for linear in block.linears]
     middle = blocks[len(blocks) // 2].linears[0].name
     name = one_of(args.linear, every, "linear") if args.linear else middle

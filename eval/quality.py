@@ -40,7 +40,7 @@ from gblm.methods import METHODS, make
 from gblm.walk.blocks import Linear
 from gblm.walk.gradients import Gradients, sweep
 from gblm.walk.inputs import with_gradients
-from gblm.walk.prune import Pruning, check, needed
+from gblm.walk.prune import Pruning, needed, unfit
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
@@ -266,7 +266,7 @@ def prepare_all(bench: Bench, seed: int, runs: list[Run]) -> Draw:
     sums = (needed(run.method, run.pattern) for run in runs if run.method.share == 1)
     draw = prepare(bench, seed, frozenset().union(*sums))
     for run in runs:
-        check(draw.walk.blocks, run.method, run.pattern)
+        unfit(draw.walk.blocks, run.method, run.pattern)
     return draw
 
 

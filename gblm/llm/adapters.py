@@ -244,7 +244,7 @@ def _ends(model: nn.Module) -> list[nn.Module]:
 def _hidden(output: Any) -> dict[str, Tensor]:
     if isinstance(output, Tensor | tuple | list):
         return {"last_hidden_state": output if isinstance(output, Tensor) else output[0]}
-    names = ("last_hidden_state", "pooler_output")
+    names = ("last_hidden_state", "logits", "pooler_output")
     return {name: x for name in names if isinstance(x := getattr(output, name, None), Tensor)}
 
 

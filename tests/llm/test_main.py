@@ -38,6 +38,7 @@ FLAGS = [
     "--dtype",
     "--evaluate",
     "--evaluate-windows",
+    "--exact-match",
     "--exclude",
     "--gradient-dtype",
     "--gradients",
