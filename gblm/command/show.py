@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -104,6 +104,7 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
         cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
         table.add_row(*name, *values, f"{cost:.1f}")
     console().print(table)
+    print("\n".join(pruned_part(reports[0])))
     if len(reports) == 1:
         worst = sorted(reports[0].linears, key=lambda linear: -linear.relative_error)[:3]
         named = ", ".join(f"{linear.name} {linear.relative_error:.1%}" for linear in worst)
@@ -116,6 +117,18 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
         print(f"written to {settings.output}")
     if settings.report:
         print(f"report in {settings.report / 'report.html'}")
+
+
+def pruned_part(report: Report) -> Iterator[str]:
+    """Yield which part of the model was pruned, and what was pruned otherwise or not at all."""
+    whole, inside = (report.weights / max(1, n) for n in (report.parameters, report.block_weights))
+    yield f"sparsity is of {whole:.0%} of the model's weights, {inside:.0%} of those in its blocks"
+    reasons = Counter(reason for reason in report.dense.values() if inside < 0.995)
+    for reason, count in reasons.most_common(3):
+        name = next(name for name, own in report.dense.items() if own == reason)
+        yield f"dense: {name}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
+    if few := [linear for linear in report.linears if linear.note]:
+        yield f"{few[0].name}{f' and {len(few) - 1} more' if few[1:] else ''}: {few[0].note}"
 
 
 def shown(entry: dict[str, Any], when: str) -> str:
