@@ -30,6 +30,7 @@ from transformers.models.auto import modeling_auto
 
 import gblm
 from gblm import methods
+from gblm.walk.survey import find_adapter
 
 VOCABULARY, LENGTH, SAMPLES, IMAGE = 128, 16, 4, 32
 SECONDS = 120  # for one method, at most
@@ -238,6 +239,8 @@ def examine(task: str, family: str, names: list[str], patterns: list[str]) -> Re
     try:
         model = build(task, family)
         batch = batch_of(task, model)
+        with torch.no_grad():
+            find_adapter(model).trunk(model, batch)  # whether it runs at all
     except Exception as error:
         result.built = reason(error)
         return result
