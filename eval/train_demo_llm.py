@@ -9,14 +9,14 @@ threads lose most of their time waiting for each other.
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from training import train
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from gblm.llm import demo
@@ -26,7 +26,6 @@ VOCABULARY = 2048
 CONTEXT = 256  # tokens in a window
 BATCH = 8  # windows in a step; few, for in so short a training steps count for more
 PEAK_RATE = 5e-3
-WARMUP = 100  # steps in which the rate rises to its peak; then it falls, linearly, to 0
 THREADS = 2
 
 
@@ -72,37 +71,20 @@ def small_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def window_loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
+def window_loss(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Return the mean loss over windows `[n, t]`, each with t - 1 targets."""
     logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def train(model: LlamaForCausalLM, tokens: Tensor, steps: int, seed: int) -> None:
-    """Train on random windows of the tokens: AdamW, a linear warmup, a linear fall to 0."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
-    start, losses = time.monotonic(), []
-    for step in range(1, steps + 1):
-        rate = PEAK_RATE * min(step / WARMUP, (steps - step + 1) / max(1, steps - WARMUP))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        starts = torch.randint(len(tokens) - CONTEXT + 1, (BATCH, 1), generator=generator)
-        loss = window_loss(model, tokens[starts + torch.arange(CONTEXT)])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step % 100 == 0:
-            minutes, mean = (time.monotonic() - start) / 60, sum(losses[-100:]) / 100
-            print(f"{minutes:5.1f} min  step {step}/{steps}  loss {mean:.3f}", flush=True)
+def random_windows(tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a step's windows `[BATCH, CONTEXT]`, each from anywhere in the tokens."""
+    starts = torch.randint(len(tokens) - CONTEXT + 1, (BATCH, 1), generator=generator)
+    return tokens[starts + torch.arange(CONTEXT)]
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, tokens: Tensor) -> float:
+def perplexity(model: PreTrainedModel, tokens: Tensor) -> float:
     """Return exp of the mean loss over the windows of the tokens, the rest left out."""
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     losses = [window_loss(model, part) * len(part) for part in windows.split(BATCH)]
@@ -131,7 +113,13 @@ def main() -> None:
     model = small_llama()
     epochs = args.steps * BATCH * CONTEXT / len(train_tokens)
     print(f"{model.num_parameters():,} weights, {args.steps} steps, {epochs:.1f} times the text")
-    train(model, train_tokens, args.steps, args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    train(
+        model,
+        lambda: window_loss(model, random_windows(train_tokens, generator)),
+        args.steps,
+        PEAK_RATE,
+    )
     model.eval()
     print(f"held-out perplexity   {perplexity(model, held_out):.3f}")
 
