@@ -103,6 +103,8 @@ def small(config: Any) -> dict[str, Any]:
         private = isinstance(getattr(type(config), name_of, None), property)
         if name in known and not private and not isinstance(known[name], list | tuple):
             options[name] = value
+    if "kv_lora_rank" in known:  # every head has keys of its own
+        options["num_key_value_heads"] = SIZES["num_attention_heads"]
     for name, value in known.items():
         if name in getattr(config, "sub_configs", {}) and isinstance(value, dict):
             options[name] = small(getattr(config, name))

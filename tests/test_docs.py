@@ -5,6 +5,7 @@ run. The blocks of a page are run in their order in one folder, as a reader has 
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -17,10 +18,13 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
-from transformers import AutoTokenizer
+from PIL import Image
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gblm.command.settings import parse
 from gblm.llm.__main__ import SIDE as LLM
@@ -43,6 +47,8 @@ def named(page: Path) -> str:
 STAND_INS = {
     "meta-llama/Llama-2-7b-hf": "tiny-llama",
     "meta-llama/Llama-2-70b-hf": "tiny-llama",
+    "Qwen/Qwen3-30B-A3B": "tiny-moe",
+    "llava-hf/llava-1.5-7b-hf": "tiny-llava",
     "vit_base_patch16_224": "tiny-vit",
     "c4": "notes.txt",
     "wikitext2": "notes.txt",
@@ -108,6 +114,7 @@ def _methods_of_a_page_go_with_it() -> Iterator[None]:
 @pytest.fixture
 def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     """The folder of a reader: models, texts, images and tasks, all of them small."""
+    monkeypatch.syspath_prepend(str(ROOT / "eval"))
     llama = Path(llm[llm.index("--model") + 1])
     images = Path(vit[vit.index("--calibration") + 1])
     links = {
@@ -121,17 +128,50 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     shutil.copytree(llama, tmp_path / "tiny-llama")
     tokenizer = AutoTokenizer.from_pretrained(llama, eos_token="Ā")  # zero-shot prompts begin so
     tokenizer.save_pretrained(tmp_path / "tiny-llama")
+    save_moe(tmp_path / "tiny-moe", tokenizer)
+    save_llava(tmp_path / "tiny-llava", tmp_path)
     (tmp_path / "tasks").mkdir()
     for task, item in TASKS.items():
         (tmp_path / "tasks" / f"{task}_validation.jsonl").write_text(json.dumps(item) + "\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "eval"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing from elsewhere
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     return tmp_path
+
+
+def save_moe(folder: Path, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_llava(folder: Path, pairs: Path) -> None:
+    """Save a model that sees, and pairs of pictures and text."""
+    train_demo_vlm = importlib.import_module("train_demo_vlm")
+    torch.manual_seed(0)
+    tokenizer = train_demo_vlm.word_tokenizer()
+    train_demo_vlm.tiny_llava(tokenizer).save_pretrained(folder)
+    train_demo_vlm.digits_processor().save_pretrained(folder)
+    (pairs / "shown").mkdir()
+    lines = []
+    for i in range(8):
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(pairs / "shown" / f"{i}.png")
+        lines.append({"image": f"shown/{i}.png", "text": "which digit is it?", "answer": str(i)})
+    (pairs / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 # What a page holds.
