@@ -47,7 +47,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embed_dim"), 32),
     **dict.fromkeys(("embedding_size", "lru_width", "rnn_hidden_size", "dim_model"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dim_ff", "n_inner"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dff", "dim_ff", "n_inner"), 64),
     **dict.fromkeys(("hidden_dim", "ffn_size"), 64),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "d_inner"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
@@ -130,7 +130,8 @@ def build(task: str, family: str) -> nn.Module:
     name = TASKS[task][family]
     name = name[0] if isinstance(name, tuple) else name
     model = getattr(transformers, name)(config).eval()
-    if sum(own.numel() for own in model.parameters()) > 3e6:
+    sizes = [own.numel() for own in model.parameters()]
+    if sum(sizes) > 3e6 or max(sizes) > 5e5:
         raise ValueError("its sizes have names that are not known here")
     with torch.no_grad():
         for own in model.parameters():
