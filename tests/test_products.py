@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 import gblm
 from gblm import methods
+from gblm.maths.patterns import parse
+from gblm.methods.solve import Solve
+from gblm.walk.blocks import choose
+from gblm.walk.prune import unfit
 from gblm.walk.survey import survey
 
 WIDE, HIDDEN, EXPERTS, SAMPLES, LENGTH = 8, 16, 3, 6, 5
@@ -199,3 +203,63 @@ def test_the_masks_are_those_of_linear_layers(pair, method, pattern):
             weight = found[f"layers.{i}.{part}"]
             assert torch.equal(weight == 0, linear.weight == 0), (i, part)
             torch.testing.assert_close(weight, linear.weight.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_an_expert_with_few_inputs_is_pruned_by_magnitude_and_says_so():
+    model = Model(Functional)
+    dense = {name: weight.clone() for name, weight in matrices(model).items()}
+    report = gblm.prune(model, batch(), methods.wanda(), "0.5", adapter=ADAPTER, micro_batch=1)
+    rows = {linear.name: linear for linear in report.linears}
+    none = rows["layers.0.routed[2]"]
+    assert (none.positions, none.note) == (0, "by magnitude, for it has 0 inputs")
+    weight = dense["layers.0.routed[2]"].abs()
+    highest = weight >= weight.sort(dim=1).values[:, WIDE // 2 :][:, :1]
+    assert torch.equal(matrices(model)["layers.0.routed[2]"] != 0, highest)
+    assert rows["layers.0.batched[0]"].positions == SAMPLES * LENGTH
+    assert not rows["layers.0.batched[0]"].note
+
+
+class Narrow(nn.Module):
+    """A block of a wide matrix and a small one, whose inputs 4 does not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(WIDE, 64), nn.Linear(64, WIDE)
+        self.small = nn.Linear(3, WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.back(self.wide(x).tanh()) + self.small(x[..., :3])
+
+
+def test_a_small_matrix_that_n_of_m_does_not_fit_stays_dense():
+    model = Model(Narrow)
+    report = gblm.prune(model, batch(), methods.gblm(), "2:4", adapter=ADAPTER)
+    assert len(report.linears) == 4
+    assert report.dense["layers.0.small"].startswith("2:4: in=3 is not divisible by 4")
+    assert (model.layers[0].small.weight != 0).all()
+    assert report.weights < report.block_weights
+
+
+def test_one_that_the_user_has_named_is_refused():
+    blocks = survey(Model(Narrow), batch(), ADAPTER)
+    choose(blocks, ["*.small", "*.wide"], [])
+    with pytest.raises(gblm.GblmError, match=r"layers\.0\.small \[8, 3\].*not divisible by 4"):
+        unfit(blocks, methods.gblm(), parse("2:4"))
+
+
+def test_an_expert_can_be_chosen_by_its_name():
+    blocks = survey(Model(Functional), batch(), ADAPTER)
+    choose(blocks, ["layers.0.routed[1]", "*.batched*"], ["layers.1.*"])
+    left = [linear.name for block in blocks for linear in block.linears]
+    assert left == [*(f"layers.0.batched[{i}]" for i in range(EXPERTS)), "layers.0.routed[1]"]
+
+
+def test_what_holds_a_nan_is_named_by_the_expert():
+    def solve(weight: Tensor, statistics: gblm.Statistics, pattern: gblm.Pattern):
+        keep = pattern.keep(weight.abs())
+        return weight * (torch.nan if next(failures) else 1), keep
+
+    failures = iter([0] * 3 + [0, 0, 0, 1] + [0] * 99)
+    method = gblm.Method("own", (Solve("own", frozenset({"input_sq"}), solve),))
+    with pytest.raises(gblm.GblmError, match=r"layers\.0\.batched\[0\] \[8, 8\], own.*NaN"):
+        gblm.prune(Model(Functional), batch(), method, "0.5", adapter=ADAPTER, micro_batch=1)
