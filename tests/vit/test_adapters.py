@@ -177,11 +177,16 @@ def test_gradients_are_those_of_each_sample(name: str) -> None:
         torch.testing.assert_close(found[key]["grad_abs"], total, rtol=1e-3, atol=1e-5 * scale)
 
 
+QUICK = ("wanda", "gblm", "best")
+OTHERS = tuple(method for method in METHODS if method not in QUICK)
+
+
 @pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_method_prunes_all_linears_of_the_blocks(name: str) -> None:
+def test_every_method_prunes_all_linears_of_the_blocks(name: str, names: tuple[str, ...]) -> None:
     batch = batch_of(name)
-    for method in METHODS:
+    for method in names:
         options = {"allocation": None, "refine": 0.5} if method == "best" else {}
         masks = []
         for micro_batch in (3, SAMPLES):

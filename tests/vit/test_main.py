@@ -21,6 +21,7 @@ OWN = ["--checkpoint", "--evaluate-images", "--unlabelled", "--workers"]
 OF_LANGUAGE = [
     "--allow-pickle",
     "--evaluate-windows",
+    "--exact-match",
     "--length",
     "--trust-remote-code",
     "--task-data",
