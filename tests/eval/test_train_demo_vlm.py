@@ -79,7 +79,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_a_folder_loads_and_has_its_examples(folder):
     lines = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     assert len(lines) == 6
