@@ -1,5 +1,6 @@
 """Small models and batches that the tests share."""
 
+import gc
 import json
 import os
 import pickle
@@ -36,6 +37,12 @@ from gblm.walk.prune import Pruning, method_pattern
 from gblm.walk.walk import Walk
 
 VOCABULARY = 64
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is there before the first test: the libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:

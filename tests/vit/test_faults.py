@@ -181,7 +181,14 @@ def test_a_hostile_pickle_is_never_loaded(plain, flag, model, run, hostile, seal
 
 
 @pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("zero", [FC1, "head.weight", "patch_embed.proj.weight", "norm.weight"])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        FC1,  # a weight, and the inputs of another
+        "patch_embed.proj.weight",  # inputs
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("head.weight", "norm.weight")),
+    ],
+)
 def test_weights_and_inputs_of_zeros_are_pruned_by_every_method(zero, model, run, sealed):
     weight(zero, lambda found: found.zero_())(model)
     assert run("--method", EVERY)[0] == 0
