@@ -24,7 +24,14 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from gblm.command.settings import parse
 from gblm.llm.__main__ import SIDE as LLM
@@ -50,6 +57,7 @@ STAND_INS = {
     "Qwen/Qwen3-30B-A3B": "tiny-moe",
     "llava-hf/llava-1.5-7b-hf": "tiny-llava",
     "vit_base_patch16_224": "tiny-vit",
+    "google/vit-base-patch16-224": "tiny-vit-of-transformers",
     "c4": "notes.txt",
     "wikitext2": "notes.txt",
     "imagenet/train": "images",
@@ -130,6 +138,7 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     tokenizer.save_pretrained(tmp_path / "tiny-llama")
     save_moe(tmp_path / "tiny-moe", tokenizer)
     save_llava(tmp_path / "tiny-llava", tmp_path)
+    save_vit(tmp_path / "tiny-vit-of-transformers")
     (tmp_path / "tasks").mkdir()
     for task, item in TASKS.items():
         (tmp_path / "tasks" / f"{task}_validation.jsonl").write_text(json.dumps(item) + "\n")
@@ -157,6 +166,13 @@ def save_moe(folder: Path, tokenizer: Any) -> None:
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_vit(folder: Path) -> None:
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16}
+    config = ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 def save_llava(folder: Path, pairs: Path) -> None:

@@ -25,6 +25,7 @@ from gblm.llm.heads import auto_class
 from gblm.machine.files import INDEX, read_tensors, tensor_shapes, write_shards
 
 SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")  # a file, and no way to one
+IMAGES = "ForImageClassification"  # in the name of a class, which `gblm.vit` prunes
 ONE_MODEL = "give the config and the weights of one model"
 # By a word of what transformers says: what is wrong, its own text for "", and the way out.
 ERRORS = {
@@ -76,7 +77,13 @@ class Checkpoint:
         """Return its config."""
         self.check()
         with self._explained():
-            return AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+        named = getattr(config, "architectures", None) or ()
+        if config.model_type == "timm_wrapper" or any(IMAGES in name for name in named):
+            raise GblmError(
+                f"model {self.name} is an image classifier; prune it by python -m gblm.vit"
+            )
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return its tokenizer."""

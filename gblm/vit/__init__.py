@@ -1,9 +1,9 @@
-"""Vision transformers, and any other image classifier of timm, through the same core."""
+"""Vision transformers, and any other image classifier, through the same core."""
 
 from importlib import import_module
 from typing import Any
 
-MODULES = ("adapters", "data", "evaluate", "examples", "models")
+MODULES = ("adapters", "data", "evaluate", "examples", "hf", "models")
 
 
 def __getattr__(name: str) -> Any:

@@ -69,7 +69,7 @@ class Classifier(Opened):
         vit.models.save(self.model, folder, self.stored)
 
     def loading(self, folder: Path) -> str:
-        return vit.models.loading(folder)
+        return vit.models.loading(self.model, folder)
 
     def examples(self) -> Examples:
         calibration = (self.settings.calibration, [self.batch])

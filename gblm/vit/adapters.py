@@ -1,4 +1,4 @@
-"""How the core sees an image classifier of timm."""
+"""How the core sees an image classifier of timm or transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,22 +11,33 @@ from torch.nn.functional import cross_entropy
 from gblm.base import Adapter, Batch
 from gblm.walk.blocks import hooked
 
+HEADS = ("cls_logits", "distillation_logits")  # of a distilled model of transformers
 LISTS = (nn.ModuleList, nn.Sequential)
+LAYERS = ("layer", "layers")
 STEMS = ("patch_embed", "stem")  # before the blocks, though some are built of lists
 
 
 def adapter(model: nn.Module) -> Adapter:
     """Return the adapter of an image classifier: its blocks are found, not listed."""
-    return Adapter(blocks, trunk, loss)
+    if hasattr(model, "forward_features"):
+        return Adapter(blocks, trunk, loss)
+    return Adapter(blocks, heads, heads_loss)
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits `[n, classes]` of images `[n, c, h, w]`."""
+    output = model(images)
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks of a model by name: the modules of its lists that hold linears.
 
     The lists are those with "blocks" in their name, as timm calls them (`blocks`,
-    `stages.N.blocks`, `cls_attn_blocks`, …), wherever they stand outside the stem; all lists where
-    none has that name. A list within a list is entered, unless linears stand in it bare: then it is
-    a block itself. A block within a block is none.
+    `stages.N.blocks`, `cls_attn_blocks`, …), wherever they stand outside the stem; those called
+    `layer` or `layers`, as transformers does, where none has that name; else all lists. A list
+    within a list is entered, unless linears stand in it bare: then it is a block itself. A block
+    within a block is none.
     """
     lists = {
         name: module
@@ -34,8 +45,9 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         if name and isinstance(module, LISTS) and not any(stem in name for stem in STEMS)
     }
     called = {name: lists[name] for name in lists if "blocks" in name.rpartition(".")[2]}
+    layers = {name: lists[name] for name in lists if name.rpartition(".")[2] in LAYERS}
     outermost: dict[str, nn.Module] = {}
-    for name, module in (called or lists).items():  # the outer ones first
+    for name, module in (called or layers or lists).items():  # the outer ones first
         if not any(name.startswith(f"{outer}.") for outer in outermost):
             outermost |= _within(name, module)
     return outermost
@@ -56,8 +68,22 @@ def loss(model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
     """
     with _all_heads(model):
         logits = model.forward_head(hidden)  # type: ignore[operator]
-    heads = logits if isinstance(logits, tuple) else (logits,)
-    losses = [cross_entropy(head.float(), batch["labels"], reduction="none") for head in heads]
+    return heads_loss(model, logits if isinstance(logits, tuple) else (logits,), batch)
+
+
+def heads(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """Return the logits `[n, classes]` of every head of a model of transformers: see `loss`.
+
+    It has no place between its last block and its head that all families share.
+    """
+    with hooked(_contiguous(model) if len(batch["images"]) == 1 else ()):
+        output = model(batch["images"])
+    return tuple(output[name] for name in HEADS if name in output) or (output.logits,)
+
+
+def heads_loss(model: nn.Module, logits: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    """Return the cross-entropy `[n]` of every image's label, the mean over the heads."""
+    losses = [cross_entropy(head.float(), batch["labels"], reduction="none") for head in logits]
     return torch.stack(losses).mean(dim=0)
 
 

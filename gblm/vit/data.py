@@ -1,4 +1,4 @@
-"""Images for calibration and evaluation, as a model of timm wants them."""
+"""Images for calibration and evaluation, as a model wants them."""
 
 import os
 import random
@@ -179,15 +179,24 @@ def config(model: nn.Module, test_size: bool = False) -> dict[str, Any]:
 
 
 def preprocessing(model: nn.Module, test_size: bool = False) -> Transform:
-    """Return the model's own evaluation transform: resize, crop, mean and std, as timm has it.
+    """Return the model's own evaluation transform: resize, crop, mean and std.
 
-    Raises `GblmError` where the model's config is of no use for that.
+    That is timm's, or the image processor of a model of transformers. Raises `GblmError` where the
+    model's config is of no use for that.
     """
     way = "mend size, mean, std, crop and interpolation in its pretrained_cfg"
     with explained("the images of the model cannot be pre-processed", way):
         options = config(model, test_size)
         mode = "L" if options["input_size"][0] == 1 else "RGB"
+        if hasattr(model, "image_processor"):
+            return partial(_transformed, partial(processed, model.image_processor), mode)
         return partial(_transformed, create_transform(**options, is_training=False), mode)
+
+
+def processed(processor: Any, picture: Image.Image) -> Tensor:
+    """Return the pixels `[c, h, w]` that an image processor of transformers gives of a picture."""
+    pixels: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
+    return pixels
 
 
 def open_images(

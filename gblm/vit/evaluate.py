@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from gblm.base import Batch, GblmError
 from gblm.machine import processes
+from gblm.vit.adapters import logits
 from gblm.walk.blocks import frozen
 
 
@@ -30,11 +31,11 @@ def evaluate(
         for done, batch in enumerate(loader, 1):
             if "labels" not in batch:
                 raise GblmError("the evaluation images have no labels; give a labelled source")
-            logits = model(batch["images"].to(parameter)).float()
-            labels = batch["labels"].to(logits.device)
-            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            scores = logits(model, batch["images"].to(parameter)).float()
+            labels = batch["labels"].to(scores.device)
+            hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
             top1, top5 = hits[:, 0].sum().item(), hits.any(dim=1).sum().item()
-            nats = cross_entropy(logits, labels, reduction="sum").item()
+            nats = cross_entropy(scores, labels, reduction="sum").item()
             totals += torch.tensor([len(labels), top1, top5, nats], dtype=torch.float64)
             progress(done, len(loader))
     images, top1, top5, nats = torch.stack(processes.gathered(totals)).sum(dim=0).tolist()

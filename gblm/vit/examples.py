@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gblm.base import Batch
 from gblm.report import Example
+from gblm.vit.adapters import logits
 from gblm.vit.data import config
 from gblm.walk.blocks import frozen
 
@@ -80,9 +81,8 @@ class Changed:
         with frozen(model), torch.no_grad():
             while left and (part := next(parts, None)):
                 images, labels = part[0][:left], part[1][:left]
-                yield from zip(
-                    images, labels, model(images.to(parameter)).argmax(dim=1), strict=True
-                )
+                predicted = logits(model, images.to(parameter)).argmax(dim=1)
+                yield from zip(images, labels, predicted, strict=True)
                 left -= len(images)
 
 

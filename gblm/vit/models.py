@@ -1,6 +1,7 @@
-"""Image classifiers of timm: by name or from a folder, and back into one."""
+"""Image classifiers of timm or transformers: by name or from a folder, and back into one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from gblm import vit
 from gblm.base import Batch, GblmError, explained, nearest
 from gblm.machine.device import find_dtype
 from gblm.machine.files import check_depth, read_tensors, tensor_shapes, written_into
 from gblm.machine.offload import Offload, find_offload, in_memory, offloaded, read_when_used
-from gblm.vit.adapters import blocks
+from gblm.vit.adapters import blocks, logits
 from gblm.walk.blocks import frozen
 
 LOCAL = "local-dir:"
@@ -27,11 +29,16 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     `name` is a name of timm (`vit_tiny_patch16_224`, with a tag or without), `hf-hub:` and a name
     of the hub, or a folder with `config.json`, written as it is or after `local-dir:`. Its weights
     come from the checkpoint (`.safetensors`, or what torch saved), else from the folder or the hub.
-    `options` go to `timm.create_model`.
+    `options` go to `timm.create_model`. A model of transformers (a folder of it, or `owner/name` of
+    the hub) has its weights beside its config: see `gblm.vit.hf`.
 
     Raises `GblmError` where the model is unknown, its weights cannot be had or do not fit, or it
     has no head.
     """
+    if own := of_transformers(name):
+        if checkpoint is not None:
+            raise GblmError(f"--checkpoint is for models of timm; put the weights into {own}")
+        return vit.hf.load(own)
     name, checkpoint = _source(name, checkpoint)
     model = _create(name, pretrained=checkpoint is None, **options)
     if checkpoint is not None:
@@ -54,7 +61,7 @@ def load_offloaded(
     file by the names they have in the model, and read block by block; else it is loaded whole
     first. Returns also the dtype of the checkpoint. Raises `GblmError` where `load` does.
     """
-    source, file = _source(name, checkpoint)
+    source, file = (name, None) if of_transformers(name) else _source(name, checkpoint)
     shapes = tensor_shapes(file) if file else {}
     if file and shapes and find_offload(offload, file.stat().st_size, device) == "disk":
         with init_empty_weights(include_buffers=False):
@@ -73,14 +80,30 @@ def load_offloaded(
 
 def sketch(name: str) -> nn.Module:
     """Return the image classifier of a name without values, on the meta device: see `load`."""
+    if own := of_transformers(name):
+        return vit.hf.sketch(own)
     folder = Path(name.removeprefix(LOCAL)).expanduser()
     with torch.device("meta"):
         model = timm.create_model(f"{LOCAL}{folder}" if folder.is_dir() else name, pretrained=False)
     return model.eval()
 
 
-def loading(folder: Path) -> str:
+def of_transformers(name: str) -> str | None:
+    """Return the folder or hub name (`owner/name`) of a model of transformers, None for timm's."""
+    folder = Path(name.removeprefix(LOCAL)).expanduser()
+    if not folder.exists():
+        return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return str(folder) if "model_type" in config else None
+    except (OSError, ValueError, TypeError):  # which is explained as one of timm's
+        return None
+
+
+def loading(model: nn.Module, folder: Path) -> str:
     """Return the Python that loads a saved model."""
+    if hasattr(model, "image_processor"):
+        return vit.hf.loading(folder)
     name = f"{LOCAL}{folder}"
     return f"import timm\n\nmodel = timm.create_model({name!r}, pretrained=True).eval()"
 
@@ -89,16 +112,20 @@ def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None)
     """Write `model.safetensors` and `config.json`, in a dtype, into a folder.
 
     `timm.create_model(name, checkpoint_path=…/model.safetensors)` loads the first, and
-    `timm.create_model("local-dir:…", pretrained=True)` the folder.
+    `timm.create_model("local-dir:…", pretrained=True)` the folder. A model of transformers is
+    written as transformers does, with its image processor.
     """
     with written_into(Path(folder)) as beside, in_memory(model, dtype) as stored:
+        if hasattr(model, "image_processor"):
+            vit.hf.save(stored, beside)
+            return
         timm.models.save_for_hf(stored, str(beside), safe_serialization=True)
 
 
 def predicted(model: nn.Module, batch: Batch, step: int = 32) -> Batch:
     """Return the batch with the model's own predictions as its labels `[n]`."""
     with frozen(model), torch.no_grad():
-        labels = [model(part).argmax(dim=1) for part in batch["images"].split(step)]
+        labels = [logits(model, part).argmax(dim=1) for part in batch["images"].split(step)]
     return {**batch, "labels": torch.cat(labels)}
 
 
