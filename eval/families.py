@@ -290,9 +290,10 @@ def page(results: list[Result]) -> Iterator[str]:
     """Yield the lines of docs/families.md."""
     yield "# Which families gblm prunes, and how much of each"
     yield ""
-    yield "`python eval/families.py` builds a tiny random member of every family, prunes it with"
-    yield "wanda, gblm, sparsegpt and best at 50 % and 2:4, and loads it again. `pruned` is the"
-    yield "part of the weights in the matrices of the blocks; the rest is named with the reason."
+    yield "`python eval/families.py --methods wanda,gblm --patterns 0.5` builds a tiny member"
+    yield "of every family, prunes it and loads it again. `pruned` is the part of the weights"
+    yield "in the matrices of the blocks that is pruned; the rest is named with the reason. A"
+    yield "family whose sizes or inputs the script does not know is not built."
     for task in dict.fromkeys(result.task for result in results):
         own = [result for result in results if result.task == task]
         made = [result for result in own if not result.built]
