@@ -101,10 +101,12 @@ class Checkpoint:
                 self.name, trust_remote_code=self.trust_remote_code
             )
 
-    def model(self, dtype: torch.dtype | str) -> tuple[Any, dict[str, Any]]:
+    def model(
+        self, config: PreTrainedConfig, dtype: torch.dtype | str
+    ) -> tuple[Any, dict[str, Any]]:
         """Return the model in main memory, and which of its weights were missing or others."""
         with self._explained():
-            return auto_class(self.config()).from_pretrained(
+            return auto_class(config).from_pretrained(
                 self.name,
                 dtype=dtype,
                 use_safetensors=None if self.allow_pickle else True,

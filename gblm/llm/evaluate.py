@@ -7,11 +7,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gblm.base import Batch
-from gblm.llm.adapters import inputs_of, losses, unpad
+from gblm.llm.adapters import adapter, inputs_of, losses
 from gblm.llm.models import vocabulary
 from gblm.machine import processes
 from gblm.machine.device import BatchSize
-from gblm.walk.blocks import size, take, to_device
+from gblm.walk.blocks import micro_batches, size, to_device
 
 POSITIONS = 4096  # of a batch of windows, at most
 LOGITS = 2**25  # about so many of them
@@ -34,10 +34,8 @@ def perplexity(
 
     def run(step: int) -> list[Tensor]:
         found, done = [], 0
-        for some in unpad(batch) or [
-            take(batch, slice(i, i + step)) for i in range(0, total, step)
-        ]:
-            some = to_device(some, model.device)
+        for part in micro_batches(batch, step, adapter(model)):
+            some = to_device(part.batch, model.device)
             found.append(losses(model, model(**inputs_of(model, some)).logits, some))
             progress(done := done + size(some), total)
         return found

@@ -60,8 +60,9 @@ def load_tokenizer(
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: str) -> PreTrainedModel:
     """Load a causal language model without its tokenizer: see `load`."""
-    _check_layers(checkpoint, checkpoint.config(), len(checkpoint.files()))
-    model, info = checkpoint.model(find_dtype(dtype, device, checkpoint.dtype) or "auto")
+    config = checkpoint.config()
+    _check_layers(checkpoint, config, len(checkpoint.files()))
+    model, info = checkpoint.model(config, find_dtype(dtype, device, checkpoint.dtype) or "auto")
     wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
         raise GblmError(

@@ -121,9 +121,9 @@ class Solve(Step):
         off = relative_error(dense, weight, inputs.examples)
         sparsity = (weight == 0).float().mean().item()
         seconds = time.perf_counter() - start
-        counts = (inputs.statistics.positions, note)
+        shape, positions = list(linear.shape), inputs.statistics.positions
         return weight, LinearReport(
-            linear.name, list(linear.shape), sparsity, off, seconds, *counts
+            linear.name, shape, sparsity, off, seconds, positions=positions, note=note
         )
 
     def cost(self, footprint: Footprint) -> Cost:

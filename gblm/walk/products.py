@@ -48,11 +48,15 @@ class Matrix:
             self.shape, self.stride, parameter.storage_offset() + self.offset
         )
 
+    @property
+    def last(self) -> int:
+        """Where its last element lies."""
+        return self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
     def index(self, parameter: Tensor) -> str:
         """Return the part of the parameter that it is, as one would write it: `[17]`, `[0:64]`."""
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
         ranges = []
-        rest, rest_of_last = self.offset, last
+        rest, rest_of_last = self.offset, self.last
         for size, stride in zip(parameter.shape, parameter.stride(), strict=True):
             first, rest = divmod(rest, stride)
             end, rest_of_last = divmod(rest_of_last, stride)

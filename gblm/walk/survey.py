@@ -168,9 +168,9 @@ class Found:
 
 
 def _experts(parameter: Tensor, seen: list[Matrix]) -> list[Matrix]:
-    """Return the matrices of all experts, where some have been seen."""
+    """Return the matrices of all experts, where some have been seen, each within one expert."""
     experts, stride = len(parameter), parameter.stride(0)
-    if any(sum(n * s for n, s in zip(x.shape, x.stride, strict=True)) > 2 * stride for x in seen):
+    if any(matrix.offset // stride != matrix.last // stride for matrix in seen):
         return seen
     within = dict.fromkeys((x.offset % stride, x.shape, x.stride) for x in seen)
     return [
@@ -196,7 +196,7 @@ class _Watch(Products):
     def __init__(self, found: dict[nn.Module, Found]) -> None:
         super().__init__(())
         self.found, self.visits = found, list[_Visit]()
-        self.parameters: dict[int, nn.Parameter] = {}  # of the block at work, by their storage
+        self.multiplied = False  # whether the function at work is a product of a parameter
         self.hooks: list[Any] = []
         for module in found:
             self.hooks.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
@@ -207,8 +207,7 @@ class _Watch(Products):
             name = self.found[module].block.name
             raise GblmError(f"block {name} is used more than once; it cannot be pruned")
         self.visits.append(_Visit(module, _shapes((args, kwargs))))
-        self.parameters = {own.untyped_storage()._cdata: own for own in self.found[module].names}
-        self.tensors = dict(self.parameters)
+        self.tensors = {own.untyped_storage()._cdata: own for own in self.found[module].names}
         self.attributes = _attributes(module)
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -223,9 +222,9 @@ class _Watch(Products):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        before = sum(self.visits[-1].uses.values()) if self.tensors else 0
+        self.multiplied = False
         output = super().__torch_function__(func, types, args, kwargs)
-        if self.tensors and sum(self.visits[-1].uses.values()) == before:
+        if self.tensors and not self.multiplied:
             self._note_other(func, (args, kwargs), output)
         return output
 
@@ -235,17 +234,20 @@ class _Watch(Products):
             return
         found = self.found[self.visits[-1].module]
         for leaf in filter(self.knows, tree_flatten(arguments)[0]):
-            name = found.names[self.parameters[leaf.untyped_storage()._cdata]]
+            parameter = self.tensors[leaf.untyped_storage()._cdata]
+            assert isinstance(parameter, nn.Parameter)
+            name = found.names[parameter]
             found.others.setdefault(name, getattr(func, "__name__", str(func)))
 
     def linear(self, weight: Tensor) -> Linear | None:
-        parameter = self.parameters.get(weight.untyped_storage()._cdata)
-        if parameter is None or weight.ndim != 2:
+        parameter = self.tensors.get(weight.untyped_storage()._cdata)
+        if not isinstance(parameter, nn.Parameter) or weight.ndim != 2:
             return None
         return self.found[self.visits[-1].module].linear(parameter, Matrix.of(weight, parameter))
 
     def before(self, linear: Linear, use: Use) -> None:
         visit, name = self.visits[-1], linear.name
+        self.multiplied = True
         visit.uses[name] += 1
         if visit.uses[name] == 1:
             visit.rows[name] = use.x.shape[:-1]
