@@ -26,20 +26,21 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
 
 import gblm
 from gblm import methods
+from gblm.base import reason
+from gblm.llm import heads
 from gblm.walk.survey import find_adapter
 
 VOCABULARY, LENGTH, SAMPLES, IMAGE = 128, 16, 4, 32
 SECONDS = 120  # for one method, at most
 
 TASKS = {
-    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "vision": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "causal": heads.CLASS[heads.CAUSAL][1],
+    "masked": heads.CLASS[heads.MASKED][1],
+    "seq2seq": heads.CLASS[heads.TARGET][1],
+    "vision": heads.CLASS[heads.PICTURES][1],
 }
 
 # Sizes by the names that configs have for them; a config takes those that it knows.
@@ -275,11 +276,6 @@ def reload(model: Any) -> None:
         again = type(model).from_pretrained(folder).state_dict()
     zeros = sum(int((own == 0).sum()) for own in model.state_dict().values())
     assert sum(int((own == 0).sum()) for own in again.values()) >= zeros
-
-
-def reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def families(task: str) -> list[str]:

@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from gblm.llm import pairs
 from gblm.vit import demo
 
 SIZE = 16  # pixels of a side of an image; a digit has 8 × 8 of them
@@ -186,13 +187,6 @@ def tiny_llava(tokenizer: FastTokenizer) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def prompt(processor: LlavaProcessor, question: str) -> str:
-    """Return the text of a question about an image, with one place for the image."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True)
-
-
 class Lessons:
     """Batches of fresh examples of a split; the pictures are moved anew each time."""
 
@@ -224,7 +218,8 @@ class Lessons:
         key = (example.question, example.answer)
         if key not in self.encoded:
             tokens = IMAGE * (SIZE // PATCH) ** 2
-            asked = prompt(self.processor, example.question).replace(IMAGE, tokens)
+            pair = pairs.Pair(Path(), example.question)
+            asked = pairs.prompt(pair, self.processor).replace(IMAGE, tokens)
             question = self.processor.tokenizer(asked).input_ids
             answer = self.processor.tokenizer(f"{example.answer}{END}").input_ids
             self.encoded[key] = (question + answer, len(question))
@@ -257,30 +252,20 @@ def write_examples(folder: Path, split: str, seed: int) -> None:
     (folder / f"{split}.jsonl").write_text("".join(lines))
 
 
-@torch.no_grad()
 def exact_match(folder: Path, split: str) -> dict[str, float]:
-    """Return the share of answers of a saved model that are those of a file, by question.
+    """Return the percentage of answers of a saved model that are those of a file, by question.
 
     The whole is that of "all"; numbers in questions are left out.
     """
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
-    lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
-    right = defaultdict(list)
-    for start in range(0, len(lines), BATCH):
-        part = lines[start : start + BATCH]
-        images = [Image.open(folder / line["image"]) for line in part]
-        texts = [prompt(processor, line["text"]) for line in part]
-        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        found = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        answers = processor.batch_decode(
-            found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for line, answer in zip(part, answers, strict=True):
-            kind = line["text"].rstrip("?0123456789 ")
-            right[kind].append(answer == line["answer"])
-            right["all"].append(answer == line["answer"])
-    return {kind: sum(values) / len(values) for kind, values in right.items()}
+    kinds: dict[str, list[pairs.Pair]] = defaultdict(list)
+    for pair in pairs.read(str(folder / f"{split}.jsonl")):
+        kinds[pair.text.rstrip("?0123456789 ")].append(pair)
+    found = {kind: pairs.exact_match(model, own, processor) for kind, own in kinds.items()}
+    total = sum(map(len, kinds.values()))
+    found["all"] = sum(found[kind] * len(own) for kind, own in kinds.items()) / total
+    return found
 
 
 def main() -> None:
@@ -311,7 +296,7 @@ def main() -> None:
     for split in ROWS:
         write_examples(args.output, split, args.seed)
         for kind, share in sorted(exact_match(args.output, split).items()):
-            print(f"{split}  {share:7.2%} exact match  {kind}")
+            print(f"{split}  {share:6.2f}% exact match  {kind}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import train_demo_vlm
 from PIL import Image
 from train_demo_vlm import LEFT, MIDDLE, RIGHT, Example, draw_example, draw_images
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from gblm.llm import pairs
 
 LABELS = list(range(10))
 
@@ -58,7 +61,7 @@ def test_training_sees_what_the_processor_gives(monkeypatch):
     for row in range(8):
         example = draw_example(labels.tolist(), draw)
         image = Image.fromarray(draw_images(pictures, [example])[0].numpy())
-        text = train_demo_vlm.prompt(processor, example.question)
+        text = pairs.prompt(pairs.Pair(Path(), example.question), processor)
         inputs = processor(images=image, text=text, return_tensors="pt")
         torch.testing.assert_close(inputs["pixel_values"][0], batch["pixel_values"][row])
         asked = inputs["input_ids"][0]
@@ -88,7 +91,7 @@ def test_a_folder_loads_and_has_its_examples(folder):
     assert model.dtype == torch.float16
     inputs = processor(
         images=Image.open(folder / lines[0]["image"]),
-        text=train_demo_vlm.prompt(processor, lines[0]["text"]),
+        text=pairs.prompt(pairs.Pair(Path(), lines[0]["text"]), processor),
         return_tensors="pt",
     )
     assert model.float()(**inputs).logits.isfinite().all()

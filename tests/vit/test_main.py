@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +38,8 @@ def test_flags_are_those_of_language_but_for_each_sides_own():
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve noisy pictures in three folders, one a class."""
-    where = tmp_path_factory.mktemp("images")
-    draw = np.random.default_rng(0)
-    for index in range(12):
-        folder = where / f"class{index % 3}"
-        folder.mkdir(exist_ok=True)
-        pixels = draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    return where
+def images(noisy_pictures: Callable[[int, int], Path]) -> Path:
+    return noisy_pictures(40, 40)
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -93,16 +91,9 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve noisy pictures that are not square, in three folders, one a class."""
-    where = tmp_path_factory.mktemp("images")
-    draw = np.random.default_rng(0)
-    for index in range(12):
-        folder = where / f"class{index % 3}"
-        folder.mkdir(exist_ok=True)
-        pixels = draw.integers(0, 256, (50, 61, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    return where
+def images(noisy_pictures: Callable[[int, int], Path]) -> Path:
+    """Pictures that are not square."""
+    return noisy_pictures(50, 61)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
