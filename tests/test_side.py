@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gblm import GblmError
 from gblm.command import settings as shell
-from gblm.command.side import main
+from gblm.command.side import guarded, main
 
 MODELS = '''
 """Classifiers of sounds: load and save."""
@@ -281,3 +283,30 @@ def test_what_is_wrong_is_said_in_a_line(argv, said, hearing, tmp_path, capsys):
 def test_what_is_missing_is_said(argv, said, hearing, capsys):
     assert hearing(*argv, given=()) == 2
     assert said in capsys.readouterr().err
+
+
+def swallowed() -> None:
+    """Press Ctrl-C in code that makes an error of its own of it, as some of torch's does."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape") from None
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_an_interrupt_is_one_whatever_native_code_makes_of_it(capsys: pytest.CaptureFixture[str]):
+    before = signal.getsignal(signal.SIGINT)
+    assert guarded(swallowed) == 130
+    assert guarded(failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err.count("interrupted:") == 2
+    assert guarded(failing(GblmError("no model"))) == 2
+    assert guarded(lambda: None) == 0
+    with pytest.raises(ValueError, match="a bug"):
+        guarded(failing(ValueError("a bug")))
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,11 +1,14 @@
 """A side: what a kind of models brings to the one command, and that command from flags to runs."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any, Generic
 
 import torch
@@ -88,14 +91,44 @@ def answer(side: Side[S], argv: Sequence[str] | None) -> None:
 def guarded(work: Callable[[], None]) -> int:
     """Return the exit code of a command: 0, 2 for an error of the user's, 130 for Ctrl-C."""
     try:
-        work()
-    except GblmError as error:
+        with _Interrupts() as interrupts:
+            work()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        # Native code that Ctrl-C meets may turn it into an error of its own.
+        if interrupts.seen:
+            return _interrupted()
+        if not isinstance(error, GblmError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: finished results stay, nothing half done does", file=sys.stderr)
-        return 130
     return 0
+
+
+def _interrupted() -> int:
+    print("interrupted: finished results stay, nothing half done does", file=sys.stderr)
+    return 130
+
+
+class _Interrupts:
+    """Remembers, while it is entered, whether Ctrl-C was pressed; it raises as it always does."""
+
+    seen = False
+
+    def __enter__(self) -> "_Interrupts":
+        self.before = signal.getsignal(signal.SIGINT)
+        if self.before is signal.default_int_handler and current_thread() is main_thread():
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        signal.default_int_handler(number, frame)
 
 
 @contextmanager
