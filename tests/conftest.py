@@ -24,6 +24,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, which asks 
 import numpy as np
 import pytest
 import timm
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ from gblm.walk.prune import Pruning, method_pattern
 from gblm.walk.walk import Walk
 
 VOCABULARY = 64
+
+# Other work may slow the machine down: no example has a limit in time.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_collection_finish() -> None:

@@ -16,7 +16,7 @@ from gblm.maths import admm, patterns, stats
 OUT, IN = 24, 32
 PATTERNS = ["0.5", "0.5/layer", "0.7/layer", "2:4", "4:8"]
 SOLVERS = ["admm", "sparsegpt", "wanda+repair", "wanda+sparsegpt"]
-few = settings(deadline=None, max_examples=6)
+few = settings(max_examples=6)
 seeds = st.integers(0, 2**31)
 
 

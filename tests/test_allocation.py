@@ -18,7 +18,7 @@ from gblm.maths.allocation import Budget, Weighed
 SHAPES = [(256, 256), (64, 256), (64, 256), (256, 256), (768, 256), (256, 768)]
 BUDGETS = ["0.3", "0.42", "0.5", "0.666", "0.8", "0.3/layer", "0.4321/layer", "0.8/layer"]
 WINDOWS = ["2:4", "1:4", "4:8", "5:8", "3:16"]
-few = settings(deadline=None, max_examples=10)
+few = settings(max_examples=10)
 seeds = st.integers(0, 2**31)
 
 

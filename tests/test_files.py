@@ -360,18 +360,20 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path):
 
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from gblm.machine import files
 with files.claimed(Path(sys.argv[1])):
     print("in", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def test_a_lock_goes_with_the_process_that_is_killed(tmp_path: Path):
     folder = tmp_path / "pruned"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"in\n"
     with pytest.raises(gblm.GblmError, match="in use"):
         files.claimed(folder).__enter__()

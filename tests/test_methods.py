@@ -19,7 +19,7 @@ from gblm.maths import patterns, stats
 REPAIR = {"sparsegpt", "admm", "best"}  # these change the weights that stay
 PATTERNS = ["0.5", "0.29", "0.5/layer", "2:4", "1:4", "4:8"]
 OUT, IN = 7, 16
-few = settings(deadline=None, max_examples=5)
+few = settings(max_examples=5)
 
 
 def solver_needs(method: Method) -> frozenset[str]:

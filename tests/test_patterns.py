@@ -27,7 +27,7 @@ NAMES = [
 ]
 INPUTS = 40  # every m above divides it
 
-few = settings(deadline=None, max_examples=20)
+few = settings(max_examples=20)
 scores = st.integers(0, 2**31).flatmap(
     lambda seed: st.sampled_from([2, 5, 2**20]).map(
         # Of few values, so that there are many ties, or of many.
@@ -138,7 +138,7 @@ def test_only_the_order_of_scores_counts(name, score, power):
     assert torch.equal(keep((score + 1).log()), keep(score))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(text=st.text("0123456789.:/-+einfarowly ½٣", max_size=9) | st.text(max_size=9))
 def test_any_text_is_a_pattern_or_refused(text):
     try:

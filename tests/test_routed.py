@@ -141,7 +141,7 @@ CASES: dict[str, tuple[Callable[[str], nn.Module], str]] = {
 def main(folder: Path, rank: int, world: int) -> None:
     """Prune the models together with other processes, each in a group of its own."""
     torch.set_num_threads(1)
-    wait = timedelta(seconds=20)  # for others, who may have failed
+    wait = timedelta(minutes=2)  # for others, who may have failed
     for name, (work, method) in CASES.items():
         dist.init_process_group(
             "gloo", f"file://{folder}/{name}", timeout=wait, rank=rank, world_size=world
@@ -164,7 +164,7 @@ def run_processes(count: int, folder: Path) -> None:
     ]
     try:
         for process in started:
-            process.wait(timeout=200)
+            process.wait(timeout=600)
     finally:
         for process in started:
             process.kill()

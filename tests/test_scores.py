@@ -14,7 +14,7 @@ from gblm.maths import patterns, scores, stats
 
 OUT, IN = 6, 8
 PATTERNS = ["0.5", "0.3/layer", "2:4"]
-few = settings(deadline=None, max_examples=20)
+few = settings(max_examples=20)
 seeds = st.integers(0, 2**31)
 
 

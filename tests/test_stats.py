@@ -11,7 +11,7 @@ from gblm.maths import stats
 
 OUT, IN, POSITIONS = 5, 6, 4
 ALL = [*stats.INPUT, *stats.GRADIENT]
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 
 
 def draw(seed: int, samples: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
