@@ -87,7 +87,8 @@ class Language(Opened):
         return sum(map(size, self.sets.values())), max(1, llm.evaluate.POSITIONS // length)
 
     def save(self, folder: Path) -> None:
-        llm.models.save(self.model, self.tokenizer, folder, like=self.settings.model)
+        like = checkpoint(self.settings)  # type: ignore[arg-type]
+        llm.models.save(self.model, self.tokenizer, folder, like)
 
     def loading(self, folder: Path) -> str:
         return llm.models.loading(folder, self.model.config)

@@ -1,14 +1,16 @@
-"""A checkpoint of transformers: checked and read, and written in the same shards."""
+"""A checkpoint of transformers: checked and read, in a local folder or on the hub."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -18,12 +20,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from gblm.base import GblmError, explained
 from gblm.llm.heads import auto_class
-from gblm.machine.files import INDEX, read_tensors, tensor_shapes, write_shards
+from gblm.machine.carry import WEIGHTS, Source
+from gblm.machine.files import INDEX, read_tensors, tensor_shapes
 
+SCALE = re.compile(
+    r"(.*weight)_scale(_inv)?|(.*)\.(qweight|weight_packed|SCB)"
+)  # of quantised weights
 SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")  # a file, and no way to one
 IMAGES = "ForImageClassification"  # in the name of a class, which `gblm.vit` prunes
 ONE_MODEL = "give the config and the weights of one model"
@@ -42,7 +49,7 @@ ERRORS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in a local folder or on the hub, by its name.
+    """A model in a local folder or on the hub, by its name, there with `@revision` or without.
 
     Its own code runs only with `trust_remote_code`, weights other than safetensors are read only
     with `allow_pickle`. Raises `GblmError` for what is missing or damaged as it is asked for.
@@ -52,9 +59,24 @@ class Checkpoint:
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
+    @property
+    def local(self) -> Path:
+        """The folder that the name would be locally."""
+        return Path(self.name).expanduser()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every `from_pretrained` is given."""
+        if self.local.exists():
+            place: dict[str, Any] = {"pretrained_model_name_or_path": str(self.local)}
+        else:
+            name, _, revision = self.name.partition("@")
+            place = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+        return place | {"trust_remote_code": self.trust_remote_code}
+
     def check(self) -> None:
         """Raise `GblmError` where a local folder is missing, empty or damaged."""
-        name, folder = self.name, Path(self.name).expanduser()
+        name, folder = self.name, self.local
         if not folder.exists():
             # The hub has models without an owner too, such as gpt2.
             if name.count("/") > 1 or name.startswith((".", "/", "~")):
@@ -77,7 +99,9 @@ class Checkpoint:
         """Return its config."""
         self.check()
         with self._explained():
-            config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(**self.options)
+        if getattr(config, "quantization_config", None):
+            raise GblmError(self._quantised("config.json has a quantization_config"))
         named = getattr(config, "architectures", None) or ()
         if config.model_type == "timm_wrapper" or any(IMAGES in name for name in named):
             raise GblmError(
@@ -88,18 +112,14 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return its tokenizer."""
         with self._explained():
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.name, trust_remote_code=self.trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(**self.options)
             tokenizer("a", verbose=False)  # some values of its config are only looked at now
             return tokenizer
 
     def processor(self) -> Any:
         """Return its processor of pictures and text."""
         with self._explained():
-            return AutoProcessor.from_pretrained(
-                self.name, trust_remote_code=self.trust_remote_code
-            )
+            return AutoProcessor.from_pretrained(**self.options)
 
     def model(
         self, config: PreTrainedConfig, dtype: torch.dtype | str
@@ -107,11 +127,10 @@ class Checkpoint:
         """Return the model in main memory, and which of its weights were missing or others."""
         with self._explained():
             return auto_class(config).from_pretrained(
-                self.name,
+                **self.options,
                 dtype=dtype,
                 use_safetensors=None if self.allow_pickle else True,
                 output_loading_info=True,
-                trust_remote_code=self.trust_remote_code,
             )
 
     def empty(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -121,15 +140,66 @@ class Checkpoint:
             auto = auto_class(config)
             return auto.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
 
+    def folder(self) -> Path:
+        """Return the folder of its files beside the weights, fetched where need be."""
+        if self.local.exists():
+            return self.local
+        name, revision = self.options["pretrained_model_name_or_path"], self.options["revision"]
+        others = [f"*{ending}" for ending in WEIGHTS]
+        with self._explained():
+            return Path(snapshot_download(name, revision=revision, ignore_patterns=others))
+
+    def source(self, model: PreTrainedModel | None = None) -> Source:
+        """Return its tensors on disk, by the names of a model of it; none without safetensors.
+
+        Raises `GblmError` where some are quantised, or are those of an adapter.
+        """
+        files = self.files()
+        kept = {name for file in set(files.values()) for name in _narrow(file)}
+        scales = {
+            name for name in files if (match := SCALE.fullmatch(name)) and _beside(match, files)
+        }
+        if quantised := sorted(kept | scales):
+            raise GblmError(self._quantised(f"its weights hold {quantised[0]}"))
+        if self._file("adapter_config.json"):
+            raise GblmError(
+                f"model {self.name} is an adapter, or holds one; merge it first "
+                "(merge_and_unload of peft) and save the whole model in a folder of its own"
+            )
+        if model is None:
+            return Source(files)
+        source = Source(files, self.folder())
+        if source.holds(model):
+            return source
+        return replace(source, named=partial(revert_weight_conversion, model))
+
     def files(self) -> dict[str, Path]:
-        """Return the local file of every tensor, empty where there are no safetensors."""
-        if shards := self.shards():
-            files = {shard: self._file(shard) for shard in set(shards.values())}
-            if missing := sorted(shard for shard, file in files.items() if file is None):
-                raise GblmError(f"model {self.name} lacks {', '.join(missing[:3])}; fetch it again")
-            return {name: file for name, shard in shards.items() if (file := files[shard])}
+        """Return the local file of every tensor, empty where there are no safetensors.
+
+        Of a single file and an index the file is read, as transformers does; raises `GblmError`
+        where they lie side by side in a local folder and name other files.
+        """
         single = self._file(SAFE_WEIGHTS_NAME)
-        return dict.fromkeys(tensor_shapes(single), single) if single else {}
+        shards = {} if single and not self.local.exists() else self.shards()
+        if single and set(shards.values()) - {SAFE_WEIGHTS_NAME}:
+            raise GblmError(
+                f"model {self.name} holds both {SAFE_WEIGHTS_NAME} and an index of shards; remove "
+                f"{INDEX} or that file, whichever is stale"
+            )
+        if single:
+            return dict.fromkeys(tensor_shapes(single), single)
+        files = {shard: self._file(shard) for shard in set(shards.values())}
+        if missing := sorted(shard for shard, file in files.items() if file is None):
+            raise GblmError(f"model {self.name} lacks {', '.join(missing[:3])}; fetch it again")
+        held = {name: file for file in files.values() if file for name in tensor_shapes(file)}
+        if wrong := sorted(
+            name for name, shard in shards.items() if held.get(name) != files[shard]
+        ):
+            raise GblmError(
+                f"model {self.name}: {INDEX} is stale: it names {shards[wrong[0]]} for {wrong[0]}, "
+                "which is not in that file; fetch or write the model again"
+            )
+        return held
 
     def shards(self) -> dict[str, str]:
         """Return the shard of every tensor, empty where there is but one.
@@ -149,16 +219,22 @@ class Checkpoint:
         return shards
 
     def dtype(self) -> torch.dtype | None:
-        """Return the dtype of its first floating tensor, None where it has no safetensors."""
-        file = self._file(next(iter(self.shards().values()), SAFE_WEIGHTS_NAME))
-        tensors = read_tensors(file).values() if file else ()  # mapped, not read
-        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+        """Return the floating dtype of most of its bytes, None where it has no safetensors."""
+        return Source(self.files()).dtype
+
+    def _quantised(self, what: str) -> str:
+        return (
+            f"model {self.name} is quantised ({what}); load it dequantised in transformers "
+            "(a quantization_config with dequantize=True), save_pretrained that, and prune it"
+        )
 
     def _file(self, name: str) -> Path | None:
         """Return a file of it, fetched where need be; None where there is none."""
+        options = {**self.options, "path_or_repo_id": self.options["pretrained_model_name_or_path"]}
         file = cached_file(
-            self.name,
+            options["path_or_repo_id"],
             name,
+            revision=options.get("revision"),
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
@@ -180,14 +256,15 @@ class Checkpoint:
             ) from error
 
 
-def reshard(folder: Path, shards: Mapping[str, str]) -> None:
-    """Write the tensors of the single file in a folder anew into the given shards."""
-    single = folder / SAFE_WEIGHTS_NAME
-    parts: dict[str, list[str]] = {shard: [] for shard in sorted(set(shards.values()))}
-    names = sorted(tensor_shapes(single))
-    if not set(names) <= set(shards):
-        return  # transformers writes this family in another form than it came in
-    for name in names:
-        parts[shards[name]].append(name)
-    write_shards(folder, parts, lambda shard: read_tensors(single, parts[shard]))
-    single.unlink()
+def _narrow(file: Path) -> list[str]:
+    """Return the weights in a file that are no numbers of 16 bits or more."""
+    return [
+        name
+        for name, own in read_tensors(file).items()
+        if name.endswith("weight") and (own.itemsize < 2 or not own.is_floating_point())
+    ]
+
+
+def _beside(match: re.Match[str], files: Collection[str]) -> bool:
+    """Say whether a scale stands beside its weight; packed weights stand for themselves."""
+    return match[1] is None or match[1] in files

@@ -15,8 +15,9 @@ from transformers.utils import logging
 from gblm.base import Batch, GblmError
 from gblm.llm import data
 from gblm.llm.adapters import blocks
-from gblm.llm.checkpoint import ONE_MODEL, Checkpoint, reshard
+from gblm.llm.checkpoint import ONE_MODEL, Checkpoint
 from gblm.llm.heads import CLASS, head, samples_of
+from gblm.machine.carry import copy_files
 from gblm.machine.device import find_device, find_dtype
 from gblm.machine.files import check_depth, tensor_shapes, write_shards, written_into
 from gblm.machine.offload import (
@@ -60,16 +61,25 @@ def load_tokenizer(
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: str) -> PreTrainedModel:
     """Load a causal language model without its tokenizer: see `load`."""
-    config = checkpoint.config()
-    _check_layers(checkpoint, config, len(checkpoint.files()))
-    model, info = checkpoint.model(config, find_dtype(dtype, device, checkpoint.dtype) or "auto")
+    config, source = checkpoint.config(), checkpoint.source()
+    _check_layers(checkpoint, config, len(source.files))
+    stored = source.dtype
+    own = find_dtype(dtype, device, lambda: stored) or stored or "auto"
+    model, info = checkpoint.model(config, own)
     wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
         raise GblmError(
             f"model {checkpoint.name}: {len(wrong)} weights are missing or of another shape, such "
             f"as {', '.join(wrong[:3])}; give a whole checkpoint of a causal language model"
         )
-    _check_blocks(model, checkpoint.name, info["unexpected_keys"])
+    unexpected = sorted(info["unexpected_keys"])
+    _check_blocks(model, checkpoint.name, unexpected)
+    if unexpected and not checkpoint.source(model).holds(model):
+        raise GblmError(
+            f"model {checkpoint.name}: its checkpoint holds {len(unexpected)} tensors that "
+            f"{type(model).__name__} has no place for, such as {', '.join(unexpected[:3])}, and "
+            "the result would lack them; save the model without them, in safetensors"
+        )
     return model.to(device).eval()
 
 
@@ -85,7 +95,7 @@ def load_offloaded(
     block: without safetensors, or with names other than those of the model.
     """
     checkpoint.check()
-    files = checkpoint.files()
+    files = checkpoint.source().files
     size = sum(file.stat().st_size for file in set(files.values()))
     kind = find_offload(offload, size, device)
     if kind != "disk":
@@ -197,26 +207,31 @@ def loading(folder: Path, config: PreTrainedConfig) -> str:
     )
 
 
-def save(model: PreTrainedModel, tokenizer: Any, folder: Path | str, like: str) -> None:
-    """Save a model into a folder, with tokenizer, generation config, dtype and shards of `like`.
+def save(
+    model: PreTrainedModel, tokenizer: Any, folder: Path | str, like: str | Checkpoint
+) -> None:
+    """Save a model into a folder: the files of `like` with the changed weights in them.
 
-    `like` is the folder or the hub name the model was loaded from; tokenizer may be a processor.
+    `like` is what the model was loaded from, by name. Where the model has other weights than that,
+    in number or shape, they are written as transformers does; so is the tokenizer (or processor)
+    where `like` has none.
     """
-    offload, checkpoint = offload_of(model), Checkpoint(like)
-    former = checkpoint.shards()
+    checkpoint = like if isinstance(like, Checkpoint) else Checkpoint(like)
+    source, own = checkpoint.source(model), dict(model.named_parameters())
     with written_into(Path(folder)) as beside:
-        tokenizer.save_pretrained(beside)
-        if offload and offload.kind == "disk":
+        copy_files(source, beside)
+        if not any(beside.glob("token*")):
+            tokenizer.save_pretrained(beside)
+        offload = offload_of(model)
+        if source.holds(model) and not _absent(model, set(source.files)):
+            source.write(model, blocks(model), beside)
+        elif offload and offload.kind == "disk":
             model.config.save_pretrained(beside)
-            if model.can_generate():
-                model.generation_config.save_pretrained(beside)
-            shards = offload.shards(dict(model.named_parameters()))
+            shards = offload.shards(own)
             write_shards(beside, shards, lambda shard: offload.store.read(shards[shard]))
-            return
-        with in_memory(model, checkpoint.dtype()) as stored:
-            stored.save_pretrained(beside, max_shard_size="100TB")
-        if former:
-            reshard(beside, former)
+        else:
+            with in_memory(model, source.dtype) as stored:
+                stored.save_pretrained(beside, max_shard_size="100TB")
 
 
 def _check_layers(checkpoint: Checkpoint, config: PreTrainedConfig, tensors: int) -> None:
@@ -247,13 +262,27 @@ def _check_names_and_shapes(model: PreTrainedModel, name: str, files: dict[str, 
 
 def _check_blocks(model: PreTrainedModel, name: str, unexpected: Collection[str]) -> None:
     """Raise `GblmError` where unexpected tensors of a checkpoint are of blocks the model lacks."""
-    lists = {re.escape(block.rpartition(".")[0]) for block in blocks(model)}
-    block = re.compile(rf"((?:{'|'.join(lists)})\.\d+)\.")
-    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
-    keys = (key for key in unexpected if not any(pattern.search(key) for pattern in ignored))
-    absent = {match[1] for key in keys if (match := block.match(key))} - set(blocks(model))
-    if absent:
+    if absent := sorted(_absent(model, unexpected)):
         raise GblmError(
-            f"model {name}: its checkpoint holds {', '.join(sorted(absent)[:3])}, which "
-            f"config.json leaves out; {ONE_MODEL}"
+            f"model {name}: its checkpoint holds {', '.join(absent[:3])}, which config.json leaves "
+            f"out; {ONE_MODEL}"
         )
+
+
+def _absent(model: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """Return the blocks that tensors are of and the model lacks.
+
+    Those that a family leaves out by itself are none: layers that predict further tokens.
+    """
+    own = blocks(model)
+    lists = {re.escape(block.rpartition(".")[0]) for block in own}
+    block = re.compile(rf"((?:{'|'.join(lists)})\.(\d+))\.")
+    text = model.config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", 0)
+    further = range(layers, layers + (getattr(text, "num_nextn_predict_layers", None) or 0))
+    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
+    keys = (key for key in names if not any(pattern.search(key) for pattern in ignored))
+    found = {
+        match[1] for key in keys if (match := block.match(key)) and int(match[2]) not in further
+    }
+    return found - set(own)

@@ -355,6 +355,20 @@ def offload_of(model: nn.Module) -> Offload | None:
     return next((unit.offload for unit in units if unit), None)
 
 
+def values(model: nn.Module, names: Iterable[str]) -> Tensors:
+    """Return parameters of a model by their names, as they are now, wherever they live."""
+    owners, offload = dict(model.named_parameters(remove_duplicate=False)), offload_of(model)
+    units = offload.units if offload else []
+    away = {own: name for unit in units for name, own in unit.parameters.items()}
+    found = {}
+    for name in names:
+        own = owners[name]
+        found[name] = own.detach()
+        if offload and own in away:
+            found[name] = offload.store.read([away[own]])[away[own]].to(own.dtype)
+    return found
+
+
 @contextmanager
 def in_memory(model: M, dtype: torch.dtype | None) -> Iterator[M]:
     """Give a model with all its weights in memory and in a dtype, as it is for None, for a time."""

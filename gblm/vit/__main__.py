@@ -48,9 +48,13 @@ class ImageSettings(shell.Settings):
 
 @dataclass(kw_only=True)
 class Classifier(Opened):
-    """An image classifier with its evaluation images by data set."""
+    """An image classifier with its evaluation images by data set.
+
+    source: the checkpoint on disk that it was loaded from.
+    """
 
     sets: dict[str, Any]
+    source: Any = None
 
     def evaluate(self, bars: Bars) -> Evaluation:
         """Return top-1, top-5 and cross-entropy on every data set, and note what it says."""
@@ -66,7 +70,7 @@ class Classifier(Opened):
         return sum(loader.of for loader in self.sets.values()), vit.data.TOGETHER
 
     def save(self, folder: Path) -> None:
-        vit.models.save(self.model, folder, self.stored)
+        vit.models.save(self.model, folder, self.source)
 
     def loading(self, folder: Path) -> str:
         return vit.models.loading(self.model, folder)
@@ -84,7 +88,7 @@ def load(
     with clock(seconds, "load"):
         if settings.model == str(demo.FOLDER):
             torch.set_num_threads(1)  # so small a model is slower on more, by far beside others
-        model, offload, stored = vit.models.load_offloaded(
+        model, offload, source = vit.models.load_offloaded(
             settings.model,
             settings.checkpoint,
             settings.offload,
@@ -107,8 +111,9 @@ def load(
         calibration=f"{len(batch['images'])} images from {settings.calibration}",
         offload=offload,
         notes=notes,
-        stored=stored,
+        stored=source.dtype or torch.float32,
         sets=sets,
+        source=source,
     )
 
 

@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from gblm.base import GblmError, explained
+from gblm.machine.carry import Source
 from gblm.machine.files import check_depth, tensor_shapes
 from gblm.vit.data import processed
 
@@ -53,6 +54,13 @@ def load(name: str) -> PreTrainedModel:
             f"{', '.join(wrong[:3])}; give a whole checkpoint of an image classifier"
         )
     return _with_images(model, name)
+
+
+def source(name: str) -> Source:
+    """Return the checkpoint on disk of a model."""
+    with explained(f"model {name}: its weights cannot be had", WAY):
+        file = Path(str(cached_file(name, "model.safetensors")))
+    return Source(dict.fromkeys(tensor_shapes(file), file), file.parent)
 
 
 def sketch(name: str) -> PreTrainedModel:

@@ -9,12 +9,15 @@ import numpy as np
 import timm
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import try_to_load_from_cache
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from gblm import vit
 from gblm.base import Batch, GblmError, explained, nearest
+from gblm.machine.carry import Source, copy_files
 from gblm.machine.device import find_dtype
-from gblm.machine.files import check_depth, read_tensors, tensor_shapes, written_into
+from gblm.machine.files import check_depth, tensor_shapes, written_into
 from gblm.machine.offload import Offload, find_offload, in_memory, offloaded, read_when_used
 from gblm.vit.adapters import blocks, logits
 from gblm.walk.blocks import frozen
@@ -46,6 +49,25 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     return model.eval()
 
 
+def source(model: nn.Module, name: str, checkpoint: str | Path | None = None) -> Source:
+    """Return the checkpoint on disk that `load` has made a model of; nothing where it is a pickle.
+
+    Its folder is that of the model, or of the hub's cache; that of a checkpoint apart is none.
+    """
+    if own := of_transformers(name):
+        return vit.hf.source(own)
+    name, file = _source(name, checkpoint)
+    folder = Path(name.removeprefix(LOCAL)) if name.startswith(LOCAL) else None
+    if file is None:
+        config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+        hub, _, revision = (config.get("hf_hub_id") or "").partition("@")
+        held = config.get("hf_hub_filename") or WEIGHTS[0]
+        cached = hub and try_to_load_from_cache(hub, held, revision=revision or None)
+        file = Path(cached) if isinstance(cached, str) else None
+        folder = file.parent if file else None
+    return Source(dict.fromkeys(tensor_shapes(file), file) if file else {}, folder)
+
+
 def load_offloaded(
     name: str,
     checkpoint: str | Path | None,
@@ -54,28 +76,33 @@ def load_offloaded(
     *,
     device: torch.device,
     dtype: str,
-) -> tuple[nn.Module, Offload | None, torch.dtype]:
+) -> tuple[nn.Module, Offload | None, Source]:
     """Load an image classifier whose weights live where `offload` says: see `gblm.machine.offload`.
 
     From disk, the model is made without memory for its weights where they are in a `.safetensors`
     file by the names they have in the model, and read block by block; else it is loaded whole
-    first. Returns also the dtype of the checkpoint. Raises `GblmError` where `load` does.
+    first. Returns also the checkpoint on disk. Raises `GblmError` where `load` does.
     """
-    source, file = (name, None) if of_transformers(name) else _source(name, checkpoint)
+    made_by, file = (name, None) if of_transformers(name) else _source(name, checkpoint)
     shapes = tensor_shapes(file) if file else {}
     if file and shapes and find_offload(offload, file.stat().st_size, device) == "disk":
         with init_empty_weights(include_buffers=False):
-            model = _create(source, pretrained=False)
+            model = _create(made_by, pretrained=False)
         if _shapes(model.state_dict()) == shapes:
-            first = next(name for name, _ in model.named_parameters())
-            stored = read_tensors(file, [first])[first].dtype
-            model.to(find_dtype(dtype, device, lambda: stored) or stored)
+            like = source(model, name, checkpoint)
+            model.to(_dtype(model, like, dtype, device))
             files = dict.fromkeys(shapes, file)
-            return model.eval(), read_when_used(model, blocks(model), files, folder, device), stored
+            return model.eval(), read_when_used(model, blocks(model), files, folder, device), like
     model = load(name, checkpoint)
-    stored = next(model.parameters()).dtype
-    model.to(find_dtype(dtype, device, lambda: stored) or stored)
-    return model, offloaded(offload, model, blocks(model), folder, device), stored
+    like = source(model, name, checkpoint)
+    model.to(_dtype(model, like, dtype, device))
+    return model, offloaded(offload, model, blocks(model), folder, device), like
+
+
+def _dtype(model: nn.Module, like: Source, dtype: str, device: torch.device) -> torch.dtype:
+    """Return what a model is computed in: by "auto" that of its checkpoint, see `find_dtype`."""
+    stored = like.dtype or next(model.parameters()).dtype
+    return find_dtype(dtype, device, lambda: stored) or stored
 
 
 def sketch(name: str) -> nn.Module:
@@ -108,18 +135,27 @@ def loading(model: nn.Module, folder: Path) -> str:
     return f"import timm\n\nmodel = timm.create_model({name!r}, pretrained=True).eval()"
 
 
-def save(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `model.safetensors` and `config.json`, in a dtype, into a folder.
+def save(model: nn.Module, folder: str | Path, like: Source | None = None) -> None:
+    """Write a model into a folder: `model.safetensors`, `config.json` and what lies beside them.
 
     `timm.create_model(name, checkpoint_path=…/model.safetensors)` loads the first, and
-    `timm.create_model("local-dir:…", pretrained=True)` the folder. A model of transformers is
-    written as transformers does, with its image processor.
+    `timm.create_model("local-dir:…", pretrained=True)` the folder. The files are those of `like`,
+    with the changed weights in them; where it has other weights than the model, or is None, the
+    model's library writes them.
     """
-    with written_into(Path(folder)) as beside, in_memory(model, dtype) as stored:
-        if hasattr(model, "image_processor"):
-            vit.hf.save(stored, beside)
+    like = like or Source()
+    with written_into(Path(folder)) as beside:
+        copy_files(like, beside)
+        if like.holds(model):
+            like.write(model, blocks(model), beside)
+            if not (beside / "config.json").exists():
+                save_config_for_hf(model, str(beside / "config.json"))
             return
-        timm.models.save_for_hf(stored, str(beside), safe_serialization=True)
+        with in_memory(model, like.dtype) as stored:
+            if hasattr(model, "image_processor"):
+                vit.hf.save(stored, beside)
+            else:
+                timm.models.save_for_hf(stored, str(beside), safe_serialization=True)
 
 
 def predicted(model: nn.Module, batch: Batch, step: int = 32) -> Batch:
