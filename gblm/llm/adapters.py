@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations import moe
 
 from gblm.base import Adapter, Batch, GblmError
@@ -188,7 +188,8 @@ def losses(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
 def in_place(model: nn.Module) -> bool:
     """Say whether a label stands at the position of its logits, and not one behind."""
     decodes: bool = getattr(model.config, "is_encoder_decoder", False)
-    return decodes or type(model).__name__.endswith(IN_PLACE)
+    fills = getattr(model.config, "causal", None) is False  # an XLM or a FlauBERT
+    return decodes or fills or type(model).__name__.endswith(IN_PLACE)
 
 
 def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -221,10 +222,22 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     if "image_grid_thw" in batch:
         inputs["pixel_values"] = batch["pixel_values"].flatten(0, 1)
         inputs["image_grid_thw"] = batch["image_grid_thw"].view(-1, 3)
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(own.name == "use_cache" or own.kind is own.VAR_KEYWORD for own in parameters):
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters or any(own.kind is own.VAR_KEYWORD for own in parameters.values()):
         inputs["use_cache"] = False
+    if "lengths" in parameters:  # XLM and FlauBERT: they fill a cache unasked, and count ids
+        ids = inputs["input_ids"]
+        inputs |= {"cache": _Passing(), "lengths": torch.full_like(ids[:, 0], ids.shape[1])}
     return inputs
+
+
+class _Passing(DynamicCache):
+    """A cache that keeps nothing, so that a block can run again."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *rest: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:
@@ -244,7 +257,7 @@ def _ends(model: nn.Module) -> list[nn.Module]:
 def _hidden(output: Any) -> dict[str, Tensor]:
     if isinstance(output, Tensor | tuple | list):
         return {"last_hidden_state": output if isinstance(output, Tensor) else output[0]}
-    names = ("last_hidden_state", "logits", "pooler_output")
+    names = ("last_hidden_state", "last_hidden_state_ngram", "logits", "pooler_output")
     return {name: x for name in names if isinstance(x := getattr(output, name, None), Tensor)}
 
 

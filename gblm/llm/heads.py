@@ -40,7 +40,9 @@ def head(config: PreTrainedConfig) -> str:
     """Return what a model is for, by the class that its config names; causal where none does."""
     named = (getattr(config, "architectures", None) or [""])[0]
     sees = hasattr(config, "vision_config")
-    for kind in (PICTURES, CAUSAL, *CLASS) if sees else CLASS:
+    fills = getattr(config, "causal", None) is False  # an XLM or a FlauBERT
+    first = (PICTURES, CAUSAL) if sees else (MASKED,) if fills else ()
+    for kind in (*first, *CLASS):
         classes = CLASS[kind][1].values()
         if any(named in (own if isinstance(own, tuple) else (own,)) for own in classes):
             return kind

@@ -86,7 +86,28 @@ def qwen_vl() -> nn.Module:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-MODELS = {f.__name__: f for f in (t5, bart, bert, classifier, llava, qwen_vl)}
+def xlm() -> nn.Module:
+    sizes = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 32}
+    config = transformers.XLMConfig(vocab_size=VOCABULARY, pad_index=PADDING, **sizes)
+    return transformers.XLMWithLMHeadModel(config)
+
+
+def prophetnet() -> nn.Module:
+    sizes = {f"num_{side}_{name}": 2 for side in SIDES for name in ("layers", "attention_heads")}
+    sizes |= {f"{side}_ffn_dim": 24 for side in SIDES}
+    config = transformers.ProphetNetConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        max_position_embeddings=32,
+        disable_ngram_loss=True,  # of tokens beyond the next one
+        **sizes,
+    )
+    return transformers.ProphetNetForConditionalGeneration(config)
+
+
+SIDES = ("encoder", "decoder")
+PADDING = 20  # an id that XLM takes for padding wherever it stands
+MODELS = {f.__name__: f for f in (t5, bart, bert, classifier, llava, qwen_vl, xlm, prophetnet)}
 
 
 def make(name: str) -> nn.Module:
@@ -102,10 +123,11 @@ def batch_of(name: str) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(5, VOCABULARY, (SAMPLES, LENGTH), generator=draw)
     labels = torch.randint(5, VOCABULARY, (SAMPLES, LENGTH), generator=draw)
-    if name in ("t5", "bart"):
+    if name in ("t5", "bart", "prophetnet"):
         shifted = torch.cat([torch.full((SAMPLES, 1), 2), labels[:, :-1]], dim=1)
         return {"input_ids": ids, "decoder_input_ids": shifted, "labels": labels}
-    if name == "bert":
+    if name in ("bert", "xlm"):
+        ids[:, -1] = PADDING
         labels[:, ::2] = -100
         return {"input_ids": ids, "labels": labels}
     if name == "classifier":
@@ -151,6 +173,8 @@ def test_the_loss_is_the_models_own(name):
     given = {key: value for key, value in batch.items() if key != "labels"}
     if name == "qwen_vl":
         given["pixel_values"] = given["pixel_values"].flatten(0, 1)
+    if name == "xlm":
+        given["lengths"] = torch.full((SAMPLES,), LENGTH)
     with torch.no_grad():
         expected = model(**given, labels=batch.get("labels", batch["input_ids"])).loss
         losses = own.loss(model, own.trunk(model, batch), batch)
