@@ -17,9 +17,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor, nn
 
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
+from gblm.command.measure import speed
 from gblm.command.settings import Recipe, Settings
 from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
-from gblm.machine.files import claimed, locked, written_beside
+from gblm.machine.files import claimed, locked, weights_size, written_beside
 from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
 from gblm.report import Evaluation, Examples, Report, clock, merged
@@ -123,6 +124,10 @@ class Opened(ABC):
     def save(self, folder: Path) -> None:
         """Write the model as it is."""
 
+    def uses(self, model: nn.Module) -> dict[str, Callable[[], Any]]:
+        """Return what a model is used for, by name, to measure how quick it is."""
+        return {}
+
     def loading(self, folder: Path) -> str:
         """Return the Python that loads what was saved."""
         return ""
@@ -137,7 +142,7 @@ class Job:
     """What the runs of one command have in common.
 
     recipe: the flags, written beside each result. seconds: of the phases before. work: where runs
-    are kept, to go on from.
+    are kept, to go on from. dense: a copy of the model as it was, to measure its speed.
     """
 
     opened: Opened
@@ -146,6 +151,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     work: Path | None = None
     examples: Examples | None = None
+    dense: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
@@ -282,6 +288,9 @@ def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evalu
     if settings.output or settings.report:
         report.masks = masks(report, job.weight)
     report.peak_memory_bytes = peak_memory(job.device)
+    if job.dense:
+        with clock(report.seconds, "measure"):
+            report.speed = speed(job.dense, opened.model, opened.uses, opened.stored)
     return report
 
 
@@ -294,6 +303,8 @@ def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradi
         with written_beside(folder) as beside:
             with clock(report.seconds, "save"):
                 job.opened.save(beside)
+            if report.speed:
+                report.speed["file"]["pruned"] = weights_size(beside)
             report.write(beside)
             job.recipe.write(beside, **run.flags, **gradients.flags)
     if settings.report:

@@ -34,6 +34,7 @@ from gblm.walk.gradients import BACKWARDS
 
 NAME = "config.toml"
 SHELLS = ("bash", "zsh", "tcsh")
+MEASURES = ("speed",)
 LISTS = ("methods", "patterns", "allocations")
 EXITS = "exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted"
 
@@ -170,6 +171,8 @@ class Settings:
     """of the calibration samples [0]"""
     evaluate: Annotated[tuple[str, ...], EVALUATION(FILES, "SOURCES")] = ()
     """data sets or local paths, with commas"""
+    measure: Annotated[str, EVALUATION(Value(offers=MEASURES), "WHAT")] = ""
+    """speed: of the whole model, with the size of its file and its memory"""
     device: Annotated[str, MEMORY(TEXT, "DEVICE")] = "auto"
     """cpu, cuda, cuda:1, … [a GPU where there is one]"""
     dtype: Annotated[str, MEMORY(Value(offers=["auto", *DTYPES]), "DTYPE")] = "auto"

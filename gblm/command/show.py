@@ -20,7 +20,7 @@ from gblm.machine.speed import Machine, measure
 from gblm.maths.allocation import ALLOCATIONS
 from gblm.methods import METHODS, SOLVERS
 from gblm.report import Report
-from gblm.report.wording import short, size, time
+from gblm.report.wording import amount, gain, short, size, time
 from gblm.walk.blocks import choose
 from gblm.walk.blocks import size as size_of
 from gblm.walk.footprint import Footprint
@@ -92,17 +92,20 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
         return
     entries = reports[0].evaluation.items()
     first = {name: entry for name, entry in entries if entry["metric"] not in ASIDE}
-    columns = ("pattern", "sparsity", *map(short, first), "seconds")
+    speed = reports[0].speed
+    columns = ("pattern", "sparsity", *map(short, first), *speed, "seconds")
     metrics = ", ".join(dict.fromkeys(entry["metric"] for entry in first.values())) or "no metric"
     heading = f"{title}: {metrics}, pruned with {reports[0].calibration}"
     table = columned(heading, "method", *columns)
     dense = [shown(entry, "dense") for entry in first.values()]
-    table.add_row("dense", "", "", *dense, "", end_section=True)
+    quick = [amount(entry["dense"], entry["unit"]) for entry in speed.values()]
+    table.add_row("dense", "", "", *dense, *quick, "", end_section=True)
     for report in reports:
         name = (report.method, report.pattern, f"{report.sparsity:.4f}")
         values = [shown(report.evaluation[data], "pruned") for data in first]
         cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
-        table.add_row(*name, *values, f"{cost:.1f}")
+        ratios = [gain(entry["pruned"] / entry["dense"]) for entry in report.speed.values()]
+        table.add_row(*name, *values, *ratios, f"{cost:.1f}")
     console().print(table)
     print("\n".join(pruned_part(reports[0])))
     if len(reports) == 1:

@@ -19,6 +19,7 @@ from torch import nn
 from gblm.base import GblmError
 from gblm.command import show
 from gblm.command.job import Job, Opened, Run, compare, scratch, work_folder
+from gblm.command.measure import dense_copy
 from gblm.command.settings import S, Settings, completion, filled, keeps, make_app, parse, recipe
 from gblm.machine.device import DTYPES, find_compute_dtype, find_device
 from gblm.machine.files import check_output, check_report
@@ -237,6 +238,8 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Path, title: st
     seconds: dict[str, float] = {}
     device = find_device(settings.device)
     opened = side.load(settings, device, scratch(work), seconds)
+    if settings.measure and opened.offload:
+        raise GblmError("--measure speed takes a model that is on the device as a whole")
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), list(settings.exclude))
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -256,5 +259,6 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Path, title: st
         seconds,
         work if opened.offload or keeps(settings) else None,
         opened.examples() if shows else None,
+        dense_copy(opened.model) if settings.measure and not rank() else None,
     )
     show.results(title, compare(job, runs), settings)

@@ -3,7 +3,7 @@
 import logging
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,7 @@ from gblm.llm import demo
 from gblm.llm.sources import SOURCES
 from gblm.report import Evaluation, Examples, clock
 from gblm.report.wording import short
-from gblm.walk.blocks import size
+from gblm.walk.blocks import size, to_device
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,29 @@ class Language(Opened):
         like = checkpoint(self.settings)  # type: ignore[arg-type]
         llm.models.save(self.model, self.tokenizer, folder, like)
 
+    def uses(self, model: Any) -> dict[str, Callable[[], Any]]:
+        """Return forward passes of 1 and 16 samples of 128 tokens, and the generation of 64."""
+        found: dict[str, Callable[[], Any]] = {
+            f"forward of {count}": partial(model, **self.some(count, 128)) for count in (1, 16)
+        }
+        if model.can_generate():
+            given = self.some(1, 16)
+            given.pop("decoder_input_ids", None)
+            new = min(64, (llm.models.positions(model.config) or 80) - 16)
+            count = {"min_new_tokens": new, "max_new_tokens": new}
+            found[f"{new} tokens"] = partial(model.generate, **given, **count, do_sample=False)
+        return found
+
+    def some(self, count: int, length: int) -> dict[str, Any]:
+        """Return so many calibration samples, plain windows cut to a length, as inputs."""
+        chosen = torch.arange(count) % size(self.batch)
+        batch = {name: value[chosen] for name, value in self.batch.items()}
+        if set(batch) == {"input_ids"}:
+            batch = {"input_ids": batch["input_ids"][:, :length]}
+        return llm.adapters.inputs_of(
+            self.model, to_device(batch, next(self.model.parameters()).device)
+        )
+
     def loading(self, folder: Path) -> str:
         return llm.models.loading(folder, self.model.config)
 
@@ -120,6 +143,7 @@ def load(
         adapter=llm.adapters.adapter(model),
         calibration=f"{count} {what} from {settings.calibration}",
         offload=offload,
+        stored=checkpoint(settings).dtype() or next(model.parameters()).dtype,
         tasks=tasks,
         **data,
     )

@@ -52,6 +52,11 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
         return {}
 
 
+def weights_size(folder: Path) -> int:
+    """Return the bytes of the safetensors in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def check_depth(model: str | Path, blocks: int, what: str, tensors: int) -> None:
     """Raise `GblmError` where a config names more blocks than its checkpoint can hold.
 

@@ -1,11 +1,16 @@
 """How quick a device is, and what work costs on it."""
 
+import ctypes
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from gblm.machine.device import peak_memory, reset_peak
 
 # The part of the measured rate that a model reaches, what stands between its products included.
 EFFICIENCY = 0.8
@@ -47,6 +52,46 @@ def seconds(work: Callable[[], Any], device: torch.device, least: float) -> floa
             torch.cuda.synchronize()
         calls.append(time.perf_counter() - start)
     return min(calls)
+
+
+@dataclass
+class Taken:
+    """What a work takes: seconds of its quickest call, bytes held beside what was there before."""
+
+    seconds: float = math.inf
+    memory: int = 0
+
+
+def take_turns(
+    works: Sequence[Callable[[], Any]], device: torch.device, least: float
+) -> list[Taken]:
+    """Return what works take that are called in turns, at least three times and `least` seconds.
+
+    So a machine that slows down slows them all. Of a single thread on a CPU those seconds count in
+    which it works, whatever else the machine does.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    taken = [Taken() for _ in works]
+    for work, own in zip(works, taken, strict=True):
+        work()
+        with suppress(OSError, AttributeError):  # another C library: what was freed goes back
+            ctypes.CDLL(None).malloc_trim(0)
+        reset_peak(device)
+        before = peak_memory(device)
+        work()
+        own.memory = peak_memory(device) - before
+    rounds, spent = 0, 0.0
+    while rounds < 3 or spent < least * len(works):
+        for work, own in zip(works, taken, strict=True):
+            start = clock()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            call = clock() - start
+            own.seconds, spent = min(own.seconds, call), spent + call
+        rounds += 1
+    return taken
 
 
 @dataclass

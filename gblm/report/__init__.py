@@ -123,6 +123,7 @@ class Report:
     block_weights: int = 0  # numbers in the matrices of its blocks
     compute_dtype: str = ""  # of products in which fp32 blocks are computed
     calibration: str = ""  # what the samples are
+    speed: dict[str, dict[str, Any]] = field(default_factory=dict)  # by use: unit, dense, pruned
     loading: str = ""  # Python that loads the result, empty where none was saved
     masks: dict[str, Mask] = field(default_factory=dict)  # by linear
     examples: list[Example] = field(default_factory=list)
@@ -219,6 +220,10 @@ def _check(report: Report) -> None:
     for values in report.evaluation.values():
         _check_kind("metric", values["metric"], str)
         for key in ("dense", "pruned", *(key for key in values if key.endswith("_stderr"))):
+            _check_kind(key, values[key], float)
+    for values in report.speed.values():
+        _check_kind("unit", values["unit"], str)
+        for key in ("dense", "pruned"):
             _check_kind(key, values[key], float)
     for mask in report.masks.values():
         mask.grid()

@@ -150,6 +150,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     pages.filters["dotted"] = dotted
-    words = ("number", "percent", "count", "size", "time", "counted", "short")
+    words = ("amount", "gain", "number", "percent", "count", "size", "time", "counted", "short")
     pages.filters |= {word: getattr(wording, word) for word in words}
     return pages.get_template(template).render(values)

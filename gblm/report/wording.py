@@ -210,8 +210,24 @@ def size(value: float) -> str:
     return f"{value / 1000**power:.3g}\u00a0{units[power]}"
 
 
+def amount(value: float, unit: str) -> str:
+    """Return bytes (B) or seconds (s) in the unit that suits them."""
+    return size(value) if unit == "B" else time(value)
+
+
+def gain(ratio: float) -> str:
+    """Return what has become of the dense model's time or bytes; within 5 % is no gain.
+
+    >>> gain(0.62), gain(0.97), gain(1.3)
+    ('× 0.62', 'no gain', '× 1.30')
+    """
+    return "no gain" if 0.95 < ratio < 1.05 else f"× {ratio:.2f}"
+
+
 def time(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours."""
+    """Return a time in milliseconds, seconds, minutes or hours."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.3g}\u00a0ms"
     if seconds < 100:
         return f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,7 +1,7 @@
 """`python -m gblm.vit`: prune an image classifier, compare methods, save the result."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -71,6 +71,12 @@ class Classifier(Opened):
 
     def save(self, folder: Path) -> None:
         vit.models.save(self.model, folder, self.source)
+
+    def uses(self, model: nn.Module) -> dict[str, Callable[[], Any]]:
+        """Return forward passes of 1 and 16 of the images."""
+        images, own = self.batch["images"], next(model.parameters())
+        chosen = {count: images[torch.arange(count) % len(images)].to(own) for count in (1, 16)}
+        return {f"forward of {count}": partial(model, some) for count, some in chosen.items()}
 
     def loading(self, folder: Path) -> str:
         return vit.models.loading(self.model, folder)

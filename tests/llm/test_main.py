@@ -47,6 +47,7 @@ FLAGS = [
     "--include",
     "--length",
     "--list",
+    "--measure",
     "--method",
     "--micro-batch",
     "--model",
@@ -158,6 +159,25 @@ def test_report_says_what_happened(folder: Path, text: Path, tmp_path: Path):
         assert linear["sparsity"] == 0.5
         assert 0 < linear["relative_error"] < 1
         assert linear["seconds"] > 0
+
+
+def test_speed_is_measured_beside_the_dense_model(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    monkeypatch.setattr("gblm.command.measure.SECONDS", 0)
+    output = tmp_path / "pruned"
+    more = ["--measure", "speed", "--method", "wanda", "--output", str(output)]
+    assert main(command(folder, text, *more)) == 0
+    table = capsys.readouterr().out
+    speed = json.loads((output / "report.json").read_text())["speed"]
+    assert list(speed) == ["forward of 1", "forward of 16", "48 tokens", "memory", "file"]
+    assert all(name in table for name in speed)
+    assert 'measure = "speed"' in (output / "config.toml").read_text()
+    shapes = speed["file"]["pruned"] / speed["file"]["dense"]
+    assert 1 < shapes < 1.2  # the same weights, and the headers of small files
+    more = [*more[:-1], str(tmp_path / "other"), "--offload", "cpu"]
+    assert main(command(folder, text, *more)) == 2
+    assert "--measure speed takes a model that is on the device" in capsys.readouterr().err
 
 
 def test_several_methods_and_patterns_are_compared(

@@ -100,6 +100,16 @@ def test_a_result_says_how_it_is_loaded(make_report):
     assert "<pre>model = load(&#39;a &amp; b&#39;)</pre>" in page
 
 
+def test_speed_and_size_are_shown_and_no_gain_is_said(make_report):
+    speed = {
+        "forward of 1": {"unit": "s", "dense": 0.05, "pruned": 0.0505},
+        "file": {"unit": "B", "dense": 2e6, "pruned": 1e6},
+    }
+    text = said(run_page(make_report(speed=speed)))
+    assert "forward of 1 50\u00a0ms 50.5\u00a0ms no gain" in text
+    assert "file 2\u00a0MB 1\u00a0MB × 0.50" in text
+
+
 def test_an_uneven_allocation_is_told(make_report):
     report = make_report(allocation="owl(m=5, lam=0.08)")
     assert "the same sparsity in every layer" in said(run_page(report))

@@ -96,6 +96,15 @@ def test_every_method_runs_and_unlabelled_says_so(
         assert "the model's own predictions" in json.loads(file.read_text())["notes"][-1]
 
 
+def test_speed_is_measured(folder: Path, images: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("gblm.command.measure.SECONDS", 0)
+    more = ["--measure", "speed", "--method", "magnitude", "--output", str(tmp_path / "pruned")]
+    assert main(command(folder, images, *more)) == 0
+    speed = json.loads((tmp_path / "pruned" / "report.json").read_text())["speed"]
+    assert list(speed) == ["forward of 1", "forward of 16", "memory", "file"]
+    assert all(entry["dense"] > 0 for entry in speed.values())
+
+
 def test_weights_are_those_of_the_checkpoint(folder: Path, images: Path, tmp_path: Path):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     torch.nn.init.constant_(model.norm.weight, 3)
