@@ -3,6 +3,7 @@
 from gblm.base import Adapter, GblmError, Method, Pattern, Statistics, Step
 from gblm.maths.patterns import nm, parse, unstructured
 from gblm.methods import METHODS, masked
+from gblm.packed import pack, unpack
 from gblm.report import Report
 from gblm.walk.gradients import gradient_sums
 from gblm.walk.prune import prune
@@ -19,7 +20,9 @@ __all__ = [
     "gradient_sums",
     "masked",
     "nm",
+    "pack",
     "parse",
     "prune",
+    "unpack",
     "unstructured",
 ]

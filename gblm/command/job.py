@@ -23,6 +23,7 @@ from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_p
 from gblm.machine.files import claimed, locked, weights_size, written_beside
 from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
+from gblm.packed import pack_there, plain_share
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
 from gblm.walk.blocks import Block, Snapshot
@@ -303,6 +304,11 @@ def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradi
         with written_beside(folder) as beside:
             with clock(report.seconds, "save"):
                 job.opened.save(beside)
+            if settings.format == "packed":
+                alone = plain_share(beside)
+                note = f"{pack_there(beside)}; zstd alone makes {alone:.0%} of the ordinary file"
+                loaded = "loaded, it takes the memory and the time of the dense model"
+                report.notes = [*report.notes, f"{note}; {loaded}"]
             if report.speed:
                 report.speed["file"]["pruned"] = weights_size(beside)
             report.write(beside)

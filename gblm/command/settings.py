@@ -35,6 +35,7 @@ from gblm.walk.gradients import BACKWARDS
 NAME = "config.toml"
 SHELLS = ("bash", "zsh", "tcsh")
 MEASURES = ("speed",)
+FORMATS = ("safetensors", "packed")
 LISTS = ("methods", "patterns", "allocations")
 EXITS = "exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted"
 
@@ -195,6 +196,8 @@ class Settings:
     """of gradients in a folder [float32]"""
     output: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
     """for the pruned model and its report.json"""
+    format: Annotated[str, OUTPUT(Value(offers=FORMATS), "FORMAT")] = "safetensors"
+    """of the output; packed is smaller on disk alone [safetensors]"""
     report: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
     """for report.html, a page that shows what became of it"""
     overwrite: Annotated[bool, OUTPUT()] = False

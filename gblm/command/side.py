@@ -163,6 +163,8 @@ def command(side: Side[S], settings: S) -> None:
     settings = filled(settings, **side.usual)
     if not settings.calibration:
         raise GblmError("nothing to calibrate on; give a folder or a data set by --calibration")
+    if settings.format == "packed" and not settings.output:
+        raise GblmError("--format packed is a form of the result; name a folder by --output")
     runs = find_runs(settings)
     check_folders(settings)
     with launched(settings.device) as device:

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+import gblm.llm.packed  # noqa: F401  (transformers then loads packed checkpoints)
+
 MODULES = ("adapters", "data", "evaluate", "examples", "heads", "models", "pairs", "zero_shot")
 PLACES = {
     "calibration": "data",

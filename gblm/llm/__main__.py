@@ -114,7 +114,8 @@ class Language(Opened):
         )
 
     def loading(self, folder: Path) -> str:
-        return llm.models.loading(folder, self.model.config)
+        packed = self.settings.format == "packed"
+        return llm.models.loading(folder, self.model.config, packed)
 
     def examples(self) -> Examples | None:
         if llm.heads.head(self.model.config) != llm.heads.CAUSAL:

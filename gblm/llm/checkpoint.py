@@ -27,6 +27,7 @@ from gblm.base import GblmError, explained
 from gblm.llm.heads import auto_class
 from gblm.machine.carry import WEIGHTS, Source
 from gblm.machine.files import INDEX, read_tensors, tensor_shapes
+from gblm.packed import packed_files
 
 SCALE = re.compile(
     r"(.*weight)_scale(_inv)?|(.*)\.(qweight|weight_packed|SCB)"
@@ -88,6 +89,9 @@ class Checkpoint:
             raise GblmError(f"model folder {name} is empty; give one that save_pretrained wrote")
         if not (folder / "config.json").is_file():
             raise GblmError(f"model folder {name} has no config.json; give one of save_pretrained")
+        if packed_files(folder):
+            way = "python -m gblm.packed unpack writes its ordinary form; prune that"
+            raise GblmError(f"model folder {name} is packed; {way}")
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt"):

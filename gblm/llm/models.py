@@ -195,14 +195,15 @@ def length_of(batch: Batch) -> int:
     return batch["input_ids"].shape[1] + target
 
 
-def loading(folder: Path, config: PreTrainedConfig) -> str:
+def loading(folder: Path, config: PreTrainedConfig, packed: bool = False) -> str:
     """Return the Python that loads a saved model."""
     auto, other = CLASS[head(config)][0], "tokenizer"
     if hasattr(config, "vision_config"):
         other = "processor"
+    first, variant = ("import gblm.llm\n", ', variant="packed"') if packed else ("", "")
     return (
-        f"from transformers import {auto}, Auto{other.title()}\n\n"
-        f"model = {auto}.from_pretrained({str(folder)!r})\n"
+        f"{first}from transformers import {auto}, Auto{other.title()}\n\n"
+        f"model = {auto}.from_pretrained({str(folder)!r}{variant})\n"
         f"{other} = Auto{other.title()}.from_pretrained({str(folder)!r})"
     )
 

@@ -10,4 +10,6 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: timm takes seconds."""
     if name in MODULES:
         return import_module(f"{__name__}.{name}")
+    if name == "load":
+        return import_module(f"{__name__}.models").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

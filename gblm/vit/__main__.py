@@ -79,7 +79,7 @@ class Classifier(Opened):
         return {f"forward of {count}": partial(model, some) for count, some in chosen.items()}
 
     def loading(self, folder: Path) -> str:
-        return vit.models.loading(self.model, folder)
+        return vit.models.loading(self.model, folder, self.settings.format == "packed")
 
     def examples(self) -> Examples:
         calibration = (self.settings.calibration, [self.batch])

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gblm.machine.carry import Source, copy_files
 from gblm.machine.device import find_dtype
 from gblm.machine.files import check_depth, tensor_shapes, written_into
 from gblm.machine.offload import Offload, find_offload, in_memory, offloaded, read_when_used
+from gblm.packed import packed_files, unpack
 from gblm.vit.adapters import blocks, logits
 from gblm.walk.blocks import frozen
 
@@ -33,11 +35,15 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     of the hub, or a folder with `config.json`, written as it is or after `local-dir:`. Its weights
     come from the checkpoint (`.safetensors`, or what torch saved), else from the folder or the hub.
     `options` go to `timm.create_model`. A model of transformers (a folder of it, or `owner/name` of
-    the hub) has its weights beside its config: see `gblm.vit.hf`.
+    the hub) has its weights beside its config: see `gblm.vit.hf`. A packed folder is unpacked.
 
     Raises `GblmError` where the model is unknown, its weights cannot be had or do not fit, or it
     has no head.
     """
+    if packed_files(folder := Path(name.removeprefix(LOCAL)).expanduser()):
+        with TemporaryDirectory() as passing:
+            unpack(folder, Path(passing) / "model")
+            return load(str(Path(passing) / "model"), checkpoint, **options)
     if own := of_transformers(name):
         if checkpoint is not None:
             raise GblmError(f"--checkpoint is for models of timm; put the weights into {own}")
@@ -83,6 +89,9 @@ def load_offloaded(
     file by the names they have in the model, and read block by block; else it is loaded whole
     first. Returns also the checkpoint on disk. Raises `GblmError` where `load` does.
     """
+    if packed_files(Path(name.removeprefix(LOCAL)).expanduser()):
+        way = "python -m gblm.packed unpack writes its ordinary form; prune that"
+        raise GblmError(f"model {name} is packed; {way}")
     made_by, file = (name, None) if of_transformers(name) else _source(name, checkpoint)
     shapes = tensor_shapes(file) if file else {}
     if file and shapes and find_offload(offload, file.stat().st_size, device) == "disk":
@@ -127,8 +136,10 @@ def of_transformers(name: str) -> str | None:
         return None
 
 
-def loading(model: nn.Module, folder: Path) -> str:
+def loading(model: nn.Module, folder: Path, packed: bool = False) -> str:
     """Return the Python that loads a saved model."""
+    if packed:
+        return f"from gblm import vit\n\nmodel = vit.load({str(folder)!r})"
     if hasattr(model, "image_processor"):
         return vit.hf.loading(folder)
     name = f"{LOCAL}{folder}"

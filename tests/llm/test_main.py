@@ -40,6 +40,7 @@ FLAGS = [
     "--evaluate-windows",
     "--exact-match",
     "--exclude",
+    "--format",
     "--gradient-dtype",
     "--gradients",
     "--group",
