@@ -16,10 +16,11 @@ from gblm.base import Batch, GblmError
 from gblm.llm import data
 from gblm.llm.adapters import blocks
 from gblm.llm.checkpoint import ONE_MODEL, Checkpoint
+from gblm.llm.conversion import Places, places
 from gblm.llm.heads import CLASS, head, samples_of
 from gblm.machine.carry import copy_files
 from gblm.machine.device import find_device, find_dtype
-from gblm.machine.files import check_depth, tensor_shapes, write_shards, written_into
+from gblm.machine.files import check_depth, write_shards, written_into
 from gblm.machine.offload import (
     Offload,
     find_offload,
@@ -92,7 +93,7 @@ def load_offloaded(
     checkpoint when it is their turn, changed ones are written into the folder.
 
     Raises `GblmError`, beside what `load_model` does, where a checkpoint cannot be read block by
-    block: without safetensors, or with names other than those of the model.
+    block: without safetensors, or with weights that transformers finds no place for in the model.
     """
     checkpoint.check()
     files = checkpoint.source().files
@@ -113,8 +114,9 @@ def load_offloaded(
     with init_empty_weights(include_buffers=False):
         model = checkpoint.empty(config, dtype_in_memory)
     model.tie_weights()
-    _check_names_and_shapes(model, checkpoint.name, files)
-    return model, read_when_used(model, blocks(model), files, folder, device)
+    found = places(model, files)
+    _check_places(model, checkpoint.name, found)
+    return model, read_when_used(model, blocks(model), found.of, folder, device)
 
 
 @contextmanager
@@ -241,23 +243,20 @@ def _check_layers(checkpoint: Checkpoint, config: PreTrainedConfig, tensors: int
         check_depth(checkpoint.name, layers, "layers", tensors)
 
 
-def _check_names_and_shapes(model: PreTrainedModel, name: str, files: dict[str, Path]) -> None:
-    """Raise `GblmError` where tensors have other names or shapes than those of the model."""
+def _check_places(model: PreTrainedModel, name: str, found: Places) -> None:
+    """Raise `GblmError` where a checkpoint lacks parameters, or has them in other shapes."""
     parameters = dict(model.named_parameters())
-    if missing := sorted(set(parameters) - set(files)):
+    if missing := sorted(set(parameters) - set(found.of)):
         raise GblmError(
             f"model {name}: {len(missing)} weights have other names in its checkpoint, such as "
             f"{', '.join(missing[:3])}, so that it cannot be read block by block; use --offload cpu"
         )
-    _check_blocks(model, name, set(files) - set(parameters))
-    shapes = {
-        key: size for file in set(files.values()) for key, size in tensor_shapes(file).items()
-    }
+    _check_blocks(model, name, found.others)
     for key, parameter in parameters.items():
-        if shapes[key] != list(parameter.shape):
+        if found.shapes[key] != list(parameter.shape):
             raise GblmError(
-                f"model {name}: {key} is {shapes[key]} and should be {list(parameter.shape)} by "
-                f"config.json; {ONE_MODEL}"
+                f"model {name}: {key} is {found.shapes[key]} and should be {list(parameter.shape)} "
+                f"by config.json; {ONE_MODEL}"
             )
 
 

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -58,15 +58,29 @@ def find_offload(offload: str, size: int, device: torch.device) -> str:
     return offload
 
 
+@dataclass(frozen=True, eq=False)
+class Converted:
+    """Parameters that files hold in another form: the file of each tensor, what makes them."""
+
+    files: Mapping[str, Path]
+    convert: Callable[[Tensors], Tensors]
+
+    def read(self) -> Tensors:
+        """Return the parameters by their names."""
+        return self.convert(
+            {name: read_tensors(file, [name])[name] for name, file in self.files.items()}
+        )
+
+
 @dataclass
 class Store:
     """Where the weights of a model rest: tensors in main memory, or the files that hold them.
 
-    dense: the tensor or the file of every name. folder: for files of what has changed, None to keep
-    that in main memory.
+    dense: the tensor, the file or what is made of files, of every name. folder: for files of what
+    has changed, None to keep that in main memory.
     """
 
-    dense: Mapping[str, Tensor | Path]
+    dense: Mapping[str, Tensor | Path | Converted]
     folder: Path | None = None
     changed: dict[str, Tensor | Path] = field(default_factory=dict)
 
@@ -77,13 +91,19 @@ class Store:
         for file in {place for place in places.values() if isinstance(place, Path)}:
             way = {"way": AGAIN} if file.parent == self.folder else {}
             tensors |= read_tensors(file, [n for n in places if places[n] == file], **way)
+        for made in {place for place in places.values() if isinstance(place, Converted)}:
+            tensors |= {name: own for name, own in made.read().items() if places.get(name) is made}
         return tensors
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Let the system read the files of tensors ahead, where it can."""
-        for place in {self.changed.get(name, self.dense[name]) for name in names}:
-            if isinstance(place, Path) and hasattr(os, "posix_fadvise"):
-                with place.open("rb") as handle:
+        places = {self.changed.get(name, self.dense[name]) for name in names}
+        files = {place for place in places if isinstance(place, Path)}
+        for made in (place for place in places if isinstance(place, Converted)):
+            files |= {*made.files.values()}
+        for file in files:
+            if hasattr(os, "posix_fadvise"):
+                with file.open("rb") as handle:
                     os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def write(self, unit: str, tensors: Tensors) -> None:
@@ -297,15 +317,16 @@ def offloaded(
 def read_when_used(
     model: nn.Module,
     blocks: Mapping[str, nn.Module],
-    files: dict[str, Path],
+    places: Mapping[str, Path | Converted],
     folder: Path,
     device: torch.device,
 ) -> Offload:
     """Let a model made on the meta device read its parameters from files, unit by unit.
 
-    files: the file of every tensor, buffers too where they are in one. Changed units go into the
+    places: of every parameter, buffers too where they are in a file. Changed units go into the
     folder.
     """
+    store = Store(places, folder)
     replaced: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay so
     for module in model.modules():
         for name, meta in module.named_parameters(recurse=False):
@@ -314,9 +335,9 @@ def read_when_used(
                 replaced[meta] = nn.Parameter(empty, requires_grad=False)
             module.register_parameter(name, replaced[meta])
     for name, buffer in model.named_buffers():
-        if name in files:
-            buffer.copy_(read_tensors(files[name], [name])[name])
-    return Offload(model, blocks, Store(files, folder), device)
+        if name in places:
+            buffer.copy_(store.read([name])[name])
+    return Offload(model, blocks, store, device)
 
 
 # By the id of the module, which its unit keeps alive as long as it is in here.
