@@ -1,6 +1,7 @@
 """gblm: one-shot pruning of trained transformers, with the gradients of a few samples."""
 
 from gblm.base import Adapter, GblmError, Method, Pattern, Statistics, Step
+from gblm.gains import accelerate, gains
 from gblm.maths.patterns import nm, parse, unstructured
 from gblm.methods import METHODS, masked
 from gblm.packed import pack, unpack
@@ -17,6 +18,8 @@ __all__ = [
     "Report",
     "Statistics",
     "Step",
+    "accelerate",
+    "gains",
     "gradient_sums",
     "masked",
     "nm",

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "gblm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A modality is a package with a command; everything else is core, some of which has one too.
-TOOLS = {"report", "packed"}
+TOOLS = {"report", "packed", "gains"}
 SIDES = tuple(sorted({file.parent.name for file in PACKAGE.glob("*/__main__.py")} - TOOLS))
 
 # From the ground up; what stands on one line may import its own line and those above it here.
@@ -24,6 +24,7 @@ LAYERS = [
     ("machine",),
     ("packed",),
     ("report",),
+    ("gains",),
     ("walk",),
     ("methods",),
     ("command",),

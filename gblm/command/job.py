@@ -1,5 +1,6 @@
 """A job: the runs of one command on one model, their gradients, their folders."""
 
+import copy
 import math
 import shutil
 import sys
@@ -17,8 +18,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor, nn
 
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
-from gblm.command.measure import speed
+from gblm.command.measure import speed, weight_bytes
 from gblm.command.settings import Recipe, Settings
+from gblm.gains import accelerate, gains
 from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.files import claimed, locked, weights_size, written_beside
 from gblm.machine.offload import Offload, onload
@@ -291,8 +293,20 @@ def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evalu
     report.peak_memory_bytes = peak_memory(job.device)
     if job.dense:
         with clock(report.seconds, "measure"):
-            report.speed = speed(job.dense, opened.model, opened.uses, opened.stored)
+            measure(job, report)
     return report
+
+
+def measure(job: Job, report: Report) -> None:
+    """Measure the pruned model beside the dense one, by the runtime that the settings name."""
+    opened, pruned = job.opened, job.opened.model
+    if opened.settings.runtime != "dense":
+        pruned = copy.deepcopy(pruned)
+        report.notes = [*report.notes, f"{opened.settings.runtime}: {accelerate(pruned)}"]
+    assert job.dense
+    report.speed = speed(job.dense, pruned, opened.uses, opened.stored)
+    report.speed["file"]["pruned"] = weight_bytes(opened.model, opened.stored)
+    report.gains = gains(opened.model)
 
 
 def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradients) -> None:
@@ -301,6 +315,8 @@ def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradi
     if output := settings.output:
         folder = output / run.label if len(runs) > 1 else output
         report.loading = job.opened.loading(folder)
+        if settings.runtime != "dense":
+            report.loading += "\n\nimport gblm\n\nprint(gblm.accelerate(model))"
         with written_beside(folder) as beside:
             with clock(report.seconds, "save"):
                 job.opened.save(beside)

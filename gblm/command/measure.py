@@ -33,9 +33,18 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Return the bytes of parameters and buffers, those that are floating as if in a dtype."""
     tensors = {id(own): own for own in (*model.parameters(), *model.buffers())}.values()
     return sum(
-        own.numel() * (dtype if dtype and own.is_floating_point() else own.dtype).itemsize
+        part.numel() * (dtype if dtype and part.is_floating_point() else part.dtype).itemsize
         for own in tensors
+        for part in parts(own)
     )
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that hold one of another layout, such as semi-structured; else itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 @torch.no_grad()

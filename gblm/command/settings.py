@@ -35,6 +35,7 @@ from gblm.walk.gradients import BACKWARDS
 NAME = "config.toml"
 SHELLS = ("bash", "zsh", "tcsh")
 MEASURES = ("speed",)
+RUNTIMES = ("dense", "semi-structured")
 FORMATS = ("safetensors", "packed")
 LISTS = ("methods", "patterns", "allocations")
 EXITS = "exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted"
@@ -174,6 +175,8 @@ class Settings:
     """data sets or local paths, with commas"""
     measure: Annotated[str, EVALUATION(Value(offers=MEASURES), "WHAT")] = ""
     """speed: of the whole model, with the size of its file and its memory"""
+    runtime: Annotated[str, EVALUATION(Value(offers=RUNTIMES), "HOW")] = "dense"
+    """semi-structured: of 2:4 on a GPU, where it is quicker [dense]"""
     device: Annotated[str, MEMORY(TEXT, "DEVICE")] = "auto"
     """cpu, cuda, cuda:1, … [a GPU where there is one]"""
     dtype: Annotated[str, MEMORY(Value(offers=["auto", *DTYPES]), "DTYPE")] = "auto"

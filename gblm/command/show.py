@@ -13,6 +13,7 @@ from rich.table import Table
 from gblm.command.estimate import Task, estimate
 from gblm.command.job import Opened, Run
 from gblm.command.settings import Settings, keeps
+from gblm.gains import said
 from gblm.machine.device import free_memory
 from gblm.machine.offload import find_offload
 from gblm.machine.processes import rank, world
@@ -108,6 +109,10 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
         table.add_row(*name, *values, *ratios, f"{cost:.1f}")
     console().print(table)
     print("\n".join(pruned_part(reports[0])))
+    if tried := reports[-1].gains:
+        print(
+            f"what the zeros of {reports[-1].pattern} buy here, by trial:", *said(tried), sep="\n"
+        )
     if len(reports) == 1:
         worst = sorted(reports[0].linears, key=lambda linear: -linear.relative_error)[:3]
         named = ", ".join(f"{linear.name} {linear.relative_error:.1%}" for linear in worst)

@@ -165,6 +165,8 @@ def command(side: Side[S], settings: S) -> None:
         raise GblmError("nothing to calibrate on; give a folder or a data set by --calibration")
     if settings.format == "packed" and not settings.output:
         raise GblmError("--format packed is a form of the result; name a folder by --output")
+    if settings.runtime != "dense" and not settings.measure:
+        raise GblmError(f"--runtime {settings.runtime} is there to be measured; --measure speed")
     runs = find_runs(settings)
     check_folders(settings)
     with launched(settings.device) as device:

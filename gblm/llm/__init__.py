@@ -5,7 +5,17 @@ from typing import Any
 
 import gblm.llm.packed  # noqa: F401  (transformers then loads packed checkpoints)
 
-MODULES = ("adapters", "data", "evaluate", "examples", "heads", "models", "pairs", "zero_shot")
+MODULES = (
+    "adapters",
+    "data",
+    "evaluate",
+    "examples",
+    "heads",
+    "int8",
+    "models",
+    "pairs",
+    "zero_shot",
+)
 PLACES = {
     "calibration": "data",
     "evaluation": "data",

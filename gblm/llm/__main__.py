@@ -16,7 +16,17 @@ from gblm import llm
 from gblm.base import Batch, GblmError
 from gblm.command import side
 from gblm.command.job import Bars, Opened
-from gblm.command.settings import CALIBRATION, EVALUATION, NUMBER, PATH, SEVERAL, WHAT, Settings
+from gblm.command.settings import (
+    CALIBRATION,
+    EVALUATION,
+    NUMBER,
+    OUTPUT,
+    PATH,
+    SEVERAL,
+    WHAT,
+    Settings,
+    Value,
+)
 from gblm.llm import demo
 from gblm.llm.sources import SOURCES
 from gblm.report import Evaluation, Examples, clock
@@ -54,6 +64,8 @@ class LanguageSettings(Settings):
     """the first items of each task alone"""
     exact_match: Annotated[bool, EVALUATION()] = False
     """answers given word by word, of pairs of pictures and text"""
+    also: Annotated[str, OUTPUT(Value(offers=("int8",)), "FORM")] = ""
+    """int8: the result quantised by torchao too, in a folder int8 of it"""
 
 
 @dataclass(kw_only=True)
@@ -89,6 +101,9 @@ class Language(Opened):
     def save(self, folder: Path) -> None:
         like = checkpoint(self.settings)  # type: ignore[arg-type]
         llm.models.save(self.model, self.tokenizer, folder, like)
+        also = self.settings.also  # type: ignore[attr-defined]
+        if also and (note := llm.int8.quantise(folder)) not in self.notes:
+            self.notes.append(note)
 
     def uses(self, model: Any) -> dict[str, Callable[[], Any]]:
         """Return forward passes of 1 and 16 samples of 128 tokens, and the generation of 64."""
@@ -128,6 +143,8 @@ def load(
     settings: LanguageSettings, device: torch.device, scratch: Path, seconds: dict[str, float]
 ) -> Language:
     """Draw the windows, then load the model."""
+    if settings.also:
+        llm.int8.check_torchao()
     with clock(seconds, "data"):
         _, data = draw(settings)
         tasks = open_tasks(settings)

@@ -48,6 +48,24 @@ class LinearReport:
 
 
 @dataclass
+class Gain:
+    """The seconds of y = xWᵀ by every way that was tried: see `gblm.gains`.
+
+    number: how many linears have this shape. positions: the vectors x. base: the dense way.
+    """
+
+    shape: list[int]
+    number: int
+    positions: int
+    base: str
+    seconds: dict[str, float]
+
+    def ratio(self, way: str) -> float:
+        """Return the time of a way over that of the dense one."""
+        return self.seconds[way] / self.seconds[self.base]
+
+
+@dataclass
 class Mask:
     """A picture of what a linear keeps: the kept share of each of its cells, `[rows, columns]`.
 
@@ -124,6 +142,7 @@ class Report:
     compute_dtype: str = ""  # of products in which fp32 blocks are computed
     calibration: str = ""  # what the samples are
     speed: dict[str, dict[str, Any]] = field(default_factory=dict)  # by use: unit, dense, pruned
+    gains: list[Gain] = field(default_factory=list)  # what the zeros of its linears buy here
     loading: str = ""  # Python that loads the result, empty where none was saved
     masks: dict[str, Mask] = field(default_factory=dict)  # by linear
     examples: list[Example] = field(default_factory=list)
@@ -161,6 +180,7 @@ class Report:
             report = cls(**{name: value for name, value in stored.items() if name in names})
             report.linears = [LinearReport(**linear) for linear in stored["linears"]]
             report.masks = {name: Mask(**mask) for name, mask in stored["masks"].items()}
+            report.gains = [Gain(**gain) for gain in stored.get("gains", ())]
             report.examples = [Example(**example) for example in stored["examples"]]
             _check(report)
         except FileNotFoundError:
@@ -209,7 +229,8 @@ def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _check(report: Report) -> None:
     """Raise `ValueError`, `TypeError` or `KeyError` where a report holds other than it should."""
-    parts: list[Any] = [report, *report.linears, *report.masks.values(), *report.examples]
+    parts: list[Any] = [report, *report.linears, *report.gains, *report.masks.values()]
+    parts += report.examples
     for part in parts:
         for entry in fields(part):
             origin = get_origin(entry.type)
@@ -221,6 +242,8 @@ def _check(report: Report) -> None:
         _check_kind("metric", values["metric"], str)
         for key in ("dense", "pruned", *(key for key in values if key.endswith("_stderr"))):
             _check_kind(key, values[key], float)
+    for gain in report.gains:
+        _check_kind("seconds", gain.seconds[gain.base], float)
     for values in report.speed.values():
         _check_kind("unit", values["unit"], str)
         for key in ("dense", "pruned"):

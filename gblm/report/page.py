@@ -52,6 +52,7 @@ def run_page(report: Report) -> str:
         },
         examples=[(e, common(e.dense.strip(), e.pruned.strip())) for e in report.examples],
         shapes=shapes,
+        ways=list(dict.fromkeys(way for own in report.gains for way in own.seconds)),
         blocks=len({report.place(linear.name)[0] for linear in report.linears}),
         zeros=round(report.weights * report.sparsity),
     )

@@ -215,13 +215,13 @@ def amount(value: float, unit: str) -> str:
     return size(value) if unit == "B" else time(value)
 
 
-def gain(ratio: float) -> str:
-    """Return what has become of the dense model's time or bytes; within 5 % is no gain.
+def gain(ratio: float, least: float = 0.95, most: float = 1.05) -> str:
+    """Return what has become of the dense time or bytes; between `least` and `most` is no gain.
 
-    >>> gain(0.62), gain(0.97), gain(1.3)
-    ('× 0.62', 'no gain', '× 1.30')
+    >>> gain(0.62), gain(0.97), gain(1.3), gain(1.3, most=2)
+    ('× 0.62', 'no gain', '× 1.30', 'no gain')
     """
-    return "no gain" if 0.95 < ratio < 1.05 else f"× {ratio:.2f}"
+    return "no gain" if least < ratio < most else f"× {ratio:.2f}"
 
 
 def time(seconds: float) -> str:

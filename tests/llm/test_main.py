@@ -28,6 +28,7 @@ FLAGS = [
     "--allocation",
     "--allow-pickle",
     "--alpha",
+    "--also",
     "--backward",
     "--calibration",
     "--completion",
@@ -59,6 +60,7 @@ FLAGS = [
     "--refine",
     "--report",
     "--resume",
+    "--runtime",
     "--samples",
     "--seed",
     "--sparsity",
@@ -166,13 +168,17 @@ def test_speed_is_measured_beside_the_dense_model(
     folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):
     monkeypatch.setattr("gblm.command.measure.SECONDS", 0)
+    monkeypatch.setattr(sys.modules["gblm.gains"], "SECONDS", 0)
     output = tmp_path / "pruned"
-    more = ["--measure", "speed", "--method", "wanda", "--output", str(output)]
+    more = ["--measure", "speed", "--runtime", "semi-structured", "--method", "wanda"]
+    more += ["--output", str(output)]
     assert main(command(folder, text, *more)) == 0
     table = capsys.readouterr().out
     speed = json.loads((output / "report.json").read_text())["speed"]
     assert list(speed) == ["forward of 1", "forward of 16", "48 tokens", "memory", "file"]
     assert all(name in table for name in speed)
+    assert "what the zeros of 0.5 buy here, by trial" in table
+    assert "semi-structured: no gain: torch has 2:4 products on CUDA alone" in table
     assert 'measure = "speed"' in (output / "config.toml").read_text()
     shapes = speed["file"]["pruned"] / speed["file"]["dense"]
     assert 1 < shapes < 1.2  # the same weights, and the headers of small files
@@ -204,6 +210,7 @@ def test_every_method_runs_from_the_command_line(folder: Path, text: Path):
 
 
 BAD = {
+    "runtime alone": (["--runtime", "semi-structured"], "is there to be measured; --measure speed"),
     "unknown method": (["--method", "wandas"], "did you mean 'wanda'"),
     "unknown pattern": (["--sparsity", "half"], "neither a sparsity"),
     "sparsity of 1": (["--sparsity", "1"], "outside (0, 1)"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gblm.base import GblmError
-from gblm.report import Example, Report
+from gblm.report import Example, Gain, Report
 from gblm.report.page import common, comparison_page, run_page, write_pages
 
 HOSTILE = "<script>alert(1)</script>\"'&"
@@ -108,6 +108,12 @@ def test_speed_and_size_are_shown_and_no_gain_is_said(make_report):
     text = said(run_page(make_report(speed=speed)))
     assert "forward of 1 50\u00a0ms 50.5\u00a0ms no gain" in text
     assert "file 2\u00a0MB 1\u00a0MB × 0.50" in text
+
+
+def test_what_zeros_buy_is_shown(make_report):
+    own = Gain([8, 4], 3, 128, "bfloat16", {"bfloat16": 0.01, "int8": 0.005, "CSR": 0.05})
+    text = said(run_page(make_report(gains=[own])))
+    assert "linears vectors bfloat16 int8 CSR 3 of 8 × 4 128 10\u00a0ms × 0.50 no gain" in text
 
 
 def test_an_uneven_allocation_is_told(make_report):

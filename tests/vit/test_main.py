@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ OWN = ["--checkpoint", "--evaluate-images", "--unlabelled", "--workers"]
 OF_LANGUAGE = [
     "--allow-pickle",
     "--evaluate-windows",
+    "--also",
     "--exact-match",
     "--length",
     "--trust-remote-code",
@@ -98,6 +100,7 @@ def test_every_method_runs_and_unlabelled_says_so(
 
 def test_speed_is_measured(folder: Path, images: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("gblm.command.measure.SECONDS", 0)
+    monkeypatch.setattr(sys.modules["gblm.gains"], "SECONDS", 0)
     more = ["--measure", "speed", "--method", "magnitude", "--output", str(tmp_path / "pruned")]
     assert main(command(folder, images, *more)) == 0
     speed = json.loads((tmp_path / "pruned" / "report.json").read_text())["speed"]
