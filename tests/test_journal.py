@@ -57,7 +57,7 @@ def prune(model, batch, method, gradients=None, journal=None):
     return pruning.run()
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("name", "count"),
     [  # one method is cut off everywhere, the others twice in the middle

@@ -23,7 +23,7 @@ from gblm.walk.gradients import Gradients
 from gblm.walk.prune import Pruning, method_pattern
 from gblm.walk.walk import Walk
 
-pytestmark = pytest.mark.usefixtures("untraced")
+pytestmark = pytest.mark.untraced
 
 # Every mask the published code left, by method and pattern; those of QUICK are compared by default.
 GRADIENT = [

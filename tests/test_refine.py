@@ -131,7 +131,7 @@ def block_error(model: nn.Module, dense: nn.Module, batch: dict) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "best"])
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("half", [False, True])

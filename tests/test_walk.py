@@ -105,7 +105,7 @@ def test_micro_batch_never_changes_gradients(llama64, batch, backward, step):
     check_same(run(step, backward), run(7, "model"), 1e-10)
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("pattern", "step"),
     [
@@ -411,7 +411,7 @@ def prune_in(
     return pruning.run()
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize("place", ["memory", "file"])
 @pytest.mark.parametrize(
     ("method", "half"),

@@ -89,7 +89,7 @@ def test_kernels_are_for_gpus_and_at_most_32_bits():
         assert not kernels.usable(torch.ones(1).cuda().double())
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["gblm", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_models_are_pruned_alike_with_and_without(make_llama, batch, name, pattern, monkeypatch):
@@ -137,7 +137,7 @@ def test_score_mask_sees_what_is_not_finite(wrong):
     assert not score_mask.score_mask(weight, inputs, None, 1.0, 2, 4)[2]
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("rows", "size", "kept"), [(5, 100, 37), (3, 5000, 2500), (2, 4096, 1), (2, 9001, 9000)]
 )

@@ -283,7 +283,7 @@ def test_code_that_comes_with_a_model_is_never_run_unasked(which, model, run, se
 EVERY = ",".join([*METHODS, "gblm+repair", "wanda+sparsegpt"])
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     "zero",
     [

@@ -17,7 +17,7 @@ from gblm.llm.adapters import adapter, unpad
 from gblm.llm.evaluate import perplexity
 from gblm.walk.survey import survey
 
-pytestmark = pytest.mark.usefixtures("untraced")
+pytestmark = pytest.mark.untraced
 
 SAMPLES, LENGTH, VOCABULARY, IMAGE = 5, 8, 64, 3
 ENCODER = {

@@ -152,7 +152,7 @@ def batch_of(name: str) -> Batch:
     }
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_each_sample(name: str) -> None:
     model, batch = make(name), batch_of(name)
@@ -181,7 +181,7 @@ QUICK = ("wanda", "gblm", "best")
 OTHERS = tuple(method for method in METHODS if method not in QUICK)
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_prunes_all_linears_of_the_blocks(name: str, names: tuple[str, ...]) -> None:

@@ -180,7 +180,7 @@ def test_a_hostile_pickle_is_never_loaded(plain, flag, model, run, hostile, seal
 # What is odd but sound
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     "zero",
     [
