@@ -13,7 +13,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -257,20 +256,18 @@ def python(words: list[str]) -> None:
 
 
 def torchrun(words: list[str]) -> None:
-    """Run a command in two processes, or parse it where it wants several machines."""
+    """Run a command in one process in place of several, or parse it for several machines.
+
+    tests/test_scale.py runs commands in several.
+    """
     from torch.distributed.run import get_args_parser
 
     launch = get_args_parser().parse_args(words)
     program = launch.training_script
-    argv = shortened(program, launch.training_script_args)
     assert launch.module
-    if launch.nnodes != "1:1":
-        parse(SIDES[program][1].app(), argv)
-        return
-    two = ["--standalone", "--nproc-per-node", "2", "-m", program, *argv]
-    start = [sys.executable, "-m", "torch.distributed.run"]
-    done = subprocess.run([*start, *two], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    if launch.nnodes == "1:1":
+        return python(["-m", program, *launch.training_script_args])
+    parse(SIDES[program][1].app(), shortened(program, launch.training_script_args))
 
 
 def make(words: list[str]) -> None:
@@ -330,6 +327,7 @@ def run(page: str) -> None:
             assert language == "text", f"no way is known to run a block of {language!r}"
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("page", [page for page in PAGES if "```" in page.read_text()], ids=named)
 def test_a_page_runs(page: Path, reader: Path):
     run(page.read_text())

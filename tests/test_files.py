@@ -62,7 +62,10 @@ def content(path: Path) -> dict[str, bytes]:
 # Rights
 
 
-@pytest.fixture(params=[0o022, 0o077], ids=["022", "077"])
+UMASKS = pytest.mark.parametrize("umask", [0o022, 0o077], indirect=True)
+
+
+@pytest.fixture
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
     yield request.param
@@ -78,6 +81,7 @@ def check_rights(top: Path, umask: int) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == usual & ~umask, path
 
 
+@UMASKS
 @every_writer
 def test_all_that_is_written_has_the_rights_of_the_umask(write, umask, tmp_path: Path):
     write(tmp_path / "new" / "result")
@@ -95,8 +99,16 @@ def test_what_was_there_keeps_its_rights(tmp_path: Path):
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o750
 
 
-@pytest.mark.parametrize("offload", ["none", "disk"])
-@pytest.mark.parametrize("side", ["llm", "vit"])
+@pytest.mark.parametrize(
+    ("side", "offload", "umask"),
+    [
+        ("llm", "none", 0o077),
+        ("vit", "disk", 0o077),
+        pytest.param("llm", "disk", 0o022, marks=pytest.mark.slow),
+        pytest.param("vit", "none", 0o022, marks=pytest.mark.slow),
+    ],
+    indirect=["umask"],
+)
 def test_results_of_a_command_have_the_rights_of_the_umask(
     side, offload, umask, request, tmp_path: Path
 ):
@@ -112,6 +124,7 @@ def test_results_of_a_command_have_the_rights_of_the_umask(
     check_rights(tmp_path, umask)
 
 
+@UMASKS
 def test_a_checkpoint_in_shards_has_the_rights_of_the_umask(llm, umask, tmp_path: Path):
     flags = llm[1:]
     flags[flags.index("--windows")] = "--evaluate-windows"

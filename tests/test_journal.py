@@ -60,8 +60,8 @@ def prune(model, batch, method, gradients=None, journal=None):
 @pytest.mark.untraced
 @pytest.mark.parametrize(
     ("name", "count"),
-    [  # one method is cut off everywhere, the others twice in the middle
-        pytest.param(name, count, marks=() if name == "gblm" or count in (3, 4) else SLOW)
+    [  # one method is cut off everywhere, the others once in the middle
+        pytest.param(name, count, marks=() if name == "gblm" or count == 3 else SLOW)
         for name in METHODS
         for count in range(1, 7)
     ],
@@ -163,8 +163,16 @@ def test_gradients_can_be_kept_in_half_precision(llama, batch, tmp_path):
         )
 
 
-@pytest.mark.parametrize("backward", ["blocks", "model"])
-@pytest.mark.parametrize("count", [1, 8, 9, 10, 18, 27, 28])
+@pytest.mark.untraced
+@pytest.mark.parametrize(
+    ("backward", "count"),
+    [
+        *(("blocks", count) for count in (1, 9, 10, 28)),
+        ("model", 10),
+        *(pytest.param("blocks", count, marks=SLOW) for count in (8, 18, 27)),
+        *(pytest.param("model", count, marks=SLOW) for count in (1, 8, 9, 18, 27, 28)),
+    ],
+)
 def test_a_sweep_that_was_cut_off_ends_with_the_same_bits(
     llama, batch, backward, count, tmp_path, monkeypatch
 ):
@@ -199,8 +207,14 @@ def test_a_sweep_that_was_cut_off_ends_with_the_same_bits(
     assert not list((tmp_path / "gradients").glob("sweep*"))
 
 
-@pytest.mark.parametrize("micro_batch", [2, 7])
-@pytest.mark.parametrize("count", [1, 10, 19])
+@pytest.mark.parametrize(
+    ("count", "micro_batch"),
+    [
+        (10, 2),
+        (19, 7),
+        *(pytest.param(*case, marks=SLOW) for case in [(1, 2), (1, 7), (10, 7), (19, 2)]),
+    ],
+)
 def test_a_sweep_goes_on_with_other_micro_batches(
     llama64, batch, count, micro_batch, tmp_path, monkeypatch
 ):

@@ -29,8 +29,15 @@ def offloaded(model, kind, tmp_path):
     return Offload(model, adapter(model).blocks(model), store, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.untraced
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "disk") for name in METHODS),
+        ("gblm", "cpu"),
+        *(pytest.param(name, "cpu", marks=pytest.mark.slow) for name in METHODS if name != "gblm"),
+    ],
+)
 def test_offloaded_models_get_the_same_bits(make_llama, batch, name, kind, tmp_path):
     plain, other = make_llama(), make_llama()
     parts = offloaded(other, kind, tmp_path)

@@ -38,8 +38,8 @@ GRADIENT = [
 ]
 EXACT = ["wanda_0.5", "wanda_2-4", "wanda_4-8", "magnitude_2-4", "sparsegpt_2-4", "sparsegpt_4-8"]
 ONE_MORE = ["magnitude_0.5", "sparsegpt_0.5"]
-QUICK = {"gblm-l1_0.5", "gblm-l1_4-8", "gblm-l2_2-4", "gradient-l1_0.5"}  # each norm
-QUICK |= {"wanda_0.5", "wanda_4-8", "magnitude_2-4", "sparsegpt_2-4"}
+QUICK = {"gblm-l1_0.5", "gblm-l2_2-4", "gradient-l1_0.5"}  # each norm
+QUICK |= {"wanda_4-8", "magnitude_2-4", "sparsegpt_2-4", "magnitude_0.5"}
 
 
 def quickly(names: Sequence[str]) -> pytest.MarkDecorator:
@@ -241,7 +241,10 @@ def test_half_precision_costs_the_published_code_most_in_gblm_l2_at_2_4(golden):
     assert golden.perplexity() <= 1.01 * golden.expected[name]["perplexity"]
 
 
-@pytest.mark.parametrize(("name", "agreement"), [("magnitude_0.5", 1), ("sparsegpt_0.5", 0.999)])
+@pytest.mark.parametrize(
+    ("name", "agreement"),
+    [("magnitude_0.5", 1), pytest.param("sparsegpt_0.5", 0.999, marks=pytest.mark.slow)],
+)
 def test_the_published_threshold_agrees(golden, name, agreement):
     """Magnitude to the last cell, sparsegpt but for one swap and what follows from it.
 
@@ -252,7 +255,7 @@ def test_the_published_threshold_agrees(golden, name, agreement):
     check(golden, name, golden.prune(name, {}, one_more(0.5)), agreement)
 
 
-@pytest.mark.parametrize("name", ONE_MORE)
+@quickly(ONE_MORE)
 def test_the_exact_count_differs_by_the_one_more(golden, name):
     """gblm drops the exact count: sparsity is 0.5000 where the published code has 0.5002.
 

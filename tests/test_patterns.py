@@ -138,7 +138,7 @@ def test_only_the_order_of_scores_counts(name, score, power):
     assert torch.equal(keep((score + 1).log()), keep(score))
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(text=st.text("0123456789.:/-+einfarowly ½٣", max_size=9) | st.text(max_size=9))
 def test_any_text_is_a_pattern_or_refused(text):
     try:

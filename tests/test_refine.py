@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -131,10 +132,18 @@ def block_error(model: nn.Module, dense: nn.Module, batch: dict) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
+QUICK = [("wanda", "2:4", False), ("sparsegpt", "0.5", False), ("best", "0.5", True)]
+
+
 @pytest.mark.untraced
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "best"])
-@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("method", "pattern", "half"),
+    [
+        pytest.param(method, pattern, half, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product(["wanda", "sparsegpt", "best"], ["0.5", "2:4"], [False, True])
+        for method, pattern, half in [case]
+    ],
+)
 def test_refinement_brings_the_model_nearer_and_keeps_the_mask(
     make_llama, make_batch, monkeypatch, method, pattern, half
 ):
@@ -163,6 +172,7 @@ def test_a_refinement_that_does_not_help_is_taken_back(llama, batch, beside):
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["uniform", "gradient", "global", "owl"])
 @pytest.mark.parametrize("pattern", ["0.5", "0.6/layer", "2:4"])
 def test_an_allocation_spends_the_budget_of_the_model(llama, batch, name, pattern):

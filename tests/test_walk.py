@@ -89,7 +89,8 @@ def test_the_checker_sees_a_lost_sample(llama64, batch):
         check_same(run_statistics(llama64, fewer, 3), run_statistics(llama64, batch, 7), 1e-3)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 6])
+@pytest.mark.untraced
+@pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("backward", ["blocks", "model"])
 def test_micro_batch_never_changes_gradients(llama64, batch, backward, step):
     def run(micro_batch: int, backward: str) -> dict[str, Tensor]:
@@ -124,7 +125,8 @@ def test_micro_batch_never_changes_the_result(make_llama, batch, method, pattern
     check_same(weights(some), weights(whole), 1e-9)
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.untraced
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_micro_batch_hardly_changes_a_refinement(make_llama, batch, step):
     # Adam's steps know no size: where a gradient is next to nothing, rounding decides on its sign.
     some, whole = make_llama(torch.float64), make_llama(torch.float64)
@@ -133,7 +135,8 @@ def test_micro_batch_hardly_changes_a_refinement(make_llama, batch, step):
     check_same(weights(some), weights(whole), 1e-3)
 
 
-@pytest.mark.parametrize("method", ["gblm", "sparsegpt"])
+@pytest.mark.untraced
+@pytest.mark.parametrize("method", ["gblm", pytest.param("sparsegpt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("samples", "length"), [(1, 12), (8, 8), (4, 12), (3, 3), (12, 6)])
 def test_sizes_that_could_be_taken_for_one_another(make_llama, make_batch, method, samples, length):
     # One sample; as many samples as positions; as many as heads; as many as heads times blocks.

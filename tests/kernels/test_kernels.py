@@ -90,8 +90,16 @@ def test_kernels_are_for_gpus_and_at_most_32_bits():
 
 
 @pytest.mark.untraced
-@pytest.mark.parametrize("name", ["gblm", "wanda", "sparsegpt"])
-@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("gblm", "2:4"),
+        ("sparsegpt", "0.5"),
+        pytest.param("gblm", "0.5", marks=pytest.mark.slow),
+        *(pytest.param("wanda", pattern, marks=pytest.mark.slow) for pattern in ("2:4", "0.5")),
+        pytest.param("sparsegpt", "2:4", marks=pytest.mark.slow),
+    ],
+)
 def test_models_are_pruned_alike_with_and_without(make_llama, batch, name, pattern, monkeypatch):
     plain, quick = make_llama(), make_llama()
     gblm.prune(plain, batch, methods.make(name), pattern)

@@ -165,8 +165,22 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+# Experts, states beside attention, matrices in the parameters of a class of its own.
+UNLIKE = {"llama-3", "qwen3-moe", "gpt2", "deepseek-v3", "bamba", "qwen3-next", "gpt-oss"}
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param(
+            family,
+            method,
+            marks=() if method == "gblm" or family in UNLIKE else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for method in METHODS
+    ],
+)
 def test_pruning(family, method, batch):
     model, whole = tiny(family), tiny(family)
     report = gblm.prune(model, batch, METHODS[method], "0.5/row", micro_batch=3)

@@ -198,7 +198,8 @@ def test_weights_and_inputs_of_zeros_are_pruned_by_every_method(zero, model, run
         assert all(torch.isfinite(value).all() for value in load_file(result / WEIGHTS).values())
 
 
-@pytest.mark.parametrize("sparsity", ["0.999", "0.001"])
+@pytest.mark.untraced
+@pytest.mark.parametrize("sparsity", ["0.999", pytest.param("0.001", marks=pytest.mark.slow)])
 def test_extreme_sparsities_run_with_every_method(sparsity, run, sealed):
     assert run("--method", EVERY, "--sparsity", sparsity)[0] == 0
     for result in sorted((sealed.root / "out").iterdir()):
@@ -206,6 +207,7 @@ def test_extreme_sparsities_run_with_every_method(sparsity, run, sealed):
         assert report["sparsity"] == pytest.approx(float(sparsity), abs=0.035)
 
 
+@pytest.mark.untraced
 def test_one_sample_and_one_class_are_enough(run, images):
     shutil.rmtree(images / "class1")
     shutil.rmtree(images / "class2")
@@ -213,7 +215,8 @@ def test_one_sample_and_one_class_are_enough(run, images):
     assert run("--samples", "1", "--overwrite")[0] == 0
 
 
-@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.untraced
+@pytest.mark.parametrize("value", [0, pytest.param(255, marks=pytest.mark.slow)])
 def test_pictures_of_one_colour_are_enough(value, run, images):
     for file in images.rglob("*.png"):
         Image.new("RGB", (40, 40), (value, value, value)).save(file)
@@ -349,8 +352,18 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("flag", ["--calibration", "--evaluate"])
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        *((name, "--calibration") for name in SOURCES),
+        *((name, "--evaluate") for name in ("halves.npz", "beyond.npz")),
+        *(
+            pytest.param(name, "--evaluate", marks=pytest.mark.slow)
+            for name in SOURCES
+            if name not in ("halves.npz", "beyond.npz")
+        ),
+    ],
+)
 def test_garbage_for_images_is_refused_by_its_name(name, flag, run, sealed):
     make, message = SOURCES[name]
     file = sealed.root / "here" / name

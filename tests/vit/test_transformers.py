@@ -148,7 +148,7 @@ def test_gradients_block_by_block_are_those_of_a_plain_backward(folder: Path, im
         torch.testing.assert_close(statistics["grad_abs"], plain[name]["grad_abs"])
 
 
-@pytest.mark.parametrize("method", ["wanda", "gblm", "best"])
+@pytest.mark.parametrize("method", ["gblm", "best", pytest.param("wanda", marks=pytest.mark.slow)])
 def test_pruned_weights_are_zeros_in_transformers(
     folder: Path, images: Path, tmp_path: Path, method: str
 ):
