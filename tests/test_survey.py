@@ -9,9 +9,10 @@ from torch.nn.functional import cross_entropy
 
 import gblm
 from gblm import methods
+from gblm.walk.blocks import Block
 from gblm.walk.survey import survey
 from gblm.walk.visit import forward
-from gblm.walk.walk import Walk
+from gblm.walk.walk import Walk, micro_batch_for
 
 # A model of no library, with an adapter of its own: the core needs no transformers.
 
@@ -295,3 +296,8 @@ def test_micro_batches_change_nothing_for_routed_linears(method, micro_batch):
     gblm.prune(whole, batch, made, "0.5", adapter=TOY, micro_batch=24)
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(some)[name], value, rtol=1e-8, atol=1e-8)
+
+
+def test_what_cannot_be_cut_into_samples_overrules_a_micro_batch():
+    block = Block("a", nn.Linear(2, 2), uncut=True)
+    assert micro_batch_for([block], 8, 4, torch.device("cpu")).samples == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations import moe
 
@@ -175,14 +175,35 @@ def losses(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
     """Return the mean loss `[n]` of every sample from a model's logits: see `loss`."""
     labels = batch.get("labels")
     if logits.ndim == 2:
-        labels = logits.argmax(dim=-1) if labels is None else labels
-        return cross_entropy(wide(logits), labels.long(), reduction="none")
+        return class_loss(model, wide(logits), labels)
     if not in_place(model):
         labels = batch["input_ids"] if labels is None else labels
         return window_loss(logits[:, -labels.shape[1] :], labels)
     if labels is None:
         raise GblmError(f"a batch for {type(model).__name__} needs labels [n, t]; −100 is none")
     return _mean_loss(logits, labels.long())
+
+
+def class_loss(model: nn.Module, logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the loss `[n]` of logits `[n, classes]` by what config.json says they are.
+
+    One class of several, several at once (binary cross-entropy) or numbers (squared error); without
+    labels the classes that the model itself gives. Raises `GblmError` for numbers without labels.
+    """
+    kind = getattr(model.config, "problem_type", None)
+    if kind == "multi_label_classification":
+        targets = (logits.detach() > 0 if labels is None else labels).to(logits.dtype)
+        losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return losses.mean(dim=1)
+    if kind == "regression" or logits.shape[1] == 1:
+        if labels is None:
+            raise GblmError(
+                f"{type(model).__name__} gives numbers, not classes, and needs labels; give them, "
+                "or a method without gradients"
+            )
+        return (logits - labels.to(logits.dtype).view_as(logits)).square().mean(dim=1)
+    labels = logits.argmax(dim=-1) if labels is None else labels
+    return cross_entropy(logits, labels.long(), reduction="none")
 
 
 def in_place(model: nn.Module) -> bool:

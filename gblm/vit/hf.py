@@ -121,10 +121,14 @@ def _with_images(model: Any, name: str) -> PreTrainedModel:
         if not isinstance(pixels, Tensor) or pixels.ndim != 3:
             raise ValueError(f"{type(processor).__name__} gives another form")
     scaled = getattr(processor, "do_normalize", False)
+    resized = min((n for n in dict(processor.size or {}).values() if n), default=pixels.shape[-1])
+    crop = getattr(processor, "crop_pct", None) or min(1.0, pixels.shape[-1] / resized)
     model.image_processor, model.num_classes = processor, model.config.num_labels
     model.pretrained_cfg = {
         "input_size": tuple(pixels.shape),
         "mean": tuple(processor.image_mean) if scaled else (0.0,) * len(pixels),
         "std": tuple(processor.image_std) if scaled else (1.0,) * len(pixels),
+        "crop_pct": crop,
+        "interpolation": Image.Resampling(processor.resample).name.lower(),
     }
     return model.eval()

@@ -229,13 +229,16 @@ def _restore(module: nn.Module) -> Callable[[], None]:
 def micro_batch_for(
     blocks: list[Block], samples: int, fixed: int | None, device: torch.device
 ) -> BatchSize:
-    """Return the micro-batch the user fixed, None for one of about `POSITIONS` positions."""
-    if fixed is not None:
-        if fixed < 1:
-            raise GblmError(f"micro-batches of {fixed} samples are none; use 1 or more, or auto")
-        return BatchSize(fixed)
-    if any(block.uncut for block in blocks):
+    """Return the micro-batch the user fixed, None for one of about `POSITIONS` positions.
+
+    It is one sample where a block is called with what cannot be cut into samples.
+    """
+    if fixed is not None and fixed < 1:
+        raise GblmError(f"micro-batches of {fixed} samples are none; use 1 or more, or auto")
+    if any(block.uncut for block in blocks):  # several samples could not be taken apart again
         return BatchSize(1)
+    if fixed is not None:
+        return BatchSize(fixed)
     most = POSITIONS.get(device.type, GPU_POSITIONS)
     positions = max(linear.positions for block in blocks for linear in block.linears)
     # Processes that begin anew by themselves would wait for each other in different places.

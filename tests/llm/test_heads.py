@@ -183,6 +183,25 @@ def test_the_loss_is_the_models_own(name):
     assert perplexity(model, batch) == pytest.approx(expected.exp().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_the_config_says_what_a_classifier_gives(kind):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**ENCODER, num_labels=3, problem_type=kind)
+    model = transformers.BertForSequenceClassification(config).eval()
+    batch, own = batch_of("classifier"), adapter(model)
+    batch["labels"] = torch.randint(2, (SAMPLES, 3)).float()
+    with torch.no_grad():
+        losses = own.loss(model, own.trunk(model, batch), batch)
+        torch.testing.assert_close(losses.mean(), model(**batch).loss)
+    del batch["labels"]
+    if kind == "regression":
+        with pytest.raises(GblmError, match="gives numbers, not classes, and needs labels"):
+            gblm.gradient_sums(model, batch, ["grad_abs"])
+        gblm.prune(model, batch, methods.make("wanda"), "0.5")
+    else:
+        assert gblm.gradient_sums(model, batch, ["grad_abs"])
+
+
 @pytest.mark.parametrize("method", ["wanda", "gblm", "sparsegpt", "best"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_matrix_of_the_blocks_is_pruned(name, method):

@@ -303,3 +303,13 @@ def test_llm_refuses_image_classifiers_and_names_vit(
             folder = str(tmp_path / name)
             assert prune_text(["--model", folder, "--calibration", str(text), *more]) == 2
             assert "prune it by python -m gblm.vit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "crop"), [("vit", 1.0), ("deit", 32 / 36), ("dinov2", 32 / 37), ("convnext", 0.875)]
+)
+def test_the_crop_is_that_of_the_image_processor(family, crop, tmp_path):
+    save(family, tmp_path)
+    config = data.config(models.load(str(tmp_path)))
+    assert config["crop_pct"] == pytest.approx(crop)
+    assert config["interpolation"] in ("bilinear", "bicubic")
