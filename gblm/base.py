@@ -3,7 +3,7 @@
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -192,9 +192,12 @@ class Adapter:
     loss(model, hidden, batch): the loss of every sample `[samples]`, through the model's own head.
     unpad(batch): the samples of a batch one by one, `[1, …]` each, cut to their real positions;
         None where no sample has padding.
+    everywhere(block): lets every expert of a block see all positions for a time, while what the
+        block gives stays the same; by default each sees those that are sent to it.
     """
 
     blocks: Callable[[nn.Module], dict[str, nn.Module]]
     trunk: Callable[[nn.Module, Batch], Any]
     loss: Callable[[nn.Module, Any, Batch], Tensor]
     unpad: Callable[[Batch], list[Batch] | None] = lambda batch: None
+    everywhere: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext

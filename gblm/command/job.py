@@ -7,7 +7,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,8 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
     journals: list[Journal | None] = []
     for run in runs:  # before any is carried out, for a folder may hold another
         key, folder = {**origin, **run.method.key(), "pattern": run.pattern.name}, settings.work_dir
+        if opened.adapter.everywhere is not nullcontext:
+            key["experts"] = "all"
         journals.append(Journal(folder / run.label, key, settings.resume) if folder else None)
     reports: list[Report] = []
     with bars() as show:

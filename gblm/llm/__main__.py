@@ -54,6 +54,8 @@ class LanguageSettings(Settings):
     """read weights that are not safetensors"""
     length: Annotated[int | None, CALIBRATION(NUMBER, "N")] = None
     """tokens in a window [2048 at most]"""
+    experts: Annotated[str, CALIBRATION(Value(offers=["routed", "all"]), "WHICH")] = "routed"
+    """statistics of an expert: of the tokens sent to it, or of all [routed]"""
     evaluate_windows: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
     """the first windows alone"""
     tasks: Annotated[tuple[str, ...], EVALUATION(SEVERAL, "TASKS")] = ()
@@ -158,7 +160,7 @@ def load(
     return Language(
         settings=replace(settings, length=length) if what != "pairs" else settings,
         model=model,
-        adapter=llm.adapters.adapter(model),
+        adapter=llm.adapters.adapter(model, settings.experts),
         calibration=f"{count} {what} from {settings.calibration}",
         offload=offload,
         stored=checkpoint(settings).dtype() or next(model.parameters()).dtype,
@@ -175,7 +177,7 @@ def sketch(settings: LanguageSettings, device: torch.device) -> Iterator[Languag
         yield Language(
             settings=settings,
             model=model,
-            adapter=llm.adapters.adapter(model),
+            adapter=llm.adapters.adapter(model, settings.experts),
             notes=["seconds are without --tasks"] if settings.tasks else [],
             stored=llm.models.stored_dtype(config),
             **data,

@@ -6,6 +6,7 @@ Causal models, encoder-decoders, masked models, classifiers, and models of pictu
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +25,22 @@ from gblm.walk.products import valueless
 assert moe
 products.FORMS[torch.ops.transformers.grouped_mm_fallback] = products.grouped
 
+# The arguments of experts: tokens, the experts that each is sent to, and their weights.
+SENDS = (
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),
+)
+
 # Heads whose label stands at the position of its logits; that of others is one before.
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining")
 
 
-def adapter(model: nn.Module) -> Adapter:
+def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
     """Return the adapter of a language model: its blocks are found, not listed.
 
-    Experts are computed by torch's grouped product, or one after the other.
+    Experts are computed by torch's grouped product, or one after the other. experts: "all" where
+    the statistics of their inputs are those of all tokens, and not of those sent to them. Raises
+    `GblmError` where the model has none that could be sent other tokens.
     """
     if isinstance(model, PreTrainedModel) and model.get_experts_implementation()[""] not in (
         None,
@@ -39,7 +48,38 @@ def adapter(model: nn.Module) -> Adapter:
         "grouped_mm",
     ):
         model.set_experts_implementation("eager")  # the others hide which expert a product is of
+    if experts == "all":
+        if not any(map(_sends, model.modules())):
+            raise GblmError(
+                f"{type(model).__name__} has no experts that all tokens could be sent to; leave "
+                "--experts all out"
+            )
+        return Adapter(blocks, trunk, loss, unpad, everywhere)
     return Adapter(blocks, trunk, loss, unpad)
+
+
+def _sends(module: nn.Module) -> bool:
+    """Say whether a module takes tokens, the experts they are sent to, and the weights of those."""
+    names = inspect.signature(module.forward).parameters
+    return hasattr(module, "num_experts") and tuple(names) in SENDS
+
+
+@contextmanager
+def everywhere(block: nn.Module) -> Iterator[None]:
+    """Let every expert see all tokens for a time; what the block gives is of those sent to it."""
+    with ExitStack() as stack:
+        for module in filter(_sends, block.modules()):
+            stack.callback(_restore, module, vars(module).get("forward"))
+            module.forward = partial(_sent_everywhere, module.forward, vars(module)["num_experts"])
+        yield
+
+
+def _sent_everywhere(forward: Any, count: int, *args: Any, **named: Any) -> Any:
+    tokens, index, weights = (*args, *named.values())
+    every = torch.arange(count, device=index.device).expand(*index.shape[:-1], count)
+    forward(tokens, every, torch.ones_like(every, dtype=weights.dtype))
+    with products.unseen():
+        return forward(tokens, index, weights)
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -121,8 +121,8 @@ class TwoStreams:
         for own, other in zip(self.pruned.pieces, self.dense.pieces, strict=True):
             if own.waits(index):
                 # What is routed sees other positions of each stream, which make no pair.
-                routed = inputs.group[0].routed
-                paired = not routed and other.waits(index) and other.at.x.shape == own.at.x.shape
+                scattered = inputs.group[0].routed and not inputs.group[0].everywhere
+                paired = not scattered and other.waits(index) and other.at.x.shape == own.at.x.shape
                 dense = other.at.x if paired else None
                 inputs.add(own.at.x, own.piece.stop - own.piece.start, dense)
         inputs.finish(sum(piece.piece.stop - piece.piece.start for piece in self.pruned.pieces))

@@ -24,8 +24,8 @@ class Linear:
 
     positions: input vectors of one sample, the most where samples differ. routed: whether it sees
     only those positions that the model sends to it. mixed: whether samples do not stand first in
-    its input. repeated: whether its block uses it more than once. chosen: whether the user has
-    named it.
+    its input. repeated: whether its block uses it more than once. everywhere: whether its
+    statistics are of all positions all the same. chosen: whether the user has named it.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Linear:
     routed: bool = False
     mixed: bool = False
     repeated: bool = False
+    everywhere: bool = False
     chosen: bool = False
 
     @property

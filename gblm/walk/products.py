@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -112,7 +113,7 @@ class Products(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         form = FORMS.get(func)
-        if form is None:
+        if form is None or UNSEEN:
             return func(*args, **kwargs)
         seen = []
         for use in form(self.knows, *args, **kwargs):
@@ -143,6 +144,19 @@ class Products(TorchFunctionMode):
     def after(self, seen: list[tuple[Any, Use]], output: Tensor) -> Tensor:
         """Return the output of a product for the model's code."""
         return output
+
+
+UNSEEN: list[None] = []  # an entry for each `unseen` that is under way
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Let nobody see the products for a time."""
+    UNSEEN.append(None)
+    try:
+        yield
+    finally:
+        UNSEEN.pop()
 
 
 def _same(y: Tensor) -> Tensor:

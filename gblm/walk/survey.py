@@ -8,6 +8,7 @@ which linears see only some of the positions, as those of routed experts do.
 import importlib.metadata
 import math
 from collections import Counter, defaultdict
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -92,6 +93,8 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
         with onload(block.module):
             linears = found[block.module].linears_of(owners)
         _describe(block, linears, [once, *others], twice)
+        for linear in linears:
+            linear.everywhere = linear.routed and adapter.everywhere is not nullcontext
     if not any(block.groups for block in ordered):
         raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
     return ordered
@@ -281,8 +284,11 @@ def _runs(
     for i, samples in enumerate([first, double, *others]):
         known = sum(len(own.linears) for own in found.values())
         watch = _Watch(found)
-        with frozen(model), torch.no_grad(), hooked(watch.hooks), watch:
-            adapter.trunk(model, to_device(samples, device))
+        with ExitStack() as stack:
+            for module in found:
+                stack.enter_context(adapter.everywhere(module))
+            with frozen(model), torch.no_grad(), hooked(watch.hooks), watch:
+                adapter.trunk(model, to_device(samples, device))
         runs.append(watch.visits)
         news = sum(len(own.linears) for own in found.values()) > known
         if i > 1 and not any(_unused(own) for own in found.values()):

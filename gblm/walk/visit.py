@@ -111,7 +111,8 @@ class Visit:
         streams = TwoStreams(
             groups, self.dense_calls, self.calls, self.before, self.samples_at_once
         )
-        yield from streams.inputs(to_end=self.last)
+        with self.walk.adapter.everywhere(self.block.module):
+            yield from streams.inputs(to_end=self.last)
         self.keep_dense(streams.dense.outputs())
         self.outputs = streams.pruned.outputs() if self.last else None
 
@@ -120,7 +121,8 @@ class Visit:
     ) -> list[Inputs]:
         """Return what the groups of linears see on some calls."""
         groups = self._empty(needs, focus)
-        collect(groups, calls, self.samples_at_once)
+        with self.walk.adapter.everywhere(self.block.module):
+            collect(groups, calls, self.samples_at_once)
         return groups
 
     def _empty(self, needs: frozenset[str], focus: float) -> list[Inputs]:
