@@ -74,8 +74,9 @@ def listing(what: str) -> None:
 
 def console(stderr: bool = False) -> Console:
     """Return the terminal, or what stands in its place, which has no edge to wrap at."""
-    terminal = Console(stderr=stderr)
-    return terminal if terminal.is_terminal else Console(stderr=stderr, width=160)
+    plain: dict[str, Any] = {"stderr": stderr, "markup": False, "emoji": False}
+    terminal = Console(**plain)  # a name such as m[/b] is no markup
+    return terminal if terminal.is_terminal else Console(**plain, width=160)
 
 
 def columned(title: str, first: str, *others: str) -> Table:

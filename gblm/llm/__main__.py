@@ -155,6 +155,7 @@ def load(
             checkpoint(settings), settings.offload, scratch, device, settings.dtype
         )
     side.check_folders(settings, model)
+    llm.models.check_causal(model, data["batch"])
     count, length = size(data["batch"]), llm.models.length_of(data["batch"])
     what = "pairs" if "pixel_values" in data["batch"] else f"windows of {length} tokens"
     return Language(

@@ -103,14 +103,15 @@ class Checkpoint:
         """Return its config."""
         self.check()
         with self._explained():
+            own, _ = PreTrainedConfig.get_config_dict(**self.options)
+            if "architecture" in own and "model_type" not in own:
+                raise GblmError(f"model {self.name} is one of timm; prune it by gblm vit")
             config = AutoConfig.from_pretrained(**self.options)
         if getattr(config, "quantization_config", None):
             raise GblmError(self._quantised("config.json has a quantization_config"))
         named = getattr(config, "architectures", None) or ()
         if config.model_type == "timm_wrapper" or any(IMAGES in name for name in named):
-            raise GblmError(
-                f"model {self.name} is an image classifier; prune it by python -m gblm.vit"
-            )
+            raise GblmError(f"model {self.name} is an image classifier; prune it by gblm vit")
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -250,6 +251,8 @@ class Checkpoint:
         """Turn whatever the files, the hub or the config have against it into a `GblmError`."""
         try:
             yield
+        except GblmError:
+            raise
         except Exception as error:
             text = " ".join(str(error).split())
             if not isinstance(error, OSError | ValueError | RuntimeError):

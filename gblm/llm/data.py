@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gblm.base import GblmError
-from gblm.llm.sources import read
+from gblm.base import GblmError, explained
+from gblm.llm.sources import Document, read
 from gblm.report.wording import counted
 
 C4_WINDOWS = 256  # of the c4 evaluation, as published
@@ -21,9 +21,11 @@ def calibration(
 ) -> Tensor:
     """Draw the calibration windows `[samples, length]` (int64 token ids) from a source.
 
-    `source` is `c4`, `wikitext2`, `ptb`, `demo` or a local path: a text file, `.json`/`.jsonl`
-    with a `text` field, either `.gz`, `.parquet` with a `text` column, a folder of those, or
-    `.npz`/`.safetensors` with `input_ids [n, t]`. One text is tokenised whole and every window
+    `source` is `c4`, `wikitext2`, `ptb`, `demo`, another data set of the hub (`owner/name` or
+    `owner/name:split`) or a local path: a text file, `.json`/`.jsonl`, either `.gz`, `.csv` or
+    `.parquet`, a folder of those, or `.npz`/`.safetensors` with `input_ids [n, t]`. A row has a
+    `text`, or `messages` of a chat, or an `instruction` with an `output`; the last two go through
+    the tokenizer's chat template. One text is tokenised whole and every window
     starts anywhere in it. Of documents (c4, json, parquet, a folder) one is drawn until it is
     longer than a window, then its start. Where the documents longer than a window hold fewer
     windows than asked for, all are joined by a space into one text. Ready windows are taken from
@@ -47,8 +49,8 @@ def calibration(
         windows = _from_documents(content, tokenizer, samples, length, draw)
         if windows is not None:
             return windows
-        content, draw = " ".join(content), random.Random(seed)
-    return _from_text(tokens(tokenizer, content), samples, length, draw, source)
+        draw = random.Random(seed)
+    return _from_text(_joined(tokenizer, content), samples, length, draw, source)
 
 
 def evaluation(
@@ -69,7 +71,7 @@ def evaluation(
     if isinstance(content, Tensor):
         _check_width(content, length, source)
         return content[:, : content.shape[1] // length * length].reshape(-1, length)[:limit]
-    ids = tokens(tokenizer, content if isinstance(content, str) else " ".join(content))
+    ids = _joined(tokenizer, content)
     if len(ids) < length:
         raise GblmError(
             f"evaluation text {source} holds {counted(len(ids), 'token')}, less than one window of "
@@ -79,9 +81,32 @@ def evaluation(
     return windows[: C4_WINDOWS if source == "c4" else None][:limit]
 
 
-def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Return the ids `[t]` of a text, special tokens as the tokenizer adds them by default."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+def tokens(tokenizer: PreTrainedTokenizerBase, text: Document) -> Tensor:
+    """Return the ids `[t]` of a text, special tokens as the tokenizer adds them by default.
+
+    Messages of a chat go through its chat template; raises `GblmError` where it has none.
+    """
+    if isinstance(text, str):
+        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if not getattr(tokenizer, "chat_template", None):
+        raise GblmError(
+            "the calibration data are chats and the tokenizer has no chat template; give texts, "
+            "or add the model's chat_template.jinja to its folder"
+        )
+    with explained("the chat template does not take these messages", "give texts instead"):
+        said = tokenizer.apply_chat_template(text, tokenize=False)
+        ids = tokenizer(said, verbose=False, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase, content: str | Sequence[Document]) -> Tensor:
+    """Return the ids `[t]` of one text, or of documents: texts joined by a space, chats as such."""
+    if isinstance(content, str):
+        return tokens(tokenizer, content)
+    texts = [text for text in content if isinstance(text, str)]
+    if len(texts) == len(content):
+        return tokens(tokenizer, " ".join(texts))
+    return torch.cat([tokens(tokenizer, text) for text in content])
 
 
 def check_ids(ids: Tensor, vocabulary: int, source: str) -> None:
@@ -109,7 +134,7 @@ def _from_text(ids: Tensor, samples: int, length: int, draw: random.Random, sour
 
 
 def _from_documents(
-    documents: Sequence[str],
+    documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,

@@ -17,7 +17,7 @@ from gblm.llm import data
 from gblm.llm.adapters import blocks
 from gblm.llm.checkpoint import ONE_MODEL, Checkpoint
 from gblm.llm.conversion import Places, places
-from gblm.llm.heads import CLASS, head, samples_of
+from gblm.llm.heads import CAUSAL, CLASS, head, samples_of
 from gblm.machine.carry import copy_files
 from gblm.machine.device import find_device, find_dtype
 from gblm.machine.files import check_depth, write_shards, written_into
@@ -145,12 +145,16 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
 def positions(config: PreTrainedConfig) -> int | None:
     """Return the longest window a model can take, None where its config says nothing."""
     text = config.get_text_config()
-    return next((getattr(text, key) for key in POSITIONS if getattr(text, key, None)), None)
+    found = (getattr(text, key, None) for key in POSITIONS)
+    return next((most for most in found if most and most > 0), None)  # XLNet says −1 for none
 
 
 def vocabulary(config: PreTrainedConfig) -> int:
-    """Return the number of ids a model knows."""
-    return config.get_text_config().vocab_size
+    """Return the number of ids a model knows; raises `GblmError` where its config does not say."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise GblmError("config.json has no vocab_size; add the rows of the embedding as that")
+    return size
 
 
 def window_length(config: PreTrainedConfig, length: int | None) -> int:
@@ -189,6 +193,22 @@ def windows(
     ids = data.calibration(source, tokenizer, samples, window_length(config, length), seed)
     data.check_ids(ids, vocabulary(config), source)
     return samples_of(ids, config, tokenizer, seed)
+
+
+def check_causal(model: PreTrainedModel, batch: Batch) -> None:
+    """Raise `GblmError` where a causal model's logits at a position depend on later ones."""
+    if head(model.config) != CAUSAL or "pixel_values" in batch:
+        return
+    ids = batch["input_ids"][:1, :8].to(model.device).long().repeat(2, 1)
+    ids[1, -1] = (ids[0, -1] + 1) % vocabulary(model.config)
+    with torch.no_grad():
+        one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    apart = float((one - other).abs().max())
+    if apart > 0.05 * float(one.std()) + 1e-6:
+        raise GblmError(
+            f"{type(model).__name__} is no causal model: what it says of a token depends on later "
+            "ones; name the class that it was trained as in `architectures` of config.json"
+        )
 
 
 def length_of(batch: Batch) -> int:

@@ -1,7 +1,10 @@
 """What a source of text holds: a data set of the hub, the demo, or a local file or folder."""
 
+import csv
 import gzip
+import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +15,9 @@ from torch import Tensor
 from gblm.base import GblmError, explained
 from gblm.machine.tables import Rows, check_there, dtype_and_shape, read_arrays
 
-Content = str | Sequence[str] | Tensor  # one text, documents, or ready windows [n, t]
+Messages = list[dict[str, str]]  # of a chat: {"role": "user", "content": "Hello"}, …
+Document = str | Messages
+Content = str | Sequence[Document] | Tensor  # one text, documents, or ready windows [n, t]
 
 WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 # One shard of a split: the sizes the data set states for the whole split cannot be checked.
@@ -40,6 +45,15 @@ HUB: dict[str, dict[str, dict[str, Any]]] = {  # arguments of datasets.load_data
     },
 }
 SOURCES = (*HUB, "demo")
+ANY = re.compile(r"[\w-]+/[\w-]+(:[\w.+-]+)?")  # another data set of the hub, and its split
+# The splits of a data set, by the words for them in names of files and folders, best first.
+SPLITS = {"calibration": ("train",), "evaluation": ("test", "validation", "valid", "val", "dev")}
+NO_TEXT = ("readme.md", "dataset_infos.json", "license", "license.md", "license.txt")
+# Columns of texts, of chats, and of a task, what is said to it, and its answer.
+TEXTS, CHATS = ("text", "content"), ("messages", "conversations", "conversation")
+ASKED, SAID = ("instruction", "prompt", "question"), ("input", "context")
+ANSWERS = ("output", "response", "completion", "answer")
+ROLES = {"human": "user", "gpt": "assistant"}  # other words for them
 DEMO_CHARACTERS = 1_000_000  # any first part of the demo's text is a sample of the whole
 
 
@@ -57,11 +71,14 @@ def read(source: str, split: str) -> Content:
         from gblm.llm.demo import text
 
         content = text(split)[:DEMO_CHARACTERS]
+    elif ANY.fullmatch(source) and not Path(source).exists():
+        content = _any(source, split)
     else:
         content = _local(Path(source).expanduser(), split)
     if isinstance(content, Tensor):
         return content
-    if not any(text.strip() for text in ([content] if isinstance(content, str) else content)):
+    documents = [content] if isinstance(content, str) else content
+    if not any(text.strip() if isinstance(text, str) else text for text in documents):
         raise GblmError(f"{split} text {source} is empty; give a path that holds text")
     return content
 
@@ -79,17 +96,60 @@ def _hub(source: str, split: str) -> Content:
     return ("\n\n" if (source, split) == ("wikitext2", "evaluation") else " ").join(rows)
 
 
+def _any(source: str, split: str) -> Content:
+    """Load `owner/name` or `owner/name:split` from the hub: documents."""
+    way = "check its name and the connection, or give a local path"
+    with explained(f"{split} text {source} is no local path, nor a data set to be had", way):
+        import datasets
+
+        name, _, part = source.partition(":")
+        if not part:
+            parts = datasets.get_dataset_split_names(name)
+            part = next((own for own in (*SPLITS[split], "train") if own in parts), parts[0])
+        rows = datasets.load_dataset(name, split=part)
+        return _rows(rows, rows.column_names, f"{split} text {source}")
+
+
+def _rows(rows: Any, names: Sequence[str], where: str) -> list[Document]:
+    """Return the documents of a table, by its columns."""
+    used = [name for name in names if name in (*TEXTS, *CHATS, *ASKED, *SAID, *ANSWERS)]
+    if not {*TEXTS, *CHATS, *ASKED} & {*used}:
+        raise GblmError(f"{where} has no `text` column, only {', '.join(names)}; rename one")
+    cells = zip(*(rows[name] for name in used), strict=True)
+    found = (dict(zip(used, row, strict=True)) for row in cells)
+    return [_document(row, f"{where}, row {i}") for i, row in enumerate(found, 1)]
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Return the files of a split, all where their names tell of none, as `datasets` does."""
+    words = {
+        file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files
+    }
+    others = [word for name in SPLITS if name != split for word in SPLITS[name]]
+    for word in (*SPLITS[split], *others):
+        if found := [file for file in files if word in words[file]]:
+            return found
+    return files
+
+
 def _local(path: Path, split: str) -> Content:
-    """Read a local file or folder; the files of a folder are documents, in sorted order."""
+    """Read a local file or folder; the files of a folder are documents, in sorted order.
+
+    Where their names tell of splits, they are those of the split.
+    """
     where = f"{split} text {path}"
     check_there(path, where, f"give a path, or one of {', '.join(SOURCES)}", SOURCES)
     if not path.is_dir():
         return _file(path, where)
-    documents: list[str] = []
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if hidden or not file.is_file():
-            continue
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and file.name.lower() not in NO_TEXT
+    ]
+    documents: list[Document] = []
+    for file in _of_split(files, path, split):
         content = _file(file, f"{split} text {file}")
         if isinstance(content, Tensor):
             raise GblmError(f"{where} holds ready windows; give {file} alone")
@@ -111,12 +171,15 @@ def _file(path: Path, where: str) -> Content:
             raise GblmError(f"{where}: `input_ids` is {found}; give integers [n, t]")
         if name.endswith(".parquet"):
             rows = Rows([path])
-            if "text" in (names := rows.schema.names):
-                return [_text(row, f"{where}, row {i}") for i, row in enumerate(rows["text"], 1)]
-            raise GblmError(f"{where} has no `text` column, only {', '.join(names)}; rename one")
+            return _rows(rows, rows.schema.names, where)
         with gzip.open(path) if name.endswith(".gz") else path.open("rb") as handle:
             if name.removesuffix(".gz").endswith((".json", ".jsonl")):
                 return _json(handle, where)
+            if name.removesuffix(".gz").endswith((".csv", ".tsv")):
+                text = _decode(handle.read(), where)
+                table = list(csv.DictReader(io.StringIO(text, ""), delimiter="\t,"["csv" in name]))
+                columns = {key: [row[key] for row in table] for key in table[0]} if table else {}
+                return _rows(columns, list(columns), where)
             return _decode(handle.read(), where).replace("\r\n", "\n")
 
 
@@ -130,7 +193,7 @@ def _decode(data: bytes, where: str) -> str:
         ) from None
 
 
-def _json(handle: IO[bytes] | gzip.GzipFile, where: str) -> list[str]:
+def _json(handle: IO[bytes] | gzip.GzipFile, where: str) -> list[Document]:
     """Read documents from JSON: a list, or one object or string a line."""
     first = next((line for line in handle if line.strip()), b"null")
     handle.seek(0)
@@ -140,10 +203,10 @@ def _json(handle: IO[bytes] | gzip.GzipFile, where: str) -> list[str]:
         one_a_line = False
     if one_a_line:
         rows = ((f"{where}, line {number}", line) for number, line in enumerate(handle, 1))
-        return [_text(_parse(line, place), place) for place, line in rows if line.strip()]
+        return [_document(_parse(line, place), place) for place, line in rows if line.strip()]
     value = _parse(handle.read(), where)
     items = value if isinstance(value, list) else [value]
-    return [_text(item, f"{where}, item {number}") for number, item in enumerate(items, 1)]
+    return [_document(item, f"{where}, item {number}") for number, item in enumerate(items, 1)]
 
 
 def _parse(data: bytes, where: str) -> Any:
@@ -156,9 +219,43 @@ def _parse(data: bytes, where: str) -> Any:
         ) from None
 
 
-def _text(row: Any, where: str) -> str:
-    """Return the text of a row: a string, or an object with a `text` field."""
-    text = row.get("text") if isinstance(row, dict) else row
+def _document(row: Any, where: str) -> Document:
+    """Return what a row says: a string, its text, its chat, or a task and its answer as a chat."""
+    fields = row if isinstance(row, dict) else {"text": row}
+    own = {name: fields[name] for name in fields if fields[name] not in (None, "")}
+    for name in CHATS:
+        if isinstance(own.get(name), list):
+            return [_message(part, where) for part in own[name]]
+    text = next((own[name] for name in TEXTS if name in own), fields.get("text"))
+    asked = [own[name] for names in (ASKED, SAID) for name in names if name in own]
+    answer = next((own[name] for name in ANSWERS if name in own), None)
+    if text is None and asked and answer is not None:
+        said = {"role": "user", "content": "\n\n".join(map(str, asked))}
+        return [_message(said, where), _message({"role": "assistant", "content": answer}, where)]
     if not isinstance(text, str):
-        raise GblmError(f"{where} has no `text` field that is a string; give each row one")
+        raise GblmError(
+            f"{where} has no `text` field that is a string, no `messages` of a chat, and no "
+            "instruction with an output; give each row one"
+        )
+    return _sound(text, where)
+
+
+def _message(part: Any, where: str) -> dict[str, str]:
+    """Return a message of a chat, by role and content or by from and value."""
+    role = part.get("role") or part.get("from") if isinstance(part, dict) else None
+    text = part.get("content", part.get("value")) if isinstance(part, dict) else None
+    if isinstance(text, list):  # parts, of which texts are taken
+        text = "\n".join(str(own.get("text", "")) for own in text if isinstance(own, dict))
+    if not isinstance(role, str) or not isinstance(text, str):
+        raise GblmError(f"{where}: a message has no role and content; give it both, as strings")
+    return {"role": ROLES.get(role, role), "content": _sound(text, where)}
+
+
+def _sound(text: str, where: str) -> str:
+    """Return a text; raises `GblmError` for half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise GblmError(f"{where} holds {half}, half of a character; repair that text") from None
     return text

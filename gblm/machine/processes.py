@@ -35,7 +35,7 @@ def launched(device: str) -> Iterator[str]:
 
     They talk by NCCL on GPUs, by gloo on CPUs. Without torchrun nothing happens.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE") or 1) < 2 or "RANK" not in os.environ:
         yield device
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,12 +32,22 @@ examples:
       --method gblm,wanda,sparsegpt --sparsity 0.5,2:4 --calibration DIR --evaluate DIR"""
 
 
+CLASSES = replace(shell.PATH, offers="file")
+SAMPLES = 1024  # where none are named, or as many as there are
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings(shell.Settings):
     """The flags of `python -m gblm.vit`."""
 
     checkpoint: Annotated[str | None, shell.WHAT(shell.FILE, "FILE")] = None
     """the weights, .safetensors [those of the model's name]"""
+    num_classes: Annotated[int | None, shell.WHAT(shell.WHOLE, "N")] = None
+    """classes of the head [those of the weights]"""
+    img_size: Annotated[int | None, shell.WHAT(shell.WHOLE, "PIXELS")] = None
+    """side of the images, for models of timm that take others than their own"""
+    class_map: Annotated[Path | None, shell.CALIBRATION(CLASSES, "FILE")] = None
+    """names of the class folders in the order of the classes, a line each, or JSON"""
     unlabelled: Annotated[bool, shell.CALIBRATION()] = False
     """labels are the model's predictions"""
     evaluate_images: Annotated[int | None, shell.EVALUATION(shell.NUMBER, "N")] = None
@@ -101,10 +111,12 @@ def load(
             scratch,
             device=device,
             dtype=settings.dtype,
+            **timm_options(settings),
         )
     side.check_folders(settings, model)
     with clock(seconds, "data"):
         images, sets = open_images(settings, model)
+        settings = replace(settings, samples=settings.samples or min(SAMPLES, len(images)))
         for name, loader in sets.items():
             for batch in loader.images.batches([0], 1, of=loader.of):  # none where it is broken
                 vit.data.fitting(model, batch, name)
@@ -127,26 +139,40 @@ def load(
 def sketch(settings: ImageSettings, device: torch.device) -> Iterator[Classifier]:
     """Look at what images there are, and decode none; the model has no values."""
     try:
-        model = vit.models.sketch(settings.model)
+        model = vit.models.sketch(settings.model, settings.checkpoint, **timm_options(settings))
+    except GblmError:
+        raise
     except Exception:  # whatever the model's code had against it
-        model = vit.models.load(settings.model, settings.checkpoint)
+        options = timm_options(settings)
+        model = vit.models.load(settings.model, settings.checkpoint, **options)
     dtype = find_dtype(settings.dtype, device, lambda: torch.float32) or torch.float32
     images, sets = open_images(settings, model.to(dtype))
+    settings = replace(settings, samples=settings.samples or min(SAMPLES, len(images)))
     images.order(settings.samples)
     pixels = torch.empty(1, dtype=dtype).expand(settings.samples, *vit.data.input_size(model))
     batch = {"images": pixels, "labels": torch.zeros(settings.samples, dtype=torch.int64)}
     yield Classifier(settings, model, batch, vit.adapters.adapter(model), sets=sets)
 
 
+def timm_options(settings: ImageSettings) -> dict[str, int]:
+    """Return the options that timm makes a model by."""
+    named = {"num_classes": settings.num_classes, "img_size": settings.img_size}
+    return {name: value for name, value in named.items() if value}
+
+
 def open_images(settings: ImageSettings, model: nn.Module) -> tuple[Any, dict[str, Any]]:
     """Return the images to calibrate on, and those to evaluate on by data set."""
-    workers, limit = settings.workers or vit.data.WORKERS, settings.evaluate_images
+    limit = settings.evaluate_images
+    options: dict[str, Any] = {
+        "workers": settings.workers or vit.data.WORKERS,
+        "names": settings.class_map,
+    }
     sets = {}
     for name in settings.evaluate:
-        images = vit.data.open_images(name, model, "evaluation", workers=workers)
+        images = vit.data.open_images(name, model, "evaluation", **options)
         sets[name] = vit.data.evaluation(images, limit=limit)
     source, labelled = settings.calibration, not settings.unlabelled
-    images = vit.data.open_images(source, model, "calibration", labelled=labelled, workers=workers)
+    images = vit.data.open_images(source, model, "calibration", labelled=labelled, **options)
     return images, sets
 
 
@@ -176,7 +202,7 @@ SIDE = side.Side(
     kind=ImageSettings,
     load=load,
     sketch=sketch,
-    usual={"method": ("gblm",), "sparsity": ("0.5",), "alpha": "auto", "samples": 1024},
+    usual={"method": ("gblm",), "sparsity": ("0.5",), "alpha": "auto"},
     demo={
         "model": str(demo.FOLDER),
         "calibration": "demo",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from gblm.base import Batch, GblmError, explained, reason
 from gblm.machine import processes
 from gblm.machine.device import free_memory
-from gblm.vit.sources import Source, read
+from gblm.vit.sources import Classes, Source, class_map, read
 from gblm.walk.blocks import frozen
 
-BROKEN = 0.01  # the share of broken images above which a run stops
+BROKEN, SMALL = 0.01, 20  # the share of broken images above which a run stops; one of so many may
 TOGETHER = 64  # images of a batch of the evaluation
 KEPT = 0.25  # the share of the free memory that decoded images may take
 WORKERS = min(8, os.cpu_count() or 1)
@@ -111,7 +112,7 @@ class Images(Dataset):
         )
         for decoded in loader:
             self.broken.update({image.name: image.broken for image in decoded if image.broken})
-            if len(self.broken) > BROKEN * asked:
+            if len(self.broken) > max(BROKEN * asked, asked >= SMALL):
                 name, why = next(iter(self.broken.items()))
                 raise GblmError(
                     f"{self.source.name}: {len(self.broken)} of {asked} images are broken, more "
@@ -206,6 +207,7 @@ def open_images(
     *,
     labelled: bool = True,
     workers: int = WORKERS,
+    names: Path | None = None,
 ) -> Images:
     """Open a source of images for a model; no image is read yet.
 
@@ -213,15 +215,20 @@ def open_images(
     each class (`root/<class>/…`); a data set of the hub, `name` or `name:split`; a `.parquet` file
     or a folder of those, with a column of images and one of labels; or `.npz`/`.safetensors` with
     `images` and `labels`: floats `[n, c, h, w]` are taken as ready, uint8 `[n, h, w, c]` as
-    pictures. The class of a folder named by a synset is that of timm's list of ImageNet, where the
-    model has as many classes as an ImageNet; else it is the folder's rank, in natural order.
+    pictures. For the class of a folder see `sources.Classes`; names: a file of them, in the order
+    of the classes.
     `split` is `calibration` (the training split of a data set) or `evaluation` (its validation
     split, or the test split). With `labelled=False` labels are not looked at.
 
     Raises `GblmError` where the source is missing or holds no image, and where a label is not one
     of the model's classes.
     """
-    classes = int(model.num_classes)  # type: ignore[arg-type]
+    config: Any = getattr(model, "pretrained_cfg", {})
+    classes = Classes(
+        int(model.num_classes),  # type: ignore[arg-type]
+        config.get("label_names") or (),
+        class_map(names) if names else {},
+    )
     return Images(read(source, split, classes, labelled), preprocessing(model), workers)
 
 

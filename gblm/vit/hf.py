@@ -124,7 +124,9 @@ def _with_images(model: Any, name: str) -> PreTrainedModel:
     resized = min((n for n in dict(processor.size or {}).values() if n), default=pixels.shape[-1])
     crop = getattr(processor, "crop_pct", None) or min(1.0, pixels.shape[-1] / resized)
     model.image_processor, model.num_classes = processor, model.config.num_labels
+    names = [model.config.id2label.get(i, "") for i in range(model.config.num_labels)]
     model.pretrained_cfg = {
+        "label_names": [] if names[0] == "LABEL_0" else names,
         "input_size": tuple(pixels.shape),
         "mean": tuple(processor.image_mean) if scaled else (0.0,) * len(pixels),
         "std": tuple(processor.image_std) if scaled else (1.0,) * len(pixels),

@@ -1,5 +1,6 @@
 """Image classifiers of timm or transformers: by name or from a folder, and back into one."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -34,8 +35,10 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     `name` is a name of timm (`vit_tiny_patch16_224`, with a tag or without), `hf-hub:` and a name
     of the hub, or a folder with `config.json`, written as it is or after `local-dir:`. Its weights
     come from the checkpoint (`.safetensors`, or what torch saved), else from the folder or the hub.
-    `options` go to `timm.create_model`. A model of transformers (a folder of it, or `owner/name` of
-    the hub) has its weights beside its config: see `gblm.vit.hf`. A packed folder is unpacked.
+    Its head has as many classes as that of the checkpoint. A checkpoint of timm's train.py is a
+    name too, for it names its architecture. `options` go to `timm.create_model`. A model of
+    transformers (a folder of it, or `owner/name` of the hub) has its weights beside its config: see
+    `gblm.vit.hf`. A packed folder is unpacked.
 
     Raises `GblmError` where the model is unknown, its weights cannot be had or do not fit, or it
     has no head.
@@ -63,7 +66,7 @@ def source(model: nn.Module, name: str, checkpoint: str | Path | None = None) ->
     if own := of_transformers(name):
         return vit.hf.source(own)
     name, file = _source(name, checkpoint)
-    folder = Path(name.removeprefix(LOCAL)) if name.startswith(LOCAL) else None
+    folder = file.parent if file and _own(name, file) else None
     if file is None:
         config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
         hub, _, revision = (config.get("hf_hub_id") or "").partition("@")
@@ -82,6 +85,7 @@ def load_offloaded(
     *,
     device: torch.device,
     dtype: str,
+    **options: Any,
 ) -> tuple[nn.Module, Offload | None, Source]:
     """Load an image classifier whose weights live where `offload` says: see `gblm.machine.offload`.
 
@@ -96,13 +100,14 @@ def load_offloaded(
     shapes = tensor_shapes(file) if file else {}
     if file and shapes and find_offload(offload, file.stat().st_size, device) == "disk":
         with init_empty_weights(include_buffers=False):
-            model = _create(made_by, pretrained=False)
+            model = _create(made_by, pretrained=False, **options)
+            _fit_head(model, shapes, made_by, file)
         if _shapes(model.state_dict()) == shapes:
             like = source(model, name, checkpoint)
             model.to(_dtype(model, like, dtype, device))
             files = dict.fromkeys(shapes, file)
             return model.eval(), read_when_used(model, blocks(model), files, folder, device), like
-    model = load(name, checkpoint)
+    model = load(name, checkpoint, **options)
     like = source(model, name, checkpoint)
     model.to(_dtype(model, like, dtype, device))
     return model, offloaded(offload, model, blocks(model), folder, device), like
@@ -114,13 +119,15 @@ def _dtype(model: nn.Module, like: Source, dtype: str, device: torch.device) -> 
     return find_dtype(dtype, device, lambda: stored) or stored
 
 
-def sketch(name: str) -> nn.Module:
+def sketch(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.Module:
     """Return the image classifier of a name without values, on the meta device: see `load`."""
     if own := of_transformers(name):
         return vit.hf.sketch(own)
-    folder = Path(name.removeprefix(LOCAL)).expanduser()
+    made_by, file = _source(name, checkpoint)
     with torch.device("meta"):
-        model = timm.create_model(f"{LOCAL}{folder}" if folder.is_dir() else name, pretrained=False)
+        model = timm.create_model(made_by, pretrained=False, **options)
+        if file is not None:
+            _fit_head(model, tensor_shapes(file) or _shapes(_state(file)), made_by, file)
     return model.eval()
 
 
@@ -129,6 +136,8 @@ def of_transformers(name: str) -> str | None:
     folder = Path(name.removeprefix(LOCAL)).expanduser()
     if not folder.exists():
         return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
+    if folder.is_file():
+        return None
     try:
         config = json.loads((folder / "config.json").read_text())
         return str(folder) if "model_type" in config else None
@@ -180,6 +189,8 @@ def _source(name: str, checkpoint: str | Path | None) -> tuple[str, Path | None]
     """Return the name timm makes the model by, and the file of its weights, None for its own."""
     folder = Path(name.removeprefix(LOCAL)).expanduser()
     file = None if checkpoint is None else Path(checkpoint).expanduser()
+    if folder.is_file():
+        return _architecture(folder), folder
     if name.startswith(LOCAL) or folder.is_dir():
         if not (folder / "config.json").is_file():
             raise GblmError(f"model {folder}: no config.json in it; give a folder timm saved")
@@ -207,7 +218,21 @@ def _depth(config: Path) -> int:
         return 0
 
 
+def _architecture(file: Path) -> str:
+    """Return the architecture that a checkpoint of timm's train.py names."""
+    found = {} if file.suffix == ".safetensors" else _unpickled(file)
+    name = found.get("arch") if isinstance(found, dict) else None
+    if not isinstance(name, str):
+        raise GblmError(
+            f"model {file} is a file of weights that names no architecture; give that by --model, "
+            f"and --checkpoint {file}"
+        )
+    return name
+
+
 def _create(name: str, pretrained: bool, **options: Any) -> nn.Module:
+    if pretrained and options.get("num_classes"):
+        raise GblmError("--num-classes goes with --checkpoint: another head has no weights yet")
     way = "check its name and the connection, or give its weights by --checkpoint"
     with explained(f"model {name} cannot be made", way):
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
@@ -218,13 +243,10 @@ def _create(name: str, pretrained: bool, **options: Any) -> nn.Module:
 
 def _fill(model: nn.Module, file: Path, name: str) -> None:
     """Load a checkpoint strictly; raises `GblmError` that names the first three misfits."""
-    if not file.is_file():
-        raise GblmError(f"checkpoint {file}: no such file; give a .safetensors file")
-    way = "check that it is whole, and prefer .safetensors"
-    with explained(f"checkpoint {file} cannot be read", way):
-        # Of a pickle only tensors are read: what else it would run is refused.
-        state = timm.models.load_state_dict(str(file), use_ema=False, weights_only=True)
-        held, expected = _shapes(state), _shapes(model.state_dict())
+    state = _state(file)
+    held = _shapes(state)
+    _fit_head(model, held, name, file)
+    expected = _shapes(model.state_dict())
     misfits = [f"{key} is missing" for key in expected if key not in held]
     misfits += [f"{key} is not of the model" for key in held if key not in expected]
     misfits += [
@@ -239,6 +261,45 @@ def _fill(model: nn.Module, file: Path, name: str) -> None:
             "give the checkpoint of this model, or the model of this checkpoint"
         )
     model.load_state_dict(state)
+    halves = {own.dtype for own in state.values() if own.is_floating_point()}
+    if len(halves) == 1:
+        model.to(halves.pop())
+
+
+def _own(name: str, file: Path) -> bool:
+    """Say whether a file of weights lies beside the config of its model."""
+    return name.startswith(LOCAL) and file.parent == Path(name.removeprefix(LOCAL))
+
+
+def _fit_head(model: Any, shapes: dict[str, list[int]], name: str, file: Path) -> None:
+    """Give a model as many classes as the head in a checkpoint has, but for its own config."""
+    if _own(name, file):
+        return
+    heads = model.pretrained_cfg.get("classifier") or ()
+    names = [heads] if isinstance(heads, str) else heads
+    found = [shapes[key] for name in names if (key := f"{name}.weight") in shapes]
+    if found and found[0][0] != model.num_classes:
+        model.reset_classifier(found[0][0])
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, without the prefixes that wrappers give their names."""
+    if not file.is_file():
+        raise GblmError(f"checkpoint {file}: no such file; give a .safetensors file")
+    if file.suffix != ".safetensors":
+        _unpickled(file)
+    with explained(f"checkpoint {file} cannot be read", "check that it is whole"):
+        return timm.models.load_state_dict(str(file), use_ema=False, weights_only=True)
+
+
+def _unpickled(file: Path) -> Any:
+    """Return what torch has saved; of a pickle only tensors are read, all else is refused."""
+    way = "check that it is whole; of a whole model save state_dict(), best as .safetensors"
+    with (
+        explained(f"checkpoint {file} cannot be read, or holds more than weights", way),
+        torch.serialization.safe_globals([argparse.Namespace]),
+    ):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:

@@ -1,10 +1,11 @@
 """What a source of images holds: the demo, a folder, a data set of hub or parquet, or an array."""
 
 import io
+import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,23 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from gblm.base import GblmError, explained
+from gblm.base import GblmError, explained, nearest
 from gblm.machine.tables import Rows, check_there, dtype_and_shape, read_arrays
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".avif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
 ARRAYS = (".npz", ".safetensors")
 FILES = (*ENDINGS, *ARRAYS, ".parquet")
 SYNSET = re.compile(r"n\d{8}")
@@ -25,6 +39,7 @@ HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?")
 LABELS = ("label", "labels", "fine_label", "target", "class")
 PIXELS = (1 << 28) // 3  # of a picture at most, 256 MiB of RGB: more are a decompression bomb
 LONGEST = 256  # times the shorter side: the longer one is resized by the same factor
+UNLABELLED = ", or use --unlabelled"
 SPLITS = {"calibration": ("train",), "evaluation": ("validation", "valid", "val", "test", "train")}
 
 
@@ -44,10 +59,85 @@ class Source:
     notes: Sequence[str] = ()
 
 
-def read(source: str, split: str, classes: int, labelled: bool = True) -> Source:
+@dataclass
+class Classes:
+    """The classes of a model: their number, their names where it has any, and a map of the user's.
+
+    index: the class of each name by `--class-map`, empty for none.
+    """
+
+    count: int
+    names: Sequence[str] = ()
+    index: Mapping[str, int] = field(default_factory=dict)
+
+    def indices(self, names: Sequence[str], where: str) -> list[int]:
+        """Return the class index of every name.
+
+        That is, in this order: what the map says; the place of a synset in timm's list of the
+        ImageNet with as many classes; the place of the name among the model's; the whole number
+        that it is; its rank in natural order, where there are as many names as classes.
+
+        Raises `GblmError` where a name is not one of them.
+        """
+        if self.index:
+            return self._named(names, self.index, where, "the class map")
+        subset = infer_imagenet_subset({"num_classes": self.count})
+        if subset and all(map(SYNSET.fullmatch, names)):
+            synsets = {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())}
+            return self._named(names, synsets, where, f"the synsets of {subset}")
+        own, given = {plain(name): i for i, name in enumerate(self.names)}, [*map(plain, names)]
+        if own.keys() & {*given} or (own and len(names) != self.count and not given[0].isdecimal()):
+            return self._named(given, own, where, "the model")
+        if all(name.isdecimal() for name in names):
+            return [*map(int, names)]
+        if len(names) != self.count:
+            raise GblmError(
+                f"{where}: {len(names)} class folders ({', '.join(sorted(names)[:3])}, …) and a "
+                f"model of {self.count} classes without these names; say which is which by "
+                "--class-map FILE, lines of names in the order of the classes"
+            )
+        ranks = {name: rank for rank, name in enumerate(sorted(names, key=natural_key))}
+        return [ranks[name] for name in names]
+
+    def _named(
+        self, names: Sequence[str], known: Mapping[str, int], where: str, what: str
+    ) -> list[int]:
+        """Return the index of every name; raises `GblmError` for the first that is not known."""
+        if unknown := [name for name in names if name not in known]:
+            hint = nearest(unknown[0], known)
+            raise GblmError(
+                f"{where}: {unknown[0]} is no class of {what}; {hint}rename or remove it, or give "
+                "--class-map FILE, lines of names in the order of the classes"
+            )
+        return [known[name] for name in names]
+
+
+def plain(name: str) -> str:
+    """Return the name of a class without case, dashes and underscores."""
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def class_map(file: Path) -> dict[str, int]:
+    """Return the class index of every name: lines in the order of the classes, or JSON.
+
+    JSON is a list of names, or an object of names and indices, or of indices and names. Raises
+    `GblmError` where the file is none of these.
+    """
+    with explained(f"class map {file} cannot be read", "give a name a line, or JSON"):
+        text = file.read_text("utf-8")
+        held: Any = text.splitlines() if file.suffix != ".json" else json.loads(text)
+        if isinstance(held, dict):
+            byname = {str(k): v for k, v in held.items()}
+            if all(key.isdecimal() and isinstance(v, str) for key, v in byname.items()):
+                byname = {v: int(key) for key, v in byname.items()}
+            return {key: int(v) for key, v in byname.items()}
+        return {str(name).strip(): i for i, name in enumerate(held) if str(name).strip()}
+
+
+def read(source: str, split: str, classes: Classes, labelled: bool = True) -> Source:
     """Return what a source holds for a split, `calibration` or `evaluation`.
 
-    `classes` is the number of classes of the model; with `labelled=False` labels are not looked at.
+    `classes` are those of the model; with `labelled=False` labels are not looked at.
     For the sources see `gblm.vit.data.open_images`. Raises `GblmError` where the source is missing,
     empty or damaged, and where a label is not one of the classes.
     """
@@ -60,36 +150,16 @@ def read(source: str, split: str, classes: int, labelled: bool = True) -> Source
     if not images.length:
         raise GblmError(f"{where}: no image in it; give a source that holds images")
     for index, label in enumerate(images.labels or ()):
-        if not 0 <= label < classes:
+        if not 0 <= label < classes.count:
             raise GblmError(
                 f"{where}: {images.called(index)} has label {label}, outside the model's "
-                f"{classes} classes (0 to {classes - 1}); give a model made for them, or "
-                "use --unlabelled"
+                f"{classes.count} classes (0 to {classes.count - 1}); give a model made for them"
+                + (", or use --unlabelled" if split == "calibration" else "")
             )
     return images
 
 
-def class_indices(names: Sequence[str], classes: int, where: str) -> tuple[list[int], list[str]]:
-    """Return the class index of every class name, and notes on it.
-
-    Synset names are looked up in timm's list of the ImageNet with that many classes; any other
-    names are classes in their natural order, as timm trains on folders.
-    """
-    subset = infer_imagenet_subset({"num_classes": classes})
-    if subset and all(map(SYNSET.fullmatch, names)):
-        synsets = {name: index for index, name in enumerate(ImageNetInfo(subset).label_names())}
-        if unknown := [name for name in names if name not in synsets]:
-            raise GblmError(
-                f"{where}: {unknown[0]} is no synset of {subset}, the {classes} classes of the "
-                "model; remove it, or use --unlabelled"
-            )
-        return [synsets[name] for name in names], []
-    ranks = {name: rank for rank, name in enumerate(sorted(names, key=natural_key))}
-    few = f"{where}: {len(names)} classes, by rank the first of the model's {classes}"
-    return [ranks[name] for name in names], [few] if len(names) < classes else []
-
-
-def _open(source: str, split: str, where: str, classes: int, labelled: bool) -> Source:
+def _open(source: str, split: str, where: str, classes: Classes, labelled: bool) -> Source:
     path = Path(source).expanduser()
     kind, way = path.suffix.lower(), "give a folder, or a .parquet, .npz or .safetensors file"
     if source == "demo":
@@ -112,7 +182,7 @@ def _open(source: str, split: str, where: str, classes: int, labelled: bool) -> 
     return _table(Rows([path]), where, classes, labelled)
 
 
-def _folder(path: Path, where: str, classes: int, labelled: bool) -> Source:
+def _folder(path: Path, where: str, classes: Classes, labelled: bool) -> Source:
     """List the images of a folder; the folders directly in it are the classes."""
     files: list[Path] = []
     for folder, inner, names in os.walk(path, followlinks=True):
@@ -122,21 +192,25 @@ def _folder(path: Path, where: str, classes: int, labelled: bool) -> Source:
     files.sort()
     if not files:
         raise GblmError(f"{where}: no image in it ({', '.join(ENDINGS)}); give a folder of images")
-    labels, notes = None, list[str]()
+    labels = None
     if labelled:
+        names = sorted({file.parts[0] for file in files if len(file.parts) > 1})
         if bare := next((file for file in files if len(file.parts) == 1), None):
             raise GblmError(
                 f"{where}: {bare} lies in no class folder; sort the images into one folder "
-                "for each class, or use --unlabelled"
+                f"for each class{UNLABELLED if where.startswith('calibration') else ''}"
             )
-        classes_of = [entry.name for entry in path.iterdir() if entry.is_dir()]
-        names = sorted(name for name in classes_of if not name.startswith("."))
-        indices, notes = class_indices(names, classes, where)
-        index = dict(zip(names, indices, strict=True))
+        splits = {"train", "val", "valid", "validation", "test"} & {*map(str.lower, names)}
+        if len(splits) > 1 or (splits and len(names) == 1):
+            raise GblmError(
+                f"{where} holds {', '.join(names)}, which are splits and no classes; give one of "
+                f"them, such as {path / names[-1]}"
+            )
+        index = dict(zip(names, classes.indices(names, where), strict=True))
         labels = [index[file.parts[0]] for file in files]
     count = len(files)
     return Source(
-        where, count, lambda i: _picture(path / files[i]), lambda i: str(files[i]), labels, notes
+        where, count, lambda i: _picture(path / files[i]), lambda i: str(files[i]), labels
     )
 
 
@@ -198,7 +272,7 @@ def _hub(source: str, split: str) -> Any:
     return datasets.load_dataset(name, split=part)
 
 
-def _table(rows: Any, where: str, classes: int, labelled: bool) -> Source:
+def _table(rows: Any, where: str, classes: Classes, labelled: bool) -> Source:
     """See a table of `datasets` or of parquet, with a column of images and one of labels."""
     import datasets
 
@@ -210,7 +284,7 @@ def _table(rows: Any, where: str, classes: int, labelled: bool) -> Source:
         raise GblmError(f"{where} has no column of images, only {', '.join(features)}; rename one")
     if hub:
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    labels, notes = None, list[str]()
+    labels = None
     if labelled:
         named = [name for name in LABELS if name in features]
         column = next(iter([*_of_kind(features, datasets.ClassLabel), *named]), None)
@@ -219,27 +293,29 @@ def _table(rows: Any, where: str, classes: int, labelled: bool) -> Source:
                 f"{where} has no column of labels ({', '.join(LABELS)}), only "
                 f"{', '.join(features)}; rename one, or use --unlabelled"
             )
-        labels, notes = _labels(list(rows[column]), features[column], classes, where)
+        labels = _labels(list(rows[column]), features[column], classes, where)
 
     def open_one(index: int) -> Image.Image:
         cell = rows[index][image]
         return _picture(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]))
 
-    return Source(where, len(rows), open_one, lambda i: f"row {i}", labels, notes)
+    return Source(where, len(rows), open_one, lambda i: f"row {i}", labels)
 
 
 def _of_kind(features: Any, kind: type) -> list[str]:
     return [name for name, feature in features.items() if isinstance(feature, kind)]
 
 
-def _labels(cells: list[Any], kind: Any, classes: int, where: str) -> tuple[list[int], list[str]]:
-    """Return the class index of every cell of a column of labels, and notes on it."""
+def _labels(cells: list[Any], kind: Any, classes: Classes, where: str) -> list[int]:
+    """Return the class index of every cell of a column of labels, by name where it has names."""
     names = getattr(kind, "names", None) or []
     words = bool(cells) and isinstance(cells[0], str)
     if words:
         names = sorted(set(cells))
         cells = [names.index(cell) for cell in cells]
-    if not names or not (words or all(map(SYNSET.fullmatch, names))):
-        return cells, []
-    indices, notes = class_indices(names, classes, where)
-    return [indices[cell] if 0 <= cell < len(indices) else -1 for cell in cells], notes
+    own = {*map(plain, classes.names)}
+    by_name = classes.index or all(map(SYNSET.fullmatch, names)) or {*map(plain, names)} <= own
+    if not names or not (words or by_name):
+        return cells
+    indices = classes.indices(names, where)
+    return [indices[cell] if 0 <= cell < len(indices) else -1 for cell in cells]

@@ -277,7 +277,78 @@ def test_a_folder_is_its_files_sorted(tmp_path):
         sources.read(str(tmp_path), "calibration")
 
 
+CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+CHATS = {
+    "messages": {"messages": CHAT},
+    "from and value": {
+        "conversations": [
+            {"from": "human", "value": "w1 w2"},
+            {"from": "gpt", "value": "w3"},
+        ]
+    },
+    "parts": {"messages": [{"role": "user", "content": [{"text": "w1 w2"}]}, CHAT[1]]},
+    "instruction": {"instruction": "w1 w2", "input": "", "output": "w3"},
+    "prompt": {"prompt": "w1 w2", "completion": "w3"},
+}
+
+
+@pytest.mark.parametrize("form", CHATS)
+def test_chats_and_instructions_go_through_the_chat_template(tmp_path, words, form, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(CHATS[form])}\n" * 4)
+    path = str(tmp_path / "a.jsonl")
+    with pytest.raises(GblmError, match="no chat template"):
+        calibration(path, words, 1, 4)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} end {% endfor %}"
+    monkeypatch.setattr(words, "chat_template", template, raising=False)
+    said = "user: w1 w2 end assistant: w3 end "
+    expected = words(said, add_special_tokens=False)["input_ids"]
+    assert data.tokens(words, sources.read(path, "calibration")[0]).tolist() == expected
+    assert (
+        evaluation(path, words, 4).flatten().tolist()
+        == (expected * 4)[: len(expected) * 4 // 4 * 4]
+    )
+
+
+def test_a_table_of_commas_is_no_prose(tmp_path):
+    (tmp_path / "a.csv").write_text('id,text\n1,"one, two"\n2,three\n')
+    (tmp_path / "a.tsv").write_text("text\tid\none, two\t1\nthree\t2\n")
+    for name in ("a.csv", "a.tsv"):
+        assert sources.read(str(tmp_path / name), "calibration") == ["one, two", "three"]
+
+
+def test_a_folder_of_splits_gives_each_its_own(tmp_path):
+    for name in ("data/train-00000-of-00001.txt", "data/validation.txt", "other/latest.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert sources.read(str(tmp_path), "calibration") == ["data/train-00000-of-00001.txt"]
+    assert sources.read(str(tmp_path), "evaluation") == ["data/validation.txt"]
+    (tmp_path / "data/test-1.txt").write_text("test")
+    assert sources.read(str(tmp_path), "evaluation") == ["test"]
+    assert sources.read(str(tmp_path / "other"), "evaluation") == ["other/latest.txt"]
+
+
+def test_another_data_set_of_the_hub_is_read_by_its_columns(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"id": [1, 2], "text": ["one", "two"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "dev"])
+    for split in ("calibration", "evaluation"):
+        assert sources.read("some/words", split) == ["one", "two"]
+    sources.read("some/words:few", "calibration")
+    assert [part for _, part in asked] == ["train", "dev", "few"]
+
+
 BROKEN = {
+    "surrogate.jsonl": (b'{"text": "a \\ud800"}', r"line 1 holds \\ud800, half of a character"),
+    "role.jsonl": (b'{"messages": [{"text": "a"}]}', "line 1: a message has no role and content"),
     "bad.txt": (
         b"twelve bytes\xff",
         r"calibration text .*bad.txt is not UTF-8 \(byte 0xff at 12\)",

@@ -13,6 +13,7 @@ from torch import nn
 
 from gblm.base import GblmError
 from gblm.vit.data import calibration, evaluation, fitting, open_images, preprocessing
+from gblm.vit.sources import Classes, class_map
 
 ASSETS = Path(os.environ.get("GBLM_ASSETS", "missing"))
 SYNSETS = ("n01440764", "n01443537", "n02123045")  # of classes 0, 1 and 281
@@ -20,7 +21,10 @@ SYNSETS = ("n01440764", "n01443537", "n02123045")  # of classes 0, 1 and 281
 
 @pytest.fixture(scope="module")
 def ten() -> nn.Module:
-    return tiny(10)
+    """A model of ten classes, which are called a to j."""
+    model = tiny(10)
+    model.pretrained_cfg["label_names"] = list("abcdefghij")
+    return model
 
 
 def tiny(classes: int, **options) -> nn.Module:
@@ -45,15 +49,64 @@ def test_class_of_a_synset_is_its_own(tmp_path: Path) -> None:
     assert labels(folder(tmp_path, *SYNSETS), tiny(1000)) == [0, 0, 1, 1, 281, 281]
 
 
-def test_class_of_a_folder_is_its_rank(tmp_path: Path, ten: nn.Module) -> None:
-    found = labels(folder(tmp_path, "c10", "c2", "c1", each=1), ten)
-    assert found == [0, 2, 1]  # files in the order of their names, ranks in natural order
-    images = open_images(str(tmp_path), ten, "evaluation")
-    assert any("3 classes" in note for note in images.notes)
+CLASSES = {  # names of folders, those of the model, and the class of each in their order
+    "the model's names": (["b", "A", "j"], list("abcdefghij"), [1, 0, 9]),
+    "nine of ten": (list("abcdefghj"), list("abcdefghij"), [*range(8), 9]),
+    "in other letters": (["tiger_cat", "Snow-Fox"], ["snow fox", "x", "Tiger Cat"], [2, 0]),
+    "numbers": (["3", "10", "2"], [], [3, 10, 2]),
+    "numbers of a model with names": (["3", "1"], list("abcd"), [3, 1]),
+    "ranks": (["c10", "c2", "c1"], [], [2, 1, 0]),
+    "synsets of no ImageNet": (SYNSETS, [], [0, 1, 2]),
+}
 
 
-def test_synsets_of_no_imagenet_have_ranks(tmp_path: Path, ten: nn.Module) -> None:
-    assert labels(folder(tmp_path, *SYNSETS, each=1), ten) == [0, 1, 2]
+@pytest.mark.parametrize("case", CLASSES)
+def test_class_of_a_folder(case):
+    folders, names, expected = CLASSES[case]
+    assert Classes(len(names) or len(folders), names).indices(folders, "here") == expected
+
+
+def test_a_map_says_the_class_of_a_folder(tmp_path):
+    forms = {
+        "a.txt": "fox\ncat\n",
+        "a.json": '["fox", "cat"]',
+        "b.json": '{"fox": 0, "cat": 1}',
+        "c.json": '{"0": "fox", "1": "cat"}',
+    }
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text)
+        assert class_map(tmp_path / name) == {"fox": 0, "cat": 1}
+    source = folder(tmp_path / "images", "cat", each=1)
+    assert labels(source, tiny(2), names=tmp_path / "a.txt") == [1]
+    (tmp_path / "b.json").write_text('{"fox": "x"}')
+    with pytest.raises(GblmError, match=r"class map .*b.json cannot be read"):
+        class_map(tmp_path / "b.json")
+
+
+MISMATCHES = {
+    "one name too few": (["c1", "c2"], [], "2 class folders .* model of 3 classes .*--class-map"),
+    "another name": (["cat", "fix"], ["cat", "dog", "fox"], "fix is no class.*did you mean 'fox'"),
+    "one of all": (["cat", "dog", "fix"], ["cat", "dog", "fox"], "fix is no class of the model"),
+    "a number too high": (["0", "3"], [], "label 3, outside the model's 3 classes"),
+    "splits": (["train", "val"], [], "splits and no classes; give one of them, such as .*val"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_folders_that_are_no_classes_are_refused(case, tmp_path):
+    folders, names, message = MISMATCHES[case]
+    model = tiny(3)
+    model.pretrained_cfg["label_names"] = names
+    with pytest.raises(GblmError, match=message):
+        labels(folder(tmp_path, *folders, each=1), model)
+
+
+def test_a_folder_without_pictures_is_no_class(tmp_path):
+    source = folder(tmp_path, *SYNSETS, each=1)
+    (source / "@eaDir").mkdir()
+    (source / "0").mkdir()
+    (source / "0" / "Thumbs.db").touch()
+    assert labels(source, tiny(1000)) == [0, 1, 281]
 
 
 def test_pre_processing_is_that_of_timm(tmp_path: Path) -> None:
@@ -140,6 +193,9 @@ def test_broken_images_are_skipped_and_named(tmp_path: Path, ten: nn.Module) -> 
     (tmp_path / "b" / "3.png").write_bytes(b"")
     with pytest.raises(GblmError, match=r"2 of 120 images are broken, more than 1 %.*repair"):
         list(evaluation(open_images(str(tmp_path), ten, "evaluation", workers=0)))
+    few = folder(tmp_path / "few", *"ab", each=10)
+    (few / "a" / "7.png").write_bytes(b"no image")
+    assert sum(len(b["images"]) for b in evaluation(open_images(str(few), ten, "evaluation"))) == 19
 
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])
@@ -225,13 +281,13 @@ def test_bad_sources(tmp_path: Path, ten: nn.Module) -> None:
     with pytest.raises(GblmError, match="cannot be read"):
         open_images(str(tmp_path / "x.npz"), ten, "calibration")
     source = folder(tmp_path / "many", *"abcdefghijkl", each=1)
-    with pytest.raises(GblmError, match=r"k/0.png has label 10, outside the model's 10 classes"):
+    with pytest.raises(GblmError, match=r"k is no class of the model; .*--class-map"):
         open_images(str(source), ten, "calibration")
     images = open_images(str(folder(tmp_path / "few", "a")), ten, "calibration")
     with pytest.raises(GblmError, match="2 images there, 3 asked for; use --samples 2 or less"):
         calibration(images, 3)
     synsets = folder(tmp_path / "synsets", "n01440764", "n99999999", each=1)
-    with pytest.raises(GblmError, match="n99999999 is no synset of imagenet-1k"):
+    with pytest.raises(GblmError, match="n99999999 is no class of the synsets of imagenet-1k"):
         open_images(str(synsets), tiny(1000), "calibration")
 
 

@@ -1,5 +1,6 @@
 """The command `python -m gblm.vit`: its flags, its results, and what it says of bad input."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -13,13 +14,21 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gblm import METHODS
+from gblm import METHODS, GblmError
 from gblm.command.settings import flags
 from gblm.llm.__main__ import SIDE as LLM
-from gblm.vit import data
+from gblm.vit import data, models
 from gblm.vit.__main__ import SIDE, main
 
-OWN = ["--checkpoint", "--evaluate-images", "--unlabelled", "--workers"]
+OWN = [
+    "--class-map",
+    "--img-size",
+    "--num-classes",
+    "--checkpoint",
+    "--evaluate-images",
+    "--unlabelled",
+    "--workers",
+]
 OF_LANGUAGE = [
     "--allow-pickle",
     "--evaluate-windows",
@@ -121,19 +130,18 @@ def test_weights_are_those_of_the_checkpoint(folder: Path, images: Path, tmp_pat
 def test_the_report_names_what_was_broken(folder: Path, tmp_path: Path):
     draw = np.random.default_rng(0)
     for index in range(201):
-        where = tmp_path / "images" / f"class{index % 2}"
+        where = tmp_path / "images" / str(index % 2)
         where.mkdir(parents=True, exist_ok=True)
         pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(where / f"{index:03}.png")
-    (tmp_path / "images" / "class0" / "000.png").write_bytes(b"no image")
+    (tmp_path / "images" / "0" / "000.png").write_bytes(b"no image")
     output = tmp_path / "pruned"
     more = ["--evaluate", str(tmp_path / "images"), "--output", str(output), "--method", "wanda"]
     assert main(command(folder, tmp_path / "images", *more)) == 0
     notes = json.loads((output / "report.json").read_text())["notes"]
-    assert sum("2 classes, by rank the first of the model's 3" in note for note in notes) == 2
     (broken,) = [note for note in notes if "broken" in note]  # none of the 8 of calibration is
     assert broken.startswith("evaluation images")
-    assert "1 broken and skipped: class0/000.png (UnidentifiedImageError" in broken
+    assert "1 broken and skipped: 0/000.png (UnidentifiedImageError" in broken
 
 
 def ready(folder: Path, size: int, label: int) -> str:
@@ -222,3 +230,57 @@ def test_a_report_compares_the_runs(folder: Path, images: Path, tmp_path: Path):
     assert f"of the first 12 images of {images.name}" in found["examples_note"]
     assert found["calibration"] == f"8 images from {images}"
     assert (report / "magnitude-0.5" / "report.html").exists()
+
+
+def wrapped(kind: str, state: dict, file: Path) -> None:
+    """Save weights as people have them."""
+    if kind.endswith("safetensors"):
+        return save_file(state, file)
+    forms = {
+        "state_dict": state,
+        "DDP": {f"module.{name}": own for name, own in state.items()},
+        "compiled": {f"_orig_mod.{name}": own for name, own in state.items()},
+        "train.py": {
+            "epoch": 3,
+            "arch": "vit_tiny_patch16_224",
+            "state_dict": state,
+            "args": argparse.Namespace(lr=0.1),
+            "metric": 91.2,
+        },
+    }
+    torch.save(forms[kind], file)
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "DDP", "compiled", "train.py", "safetensors"])
+def test_a_fine_tuned_checkpoint_has_its_own_classes(kind, images: Path, tmp_path: Path, capsys):
+    sizes = {"num_classes": 3, "img_size": 32, "depth": 1}
+    torch.manual_seed(0)
+    tuned = timm.create_model("vit_tiny_patch16_224", **sizes)
+    file = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pth")
+    wrapped(kind, tuned.state_dict(), file)
+    given = command(Path("vit_tiny_patch16_224"), images, "--checkpoint", str(file))
+    assert main(given) == 2  # of another image size and depth
+    assert "does not fit vit_tiny_patch16_224" in capsys.readouterr().err
+    model = models.load("vit_tiny_patch16_224", file, img_size=32, depth=1)
+    assert model.num_classes == 3
+    assert all(torch.equal(own, model.state_dict()[k]) for k, own in tuned.state_dict().items())
+    if kind == "train.py":  # which names its architecture
+        again = models.load(str(file), img_size=32, depth=1)
+        assert torch.equal(again.head.weight, tuned.head.weight)
+    else:
+        with pytest.raises(GblmError, match="names no architecture; give that by --model"):
+            models.load(str(file))
+
+
+def test_a_pickle_of_a_whole_model_is_refused_by_name(tmp_path: Path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    with pytest.raises(GblmError, match=r"whole.pth .*holds more than weights.*save state_dict"):
+        models.load("vit_tiny_patch16_224", tmp_path / "whole.pth")
+
+
+def test_another_head_needs_its_weights(images: Path, capsys):
+    given = ["--num-classes", "3", "--dry-run"]
+    assert main(command(Path("vit_tiny_patch16_224"), images, *given)) == 0
+    assert "3 × 192" not in capsys.readouterr().out  # the head stays dense
+    with pytest.raises(GblmError, match="--num-classes goes with --checkpoint"):
+        models.load("vit_tiny_patch16_224", num_classes=3)
