@@ -85,13 +85,16 @@ def _cpu_has(name: str) -> bool:
 
 @contextmanager
 def halved(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Have products of an fp32 module in a narrower dtype, attention among them, for a time."""
+    """Have products of an fp32 module in a narrower dtype for a time, and attention made for it."""
     parameter = next(module.parameters())
-    if parameter.dtype != torch.float32 or dtype == torch.float32:
-        yield
-        return
-    # Without the cache, for weights change in between.
-    with torch.autocast(parameter.device.type, dtype, cache_enabled=False), HalfProducts():
+    if parameter.dtype == torch.float32 and dtype != torch.float32:
+        # Without the cache, for weights change in between.
+        with torch.autocast(parameter.device.type, dtype, cache_enabled=False), HalfProducts():
+            yield
+    elif parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu":
+        with HalfProducts():
+            yield
+    else:
         yield
 
 

@@ -53,7 +53,7 @@ def grad_abs(total: Tensor, size: Tensor, dy: Tensor) -> None:
 
 def grad_sq(total: Tensor, size: Tensor, dy: Tensor) -> None:
     """Add one sample's g², of |g| `size [out, in]`, to `total [out, in]` (arXiv 2311.04902)."""
-    total.addcmul_(size, size)
+    total.addcmul_(wide(size), wide(size))
 
 
 def grad_position(total: Tensor, size: Tensor, dy: Tensor) -> None:
@@ -62,7 +62,7 @@ def grad_position(total: Tensor, size: Tensor, dy: Tensor) -> None:
     A sample with fewer positions adds to the first of them.
     """
     if len(dy) <= len(total):
-        total[: len(dy)] += dy.square().sum(dim=1)
+        total[: len(dy)] += wide(dy).square().sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
     """Add the gradient dYᵀX of every sample to every sum of gradients.
 
     x: [samples, positions, in], the inputs; dy: [samples, positions, out], the gradient of each
-    sample's own loss by the outputs. One sample's gradient is in memory at a time.
+    sample's own loss by the outputs. One sample's gradient is in memory at a time; it is computed
+    in bfloat16 where dY is, as autograd does, and summed in fp32.
     """
     statistics.samples += len(x)
     statistics.differentiated += len(x)
@@ -152,7 +153,9 @@ def add_gradients(statistics: Statistics, x: Tensor, dy: Tensor) -> None:
         from gblm.kernels.gradient_sums import gradient_sums
 
         return gradient_sums(x, dy, *(statistics.sums.get(n) for n in ("grad_abs", "grad_sq")))
-    x, dy = wide(x), wide(dy)
+    if dy.dtype != torch.bfloat16:
+        dy = wide(dy)
+    x = x.to(dy.dtype)
     size = None  # of one sample after the other, in the same memory
     for sample_x, sample_dy in zip(x, dy, strict=True):
         size = torch.mm(sample_dy.T, sample_x, out=size).abs_()

@@ -126,7 +126,7 @@ def sparsegpt(damping: float = 0.01, columns: int = 128) -> Method:
 def admm() -> Method:
     """Choose mask and weights together by least squares (ALPS, arXiv 2406.07831)."""
     needs = frozenset({"input_gram"})
-    step = Solve("admm", needs, _admm.solve, masks=ADMM_MASKS, price=_admm_cost)
+    step = Solve("admm", needs, _admm.solve, masks=ADMM_MASKS, price=_admm_cost, narrow=True)
     return Method("admm", (step,))
 
 
@@ -157,6 +157,7 @@ def best(
         focus,
         ADMM_MASKS,
         _admm_cost,
+        narrow=True,
     )
     method = Method("best", (step,), allocation, "layer", share=0.125)
     return refined(method, refine)
@@ -187,7 +188,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "best": best,
 }
 
-ADMM_MASKS = 40  # that it chooses of a linear, one after the other
+ADMM_MASKS = 20  # that it chooses of a linear, one after the other
 
 
 def _sparsegpt_cost(o: int, i: int) -> Cost:
@@ -196,7 +197,7 @@ def _sparsegpt_cost(o: int, i: int) -> Cost:
 
 def _admm_cost(o: int, i: int) -> Cost:
     # A Cholesky factor takes in³/3 operations, the inverse from it 2·in³/3.
-    return Cost(10 * i**3 + 104 * o * i**2, 1600 * o * i, 600)
+    return Cost(5 * i**3 + 62 * o * i**2, 900 * o * i, 400)
 
 
 def _repair_cost(o: int, i: int) -> Cost:
@@ -232,7 +233,8 @@ def seeded(method: Method, solver: str) -> Method:
         if isinstance(step, Solve):
             solve: Solver = partial(_mended, choose=step.solve, mend=mend.solve)
             needs = step.statistics | {"input_gram"}
-            step = replace(step, name=name, statistics=needs, solve=solve, price=mend.price)
+            made = {"solve": solve, "price": mend.price, "narrow": False}
+            step = replace(step, name=name, statistics=needs, **made)
         steps.append(step)
     return replace(method, name=name, steps=tuple(steps))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Solve(Step):
 
     name: of the method, for errors. statistics: what it needs. focus: the part of a position's
     weight in the statistics of inputs that its gradients decide. masks: how often it chooses a
-    mask. price: what it costs beside.
+    mask. price: what it costs beside. narrow: `solve` takes `products`, the dtype of those that
+    need few bits.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Solve(Step):
     focus: float = 0.0
     masks: int = 1
     price: SolverCost = by_score
+    narrow: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -58,10 +61,12 @@ class Solve(Step):
 
     def linears(self, visit: Visit) -> list[LinearReport]:
         """Solve the linears of a block, and write their weights; return what became of them."""
-        reports = []
+        reports, step = [], self
+        if self.narrow:
+            step = replace(self, solve=partial(self.solve, products=visit.walk.compute_dtype))
         with closing(visit.inputs(self.needs, self.focus)) as inputs:
             for groups in inputs:
-                reports += self.groups(groups, visit.patterns, visit.gradients)
+                reports += step.groups(groups, visit.patterns, visit.gradients)
         return reports
 
     def groups(

@@ -63,7 +63,7 @@ class Call:
         the products.
         """
         args, kwargs = tree_unflatten(leaves, self.spec)
-        products = halved(self.block.module, self.compute_dtype) if half else nullcontext()
+        products = halved(self.block.module, self.compute_dtype if half else torch.float32)
         with self.scope.inside() as context, watch or nullcontext(), products:
             return context.run(self.forward, *args, **kwargs)
 

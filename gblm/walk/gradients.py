@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gblm.base import Adapter, Batch, GblmError, Statistics, one_of
 from gblm.machine import processes
-from gblm.machine.device import BatchSize, free_memory, memory_errors, out_of_memory
+from gblm.machine.device import BatchSize, free_memory, halved, memory_errors, out_of_memory
 from gblm.machine.offload import offload_of, onload
 from gblm.maths import stats
 from gblm.walk.blocks import Block, Linear, frozen, micro_batches, size, take, to_device
@@ -138,7 +138,7 @@ class PlainBackward:
         for some in micro_batches(walk.batch, step, walk.adapter):
             batch = to_device(some.batch, walk.device)
             watch = PerSample(linears, sums, size(batch))
-            with watch:
+            with watch, halved(walk.model, torch.float32):
                 hidden = walk.adapter.trunk(walk.model, batch)
             losses = finite(walk.adapter.loss(walk.model, hidden, batch), some.numbers)
             (losses * self.scale).sum().backward()
