@@ -553,9 +553,9 @@ def test_statistics_are_fp32_and_weights_keep_their_dtype(make_llama, batch, met
     model = make_llama(dtype)
     seen: set[torch.dtype] = set()
 
-    def solve(weight, statistics, pattern):
+    def solve(weight, statistics, pattern, **options):
         seen.update([weight.dtype, *(value.dtype for value in statistics.sums.values())])
-        return solver(weight, statistics, pattern)
+        return solver(weight, statistics, pattern, **options)
 
     solver, made = solved_by(methods.make(method), solve)
     report = gblm.prune(model, batch, made, patterns.parse("0.5", "row"), micro_batch=3)

@@ -233,8 +233,8 @@ def seeded(method: Method, solver: str) -> Method:
         if isinstance(step, Solve):
             solve: Solver = partial(_mended, choose=step.solve, mend=mend.solve)
             needs = step.statistics | {"input_gram"}
-            made = {"solve": solve, "price": mend.price, "narrow": False}
-            step = replace(step, name=name, statistics=needs, **made)
+            step = replace(step, name=name, statistics=needs, price=mend.price)
+            step = replace(step, solve=solve, narrow=False)
         steps.append(step)
     return replace(method, name=name, steps=tuple(steps))
 

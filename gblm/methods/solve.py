@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ class Solve(Step):
         """Solve the linears of a block, and write their weights; return what became of them."""
         reports, step = [], self
         if self.narrow:
-            step = replace(self, solve=partial(self.solve, products=visit.walk.compute_dtype))
+            solve: Callable[..., Any] = self.solve
+            step = replace(self, solve=partial(solve, products=visit.walk.compute_dtype))
         with closing(visit.inputs(self.needs, self.focus)) as inputs:
             for groups in inputs:
                 reports += step.groups(groups, visit.patterns, visit.gradients)
