@@ -109,11 +109,12 @@ def test_wanda_plus_of_a_linear_that_no_gradient_reaches_is_wanda():
     torch.testing.assert_close(scores.wanda_plus(weight, none), scores.wanda(weight, found))
 
 
-def test_wanda_plus_divides_by_the_samples_of_the_gradients():
+@pytest.mark.parametrize("samples", [1, 2])
+def test_wanda_plus_divides_by_the_samples_of_the_gradients(samples):
     """Which are fewer than those of the inputs where a sample does not come to the linear."""
     weight, found = draw(6)
-    few = Statistics(found.sums, found.samples, found.positions, 2)
-    mean = (found["grad_sq"] / 2).sqrt()
+    few = Statistics(found.sums, found.samples, found.positions, samples)
+    mean = (found["grad_sq"] / samples).sqrt()
     expected = weight.abs() * (100 * mean + scores.input_norm(found))
     torch.testing.assert_close(scores.wanda_plus(weight, few), expected)
 

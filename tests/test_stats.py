@@ -191,6 +191,14 @@ def test_weights_of_positions_have_mean_one_whatever_the_focus_and_the_loss(seed
     assert torch.equal(weights.argsort(stable=True), total.argsort(stable=True)) or focus < 1e-6
 
 
+@pytest.mark.parametrize("name", stats.GRADIENT)
+def test_a_factor_on_the_loss_can_be_taken_out_of_the_sums(name):
+    x, dy = draw(0, 3)
+    found = of(name, x, 8 * dy)
+    stats.unscale(found, 8)
+    torch.testing.assert_close(found[name], of(name, x, dy)[name])
+
+
 def test_samples_and_gradients_come_in_pairs():
     x, dy = draw(0, 3)
     with pytest.raises(ValueError, match="shorter"):
@@ -226,12 +234,13 @@ def test_weights_of_positions_count_for_the_dense_inputs_too_and_for_no_gradient
     torch.testing.assert_close(alone["cross_gram"], torch.einsum("spi,spj,p->ij", x, x, weights))
 
 
-def test_fewer_positions_take_the_first_weights_and_more_take_none():
-    x, _ = draw(0, 3)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_fewer_positions_take_the_first_weights_and_more_take_none(samples):
+    x, _ = draw(0, samples)
     for number in (POSITIONS - 1, POSITIONS, POSITIONS + 1):
         weights = torch.arange(1, number + 1, dtype=x.dtype)
         found = stats.zeros(["input_sq"], torch.empty(OUT, IN, dtype=x.dtype))
-        stats.add_inputs(found, x.flatten(0, 1), 3, weights=weights)
+        stats.add_inputs(found, x.flatten(0, 1), samples, weights=weights)
         taken = weights[:POSITIONS] if number >= POSITIONS else torch.ones(POSITIONS).to(x)
         expected = torch.einsum("spi,spi,p->i", x, x, taken)
         torch.testing.assert_close(found["input_sq"], expected)
