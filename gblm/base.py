@@ -99,6 +99,8 @@ class Pattern:
     check: Callable[[Sequence[int]], None]
     window: int | None = None
     kept: int | None = None
+    units: tuple[tuple[str, float], ...] = ()
+    then: "Pattern | None" = None
 
 
 # Prunes one linear: (weight [out, in], statistics, pattern) -> (weight, keep), the new weight being
@@ -127,6 +129,9 @@ class Step(ABC):
     @abstractmethod
     def cost(self, footprint: Any) -> Any:
         """Return the `Cost` of all blocks of a model, by its `gblm.walk.footprint.Footprint`."""
+
+    def check(self, pattern: Pattern) -> None:  # noqa: B027
+        """Raise `GblmError` where it cannot give a model a pattern."""
 
     def key(self) -> dict[str, str]:
         """Return what tells this step from another in the journal of a run: its options."""
@@ -194,6 +199,8 @@ class Adapter:
         None where no sample has padding.
     everywhere(block): lets every expert of a block see all positions for a time, while what the
         block gives stays the same; by default each sees those that are sent to it.
+    config(model): the settings that its class makes it of, by name, and what makes one of changed
+        settings, without values of its parameters; None where it cannot be made so.
     """
 
     blocks: Callable[[nn.Module], dict[str, nn.Module]]
@@ -201,3 +208,6 @@ class Adapter:
     loss: Callable[[nn.Module, Any, Batch], Tensor]
     unpad: Callable[[Batch], list[Batch] | None] = lambda batch: None
     everywhere: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+    config: (
+        Callable[[nn.Module], tuple[dict[str, Any], Callable[[dict[str, Any]], nn.Module]]] | None
+    ) = None

@@ -28,11 +28,13 @@ from gblm.machine.processes import rank
 from gblm.packed import pack_there, plain_share
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.masks import masks
-from gblm.walk.blocks import Block, Snapshot
+from gblm.walk.blocks import Block, Snapshot, choose
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Fingerprint, GradientFolder, Journal, fingerprint
+from gblm.walk.narrow import Narrowing
 from gblm.walk.prune import Pruning, needed, unfit
-from gblm.walk.walk import Walk
+from gblm.walk.survey import survey
+from gblm.walk.walk import Walk, no_progress
 
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
 
@@ -189,6 +191,7 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
     """
     for run in runs:
         unfit(job.blocks, run.method, run.pattern)
+    narrowings = [Narrowing.of(job.walk(no_progress), x.pattern) for x in runs if x.pattern.units]
     opened, settings = job.opened, job.opened.settings
     # A single run needs no way back to the dense model, and an offloaded one has its own.
     several = len(runs) > 1 and not opened.offload
@@ -217,10 +220,15 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
                     snapshot.write()
             share = run.method.share if needed(run.method, run.pattern) else 0
             shared = gradients.get(share, DenseGradients())
-            pruning = Pruning(job.walk(show), run.method, run.pattern, shared.sums, journal)
+            narrowing = narrowings.pop(0) if run.pattern.units else None
+            pruning = Pruning(
+                job.walk(show), run.method, run.pattern, shared.sums, journal, narrowing
+            )
             reports.append(perform(job, pruning, shared, before))
             if not rank():
                 keep(job, runs, reports, shared)
+            if narrowing and len(runs) > 1:
+                narrowing.undo()
     return reports
 
 
@@ -282,6 +290,8 @@ def shared_gradients(
 def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evaluation) -> Report:
     """Prune the dense model, and evaluate it: the run's report, but for its saving."""
     report, settings, opened = pruning.run(), job.opened.settings, job.opened
+    if pruning.pattern.then:
+        report.add(follow(job, pruning))
     report.seconds = {**job.seconds, **gradients.seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
         after = opened.evaluate(pruning.walk.progress)
@@ -309,6 +319,24 @@ def measure(job: Job, report: Report) -> None:
     report.speed = speed(job.dense, pruned, opened.uses, opened.stored)
     report.speed["file"]["pruned"] = weight_bytes(opened.model, opened.stored)
     report.gains = gains(opened.model)
+
+
+def follow(job: Job, first: Pruning) -> Report:
+    """Prune the narrower model by the pattern after its units; return the report of that alone."""
+    opened, settings, show = job.opened, job.opened.settings, first.walk.progress
+    blocks = survey(opened.model, opened.batch, opened.adapter)
+    choose(blocks, list(settings.include), list(settings.exclude))
+    after, pattern, journal = replace(job, blocks=blocks), first.pattern.then, None
+    assert pattern is not None
+    if first.journal:
+        key = {**first.journal.settings, "pattern": pattern.name, "after": first.pattern.name}
+        journal = Journal(first.journal.folder / "after", key, settings.resume)
+    second = Pruning(after.walk(show), first.method, pattern, journal=journal)
+    if second.needs:
+        with clock(second.report.seconds, "gradients"):
+            walk = after.walk(show, first.method.share)
+            second.gradients = sweep(walk, second.needs, settings.backward)[0]
+    return second.run()
 
 
 def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradients) -> None:

@@ -54,6 +54,9 @@ PATTERNS = [
     ("0.5/row", "half of the weights of every output"),
     ("0.5/layer", "half of the weights of every linear"),
     ("2:4", "two of every four neighbouring weights stay; any n:m"),
+    ("neurons:0.25", "a quarter of the neurons of every MLP goes: a narrower model"),
+    ("heads:0.25", "a quarter of the attention heads; those that share keys and values together"),
+    ("neurons:0.25+2:4", "units of several kinds, and a pattern of what is left of the weights"),
 ]
 LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "methods": methods,
@@ -132,6 +135,9 @@ def pruned_part(report: Report) -> Iterator[str]:
     """Yield which part of the model was pruned, and what was pruned otherwise or not at all."""
     whole, inside = (report.weights / max(1, n) for n in (report.parameters, report.block_weights))
     yield f"sparsity is of {whole:.0%} of the model's weights, {inside:.0%} of those in its blocks"
+    if report.left < report.parameters:
+        left = report.left / report.parameters
+        yield f"narrower: {report.left:,} of {report.parameters:,} parameters are left, {left:.1%}"
     reasons = Counter(reason for reason in report.dense.values() if inside < 0.995)
     for reason, count in reasons.most_common(3):
         name = next(name for name, own in report.dense.items() if own == reason)

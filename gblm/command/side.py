@@ -192,8 +192,9 @@ def find_runs(settings: Settings) -> list[Run]:
             if settings.refine is not None:
                 method = refined(method, settings.refine)
             group = method.group if settings.group == "auto" else settings.group
-            label = f"{words.replace(':', '-')}-{text.replace(':', 'of').replace('/', '-')}"
             pattern = patterns.parse(text, group)
+            window = "-" if pattern.units else "of"
+            label = f"{words.replace(':', '-')}-{text.replace(':', window).replace('/', '-')}"
             runs.append(Run(label, method, pattern, {"method": words, "sparsity": text}))
     if not runs:
         raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")

@@ -3,6 +3,7 @@
 Causal models, encoder-decoders, masked models, classifiers, and models of pictures and text.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import DynamicCache, PreTrainedModel
@@ -54,8 +56,22 @@ def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
                 f"{type(model).__name__} has no experts that all tokens could be sent to; leave "
                 "--experts all out"
             )
-        return Adapter(blocks, trunk, loss, unpad, everywhere)
-    return Adapter(blocks, trunk, loss, unpad)
+        return Adapter(blocks, trunk, loss, unpad, everywhere, config)
+    return Adapter(blocks, trunk, loss, unpad, config=config)
+
+
+def config(model: nn.Module) -> tuple[dict[str, Any], Any]:
+    """Return the settings of a model's config, and what makes a model of changed ones."""
+    assert isinstance(model, PreTrainedModel)
+
+    def make(changes: dict[str, Any]) -> nn.Module:
+        changed = copy.deepcopy(model.config)
+        for name, value in changes.items():
+            setattr(changed.get_text_config(), name, value)
+        with init_empty_weights(include_buffers=False):
+            return type(model)(changed)
+
+    return model.config.get_text_config().to_dict(), make
 
 
 def _sends(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from gblm.base import GblmError, Pattern, one_of
 
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
+UNITS = ("neurons", "heads", "blocks")
+UNIT = re.compile(r"([a-z]+):(\d*\.?\d+)")
 KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
 ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
 
@@ -62,13 +65,38 @@ def nm(n: int, m: int) -> Pattern:
     return Pattern(f"{n}:{m}", keep, check, window=m, kept=n)
 
 
+def structured(units: dict[str, float], then: Pattern | None = None) -> Pattern:
+    """Remove whole units, the share of each kind: "neurons", "heads", "blocks".
+
+    then: the pattern of what is left. Raises `GblmError` where a kind is unknown or a share is
+    outside (0, 1).
+    """
+    for kind, share in units.items():
+        one_of(kind, UNITS, "kind of units")
+        if not 0 < share < 1:
+            raise GblmError(f"{kind}:{share:g} is outside (0, 1); {kind}:0.25 removes a quarter")
+    name = "+".join([*(f"{kind}:{share:g}" for kind, share in units.items())])
+    name += f"+{then.name}" if then else ""
+    whole = partial(torch.ones_like, dtype=torch.bool)
+    return Pattern(name, whole, lambda shape: None, units=tuple(units.items()), then=then)
+
+
 def parse(text: str, group: str = "row") -> Pattern:
-    """Return the pattern that `text` names: "2:4", "0.5", "0.5/layer".
+    """Return the pattern that `text` names: "2:4", "0.5", "0.5/layer", "neurons:0.25+2:4".
 
     `group` is the comparison group of an unstructured pattern that names none itself.
 
-    Raises `GblmError` where the text is neither a sparsity nor n:m.
+    Raises `GblmError` where the text is neither a sparsity, nor n:m, nor units.
     """
+    parts = text.strip().split("+")
+    units = {m[1]: float(m[2]) for part in parts if (m := UNIT.fullmatch(part))}
+    rest = [part for part in parts if not UNIT.fullmatch(part)]
+    if units:
+        if len(units) + len(rest) < len(parts) or len(rest) > 1:
+            raise GblmError(
+                f"pattern {text!r}: name each kind of units once, and one pattern after"
+            )
+        return structured(units, parse(rest[0], group) if rest else None)
     if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip()):
         return nm(int(match[1]), int(match[2]))
     sparsity, _, own_group = text.strip().partition("/")
@@ -76,7 +104,8 @@ def parse(text: str, group: str = "row") -> Pattern:
         value = float(sparsity)
     except ValueError:
         raise GblmError(
-            f"pattern {text!r} is neither a sparsity such as 0.5 nor n:m such as 2:4"
+            f"pattern {text!r} is neither a sparsity such as 0.5, nor n:m such as 2:4, nor units "
+            "such as neurons:0.25"
         ) from None
     return unstructured(value, own_group or group)
 

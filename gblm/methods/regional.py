@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from gblm.base import GblmError, Pattern
 from gblm.machine import processes
 from gblm.machine.speed import Cost
 from gblm.maths import stats
 from gblm.methods.refine import Learning, add_gradients
-from gblm.methods.solve import Solve, relative_error
+from gblm.methods.solve import Solve
 from gblm.report import LinearReport
 from gblm.walk.blocks import Block
 from gblm.walk.call import Call, first_differentiable, place
 from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import Gradients, PerSample, finish, zero_sums
-from gblm.walk.inputs import Inputs
+from gblm.walk.inputs import Inputs, relative_error
 from gblm.walk.visit import Visit
 
 SAMPLES = 32  # of a round, as published
@@ -43,6 +44,12 @@ class Regional(Solve):
     regional: frozenset[str] = frozenset()
     rounds: int = 0
     rate: float = 0.0
+
+    def check(self, pattern: Pattern) -> None:
+        if pattern.units:
+            raise GblmError(
+                f"{self.name} takes steps on the whole block; use gblm or best for units"
+            )
 
     def linears(self, visit: Visit) -> list[LinearReport]:
         block, calls = visit.block, visit.calls

@@ -17,14 +17,12 @@ from gblm.machine import processes
 from gblm.machine.device import exact
 from gblm.machine.speed import Cost
 from gblm.maths import stats
+from gblm.methods.structure import FEWEST, Chooser, prune_units
 from gblm.report import LinearReport
 from gblm.walk.blocks import Linear
 from gblm.walk.footprint import Footprint
-from gblm.walk.inputs import Inputs, with_gradients
+from gblm.walk.inputs import Inputs, relative_error, with_gradients
 from gblm.walk.visit import Visit
-
-# An expert with fewer inputs is pruned by the magnitude of its weights: they tell too little.
-FEWEST = 32
 
 # The cost of a linear [out, in] for a solver, beside its mask.
 SolverCost = Callable[[int, int], Cost]
@@ -57,8 +55,17 @@ class Solve(Step):
     def needs(self) -> frozenset[str]:
         return self.statistics | ({"grad_position"} if self.focus else set())
 
+    def check(self, pattern: Pattern) -> None:
+        if pattern.units:
+            Chooser.of(self.solve, self.name)
+
     def visit(self, visit: Visit) -> None:
-        visit.reports += visit.attempt(lambda: self.linears(visit))
+        work = self.units if visit.block.units else self.linears
+        visit.reports += visit.attempt(lambda: work(visit))
+
+    def units(self, visit: Visit) -> list[LinearReport]:
+        """Remove units of the block; return what became of its linears."""
+        return prune_units(visit, Chooser.of(self.solve, self.name), self.needs, self.focus)
 
     def linears(self, visit: Visit) -> list[LinearReport]:
         """Solve the linears of a block, and write their weights; return what became of them."""
@@ -158,15 +165,3 @@ class Solve(Step):
             stream = 2 * n * (2 * footprint.stream + footprint.widest)
         work = max(solving, footprint.micro * footprint.kept // len(footprint.blocks))
         return total + Cost(memory=stream + max(statistics) + work)
-
-
-def relative_error(dense: Tensor, weight: Tensor, examples: list[Tensor]) -> float:
-    """Return ‖(W − Ŵ)X‖ / ‖WX‖ on some inputs, 0 for none and for 0 / 0.
-
-    Weights are `[out, in]`, examples `[positions, in]` each.
-    """
-    if not examples:
-        return 0.0
-    x, weight = stats.wide(torch.cat(examples)), stats.wide(weight)
-    difference = torch.linalg.norm(x @ (dense - weight).T)
-    return (difference / torch.linalg.norm(x @ dense.T)).nan_to_num(0).item()

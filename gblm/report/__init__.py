@@ -137,7 +137,8 @@ class Report:
     seed: int | None = None
     blocks: list[str] = field(default_factory=list)  # their names, in the order of use
     allocation: str = "uniform"
-    parameters: int = 0  # numbers in the whole model
+    parameters: int = 0  # numbers in the whole model,
+    left: int = 0  # and in the pruned one, which is narrower where whole units are gone
     block_weights: int = 0  # numbers in the matrices of its blocks
     compute_dtype: str = ""  # of products in which fp32 blocks are computed
     calibration: str = ""  # what the samples are
@@ -160,6 +161,21 @@ class Report:
         """The share of the weights of all pruned linears that are exactly 0."""
         return sum(linear.sparsity * linear.size for linear in self.linears) / self.weights
 
+    def add(self, other: "Report") -> None:
+        """Take what became of a narrower model that was pruned after this one, linear by linear."""
+        known = {linear.name: linear for linear in self.linears}
+        for linear in other.linears:
+            before = known.setdefault(linear.name, linear)
+            if before is linear:
+                self.linears.append(linear)
+                continue
+            stays = linear.size / before.size
+            before.sparsity = 1 - stays * (1 - linear.sparsity)
+            before.relative_error = max(before.relative_error, linear.relative_error)
+            before.seconds += linear.seconds
+        for phase, seconds in other.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
     def place(self, linear: str) -> tuple[str, str]:
         """Return the block of a linear and what it is there, such as `self_attn.q_proj`."""
         around = [block for block in self.blocks if linear.startswith(f"{block}.")]
@@ -178,6 +194,7 @@ class Report:
             stored = json.loads(path.read_text("utf-8"))
             names = {entry.name for entry in fields(cls)}
             report = cls(**{name: value for name, value in stored.items() if name in names})
+            report.left = report.left or report.parameters  # of a report before there was this
             report.linears = [LinearReport(**linear) for linear in stored["linears"]]
             report.masks = {name: Mask(**mask) for name, mask in stored["masks"].items()}
             report.gains = [Gain(**gain) for gain in stored.get("gains", ())]

@@ -1,10 +1,14 @@
 """How the core sees an image classifier of timm or transformers."""
 
+import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import timm
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -20,8 +24,43 @@ STEMS = ("patch_embed", "stem")  # before the blocks, though some are built of l
 def adapter(model: nn.Module) -> Adapter:
     """Return the adapter of an image classifier: its blocks are found, not listed."""
     if hasattr(model, "forward_features"):
-        return Adapter(blocks, trunk, loss)
-    return Adapter(blocks, heads, heads_loss)
+        return Adapter(blocks, trunk, loss, config=timm_config)
+    return Adapter(blocks, heads, heads_loss, config=config)
+
+
+def timm_config(model: nn.Module) -> tuple[dict[str, Any], Any]:
+    """Return what timm has made a model of, and what makes a model of changed arguments."""
+    known: Any = model
+    usual = {
+        name: own.default
+        for name, own in inspect.signature(type(model).__init__).parameters.items()
+        if own.default is not own.empty
+    }
+    given = timm.models.get_model_args(model)
+    name = known.pretrained_cfg["architecture"]
+
+    def make(changes: dict[str, Any]) -> nn.Module:
+        try:
+            with init_empty_weights(include_buffers=False):
+                return timm.create_model(name, pretrained=False, **{**given, **changes})
+        except NotImplementedError:  # one that computes with its parameters as it is made
+            return timm.create_model(name, pretrained=False, **{**given, **changes})
+
+    return {**usual, **given}, make
+
+
+def config(model: nn.Module) -> tuple[dict[str, Any], Any]:
+    """Return the settings of a model's config, and what makes a model of changed ones."""
+    known: Any = model
+
+    def make(changes: dict[str, Any]) -> nn.Module:
+        changed = copy.deepcopy(known.config)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        with init_empty_weights(include_buffers=False):
+            return type(model)(changed)
+
+    return known.config.to_dict(), make
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:

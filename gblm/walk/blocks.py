@@ -57,6 +57,28 @@ class Linear:
 
 
 @dataclass
+class Units:
+    """Parts of a block that go or stay whole: neurons of an MLP, heads of attention.
+
+    kind: "neurons", which are one input of the reader each, or "heads". reader: the linear whose
+    inputs they make; channels `[units, size]`: which of them each does. writers: the linears that
+    feed these, with their rows `[units, k]` in each unit. kept: how many stay.
+    """
+
+    kind: str
+    reader: Linear
+    channels: Tensor
+    writers: list[tuple[Linear, Tensor]]
+    kept: int = 0
+
+    def parts(self) -> Iterator[tuple[Linear, int, Tensor]]:
+        """Yield each linear, the dimension of its matrix they lie in, and the places of each."""
+        yield self.reader, 1, self.channels
+        for linear, rows in self.writers:
+            yield linear, 0, rows
+
+
+@dataclass
 class Block:
     """The repeated unit of a model.
 
@@ -65,11 +87,13 @@ class Block:
     the block is called with, and of what it gives, where that holds the samples. stateful: whether
     its modules keep something from one run of it, which a second one in between would change.
     uncut: whether something it is called with grows with the samples, but not by as much for each.
+    units: what structured pruning chooses from.
     """
 
     name: str
     module: nn.Module
     groups: list[list[Linear]] = field(default_factory=list)
+    units: list[Units] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     arguments: list[Carried] = field(default_factory=list)
     outputs: list[Carried] = field(default_factory=list)

@@ -111,3 +111,15 @@ def with_gradients(
     count = gradient.differentiated or gradient.samples
     samples, positions = inputs.samples or gradient.samples, inputs.positions
     return Statistics({**inputs.sums, **sums}, samples, positions, count)
+
+
+def relative_error(dense: Tensor, weight: Tensor, examples: list[Tensor]) -> float:
+    """Return ‖(W − Ŵ)X‖ / ‖WX‖ on some inputs, 0 for none and for 0 / 0.
+
+    Weights are `[out, in]`, examples `[positions, in]` each.
+    """
+    if not examples:
+        return 0.0
+    x, weight = stats.wide(torch.cat(examples)), stats.wide(weight)
+    difference = torch.linalg.norm(x @ (dense - weight).T)
+    return (difference / torch.linalg.norm(x @ dense.T)).nan_to_num(0).item()

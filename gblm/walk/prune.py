@@ -23,6 +23,7 @@ from gblm.walk.blocks import Block, Linear
 from gblm.walk.gradients import first, sweep
 from gblm.walk.inputs import with_gradients
 from gblm.walk.journal import Journal
+from gblm.walk.narrow import Narrowing
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
@@ -50,12 +51,15 @@ def prune(
     method; with an allocation, the budget of the model. adapter: that of the model's library where
     None. micro_batch: samples at a time, None to choose. backward: see `gradient_sums`.
 
+    A pattern of units makes the model narrower; one named after it is for what is left.
+
     Raises `GblmError` where model, batch, method and pattern do not go together, and where a
     statistic, a score or a loss holds a NaN or an Inf: the block it names, and every block after
     it, is then as it was.
     """
     walk = Walk.of(model, batch, adapter, micro_batch=micro_batch)
     pruning = Pruning(walk, method, method_pattern(method, pattern))
+    pruning.check()
     if needs := pruning.needs:
         with clock(pruning.report.seconds, "gradients"):
             share = Walk.of(
@@ -66,7 +70,11 @@ def prune(
                 micro_batch=micro_batch,
             )
             pruning.gradients = sweep(share, needs, backward)[0]
-    return pruning.run()
+    report = pruning.run()
+    if then := pruning.pattern.then:
+        options = {"adapter": walk.adapter, "micro_batch": micro_batch, "backward": backward}
+        report.add(prune(model, batch, method, then, **options))  # type: ignore[arg-type]
+    return report
 
 
 def method_pattern(method: Method, pattern: Pattern | str) -> Pattern:
@@ -83,6 +91,7 @@ class Pruning:
     pattern: Pattern
     gradients: Mapping[str, Statistics] = field(default_factory=dict)
     journal: Journal | None = None
+    narrowing: Narrowing | None = None
 
     def __post_init__(self) -> None:
         """Find the linears that cannot have the pattern; raises `GblmError` for many."""
@@ -101,9 +110,17 @@ class Pruning:
         """The sums of gradients of the dense model."""
         return needed(self.method, self.pattern)
 
+    def check(self) -> None:
+        """Find the units that can go, where the pattern is of some; `GblmError` for none."""
+        if self.pattern.units and not self.narrowing:
+            self.narrowing = Narrowing.of(self.walk, self.pattern)
+
     def run(self) -> Report:
         """Prune the model, and return what became of it."""
+        self.check()
         report, blocks = self.report, self.walk.blocks
+        for block in blocks:
+            block.units = self.narrowing.units[block.name] if self.narrowing else []
         if self.journal:
             self.journal.begin(report, blocks)
         fit = [x for block in blocks for x in block.linears if x.name not in self.unfit]
@@ -120,6 +137,9 @@ class Pruning:
         beside = "cross_gram" in self.method.needs
         with clock(report.seconds, "prune"), memory_errors():
             forward(self.walk, self.visit, chosen, self.gradients, beside)
+            if self.narrowing:
+                self.narrowing.apply()
+        report.left = sum(own.numel() for own in self.walk.model.parameters())
         if processes.world() > 1:
             processes.agree("the pruned model", [_checksum(block) for block in blocks])
         return report
@@ -158,7 +178,9 @@ class Pruning:
 
 def allocated(method: Method, pattern: Pattern) -> Allocation | None:
     """Return how a method spends a budget over the linears, None where all have the pattern."""
-    if method.allocation is None or (method.allocation == "auto" and pattern.window):
+    if pattern.units or method.allocation is None:
+        return None
+    if method.allocation == "auto" and pattern.window:
         return None
     return allocation.make("gradient" if method.allocation == "auto" else method.allocation)
 
@@ -215,8 +237,12 @@ def unfit(blocks: list[Block], method: Method, pattern: Pattern) -> dict[str, st
     """Return the linears that cannot have the pattern, and why; they stay dense.
 
     Raises `GblmError` with the name of one where they hold more than a tenth of the weights, or
-    where the user has named it.
+    where the user has named it, and where a step of the method cannot have the pattern.
     """
+    for step in method.steps:
+        step.check(pattern)
+    if pattern.then:
+        unfit(blocks, method, pattern.then)
     linears = [linear for block in blocks for linear in block.linears]
     reasons: dict[str, GblmError] = {}
     for linear in linears:

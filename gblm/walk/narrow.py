@@ -1,0 +1,312 @@
+"""A narrower model: units that go are cut out of the weights, and the config says so.
+
+Which settings make a model of the wanted shapes is found by trial: those that hold an old width, or
+count heads, are changed in an empty copy until all shapes of its parameters are right. The blocks
+of that copy, which the family's own code has built, then take the place of the blocks, with what is
+left of their weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm.base import Adapter, GblmError, Pattern
+from gblm.machine.offload import offload_of
+from gblm.maths.structure import MULTIPLE, kept
+from gblm.walk.blocks import Block, Linear, Units
+from gblm.walk.units import find_units
+from gblm.walk.walk import Walk
+
+STATED = ("config", "_model_args")  # where models of transformers and timm keep what made them
+Shapes = dict[str, tuple[int, ...]]
+# Where a unit lies in a parameter: the expert, None for all, and the dimension.
+Place = tuple[int | None, int]
+
+
+@dataclass
+class Narrowing:
+    """Which units a model has by block, how many stay, and an empty model of the narrow shapes.
+
+    `undo` gives the model its blocks back, whose weights `apply` leaves as they are.
+    """
+
+    model: nn.Module
+    blocks: list[Block]
+    units: dict[str, list[Units]]
+    empty: nn.Module
+    before: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, walk: Walk, pattern: Pattern) -> Narrowing:
+        """Return how a model becomes as narrow as a pattern says.
+
+        Raises `GblmError` where it has no such units, none of them would go, or its config cannot
+        state what is left.
+        """
+        if offload_of(walk.model):
+            raise GblmError(f"{pattern.name} needs all weights at hand; use --offload none")
+        found = find_units(walk)
+        units: dict[str, list[Units]] = {name: [] for name in found}
+        for kind, share in pattern.units:
+            own = [one for parts in found.values() for one in parts if one.kind == kind]
+            counts = remaining([len(one.channels) for one in own], kind, share)
+            for name, parts in found.items():
+                units[name] += [
+                    replace(one, kept=counts[len(one.channels)])
+                    for one in parts
+                    if one.kind == kind
+                ]
+        narrowing = cls(walk.model, walk.blocks, units, nn.Module())
+        narrowing.empty = narrowing.stated(walk.adapter, pattern)
+        return narrowing
+
+    def stated(self, adapter: Adapter, pattern: Pattern) -> nn.Module:
+        """Return an empty model of the narrow shapes, made of settings that are found by trial."""
+        what = f"{pattern.name}: the config of {type(self.model).__name__}"
+        if adapter.config is None:
+            raise GblmError(f"{what} is not known; give its adapter a config(model)")
+        settings, make = adapter.config(self.model)
+        kinds = [[*_changes(kind, self._of_kind(kind), settings)] for kind, _ in pattern.units]
+        wanted, error = self._shapes(), "no setting has such a width"
+        for parts in itertools.product(*kinds):
+            try:
+                empty = make({name: value for part in parts for name, value in part.items()})
+            except Exception as reason:  # whatever the model's code has against it
+                error = str(reason)
+                continue
+            shapes = {
+                name: tuple(own.shape)
+                for block in self.blocks
+                for name, own in empty.get_submodule(block.name).named_parameters(block.name)
+            }
+            misfit = self._misfit(wanted, shapes)
+            if not misfit:
+                return empty
+            error = f"{misfit} would be {shapes.get(misfit)}, not {wanted.get(misfit)}"
+        raise GblmError(f"{what} cannot state it ({error[:200]}); choose other units")
+
+    def _of_kind(self, kind: str) -> list[Units]:
+        return [one for own in self.units.values() for one in own if one.kind == kind]
+
+    def _shapes(self) -> Shapes:
+        """Return the shape of every parameter in the blocks of the narrow model."""
+        shapes: dict[str, list[int]] = {}
+        for block in self.blocks:
+            own = block.module.named_parameters(block.name)
+            shapes |= {name: list(parameter.shape) for name, parameter in own}
+            first: dict[str, int | None] = {}
+            for units in self.units[block.name]:
+                for name, (expert, dim), places in _in_parameters(block, units):
+                    if first.setdefault(name, expert) == expert:  # all experts are alike
+                        shapes[name][dim] -= places[units.kept :].numel()
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def _misfit(self, wanted: Shapes, found: Shapes) -> str:
+        """Return a parameter whose shape is wrong, nothing where there is none."""
+        if wanted.keys() != found.keys():
+            return min(wanted.keys() ^ found.keys())
+        blocks = {block.name: self.units[block.name] for block in self.blocks}
+        for name, shape in found.items():
+            if shape != wanted[name]:
+                units = next((own for key, own in blocks.items() if name.startswith(f"{key}.")), [])
+                if _beside(wanted[name], shape, units) is None:
+                    return name
+        return ""
+
+    def apply(self) -> None:
+        """Give the model the blocks of the empty one, with the weights of the units that stay."""
+        for block in self.blocks:
+            new = self.empty.get_submodule(block.name)
+            values = self._cut(block, {name: own.shape for name, own in new.named_parameters()})
+            device = next(block.module.parameters()).device
+            for name, value in values.items():
+                owner, _, last = name.rpartition(".")
+                old = block.module.get_parameter(name)
+                parameter = nn.Parameter(value, requires_grad=old.requires_grad)
+                setattr(new.get_submodule(owner), last, parameter)
+            known = dict(block.module.named_buffers())
+            for name, buffer in list(new.named_buffers()):
+                owner, _, last = name.rpartition(".")
+                same = name in known and known[name].shape == buffer.shape
+                value = known[name].clone() if same else buffer.to(device)
+                new.get_submodule(owner)._buffers[last] = value
+            new.train(block.module.training)
+            self.before.append((self.model, block.name, block.module))
+            self.model.set_submodule(block.name, new)
+        for name, module in self.empty.named_modules():
+            own = self.model.get_submodule(name)
+            for key in STATED:
+                if key in vars(module) and vars(own).get(key) is not vars(module)[key]:
+                    self.before.append((own, key, vars(own).get(key)))
+                    setattr(own, key, vars(module)[key])
+
+    def undo(self) -> None:
+        """Give the model back what it had."""
+        for owner, name, value in reversed(self.before):
+            if isinstance(value, nn.Module):
+                owner.set_submodule(name, value)
+            else:
+                setattr(owner, name, value)
+        self.before.clear()
+
+    def _cut(self, block: Block, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+        """Return what is left of the parameters of a block, by their names in it."""
+        values = {name: own.detach() for name, own in block.module.named_parameters()}
+        gone: dict[tuple[str, Place], Tensor] = {}
+        for units in self.units[block.name]:
+            out = ~staying(units)
+            for name, place, places in _in_parameters(block, units):
+                key = name.removeprefix(f"{block.name}."), place
+                gone[key] = torch.cat([gone.get(key, places[:0].flatten()), places[out].flatten()])
+        for name in dict.fromkeys(name for name, _ in gone):
+            values[name] = _without(values[name], {p: i for (n, p), i in gone.items() if n == name})
+        for name, value in values.items():
+            if value.shape != shapes[name]:
+                beside = _beside(tuple(value.shape), tuple(shapes[name]), self.units[block.name])
+                assert beside is not None  # the door has looked
+                dim, units, size = beside
+                mask = staying(units)
+                places = units.channels[mask].flatten().sort().values
+                index = places if size == units.channels.numel() else mask.nonzero().flatten()
+                values[name] = value.index_select(dim, index.to(value.device))
+        return {name: value.contiguous().clone() for name, value in values.items()}
+
+
+def remaining(counts: list[int], kind: str, share: float) -> dict[int, int]:
+    """Return how many units stay where there are so many, the same share of each.
+
+    Raises `GblmError` where there are none, or none would go.
+    """
+    if not counts:
+        raise GblmError(
+            f"no {kind} found that can go: what feeds the linears of the blocks is mixed in "
+            "between, or goes elsewhere too"
+        )
+    least = min(counts)
+    stay = kept(least, share, MULTIPLE if kind == "neurons" else 1)
+    if stay == least:
+        raise GblmError(f"{kind}:{share:g} of {least} removes none; use {kind}:{1 / least:.2g}")
+    if uneven := next((n for n in counts if n * stay % least), 0):
+        raise GblmError(f"{kind}:{share:g} keeps {stay} of {least}, and no such share of {uneven}")
+    return {n: n * stay // least for n in counts}
+
+
+def staying(units: Units) -> Tensor:
+    """Return the mask of the units that stay: what goes has no weight in the reader."""
+    size = units.reader.weight.abs().amax(dim=0)[units.channels].amax(dim=1).float().cpu()
+    mask = torch.zeros(len(size), dtype=torch.bool)
+    mask[size.topk(units.kept).indices] = True
+    return mask
+
+
+def _in_parameters(block: Block, units: Units) -> Iterator[tuple[str, Place, Tensor]]:
+    """Yield the parameters that hold units, biases too, and the places of each `[units, k]`."""
+    names = {own: name for name, own in block.module.named_parameters()}
+    for linear, axis, places in units.parts():
+        name = names[linear.parameter]
+        expert, dim, first = _place(linear, axis)
+        yield f"{block.name}.{name}", (expert, dim), places + first
+        ends = {name.replace("weight", "bias"), f"{name}_bias"} - {name}
+        for bias in ends & set(names.values()) if axis == 0 else ():
+            dims = block.module.get_parameter(bias).ndim
+            yield f"{block.name}.{bias}", (expert, dims - 1), places + first
+
+
+def _place(linear: Linear, axis: int) -> tuple[int | None, int, int]:
+    """Return the expert, the dimension of the parameter, and where the matrix begins in that."""
+    parameter, matrix, expert = linear.parameter, linear.matrix, None
+    offset = matrix.offset
+    if parameter.ndim == 3 and offset // parameter.stride(0) == matrix.last // parameter.stride(0):
+        expert, offset = divmod(offset, parameter.stride(0))
+    dim = next(
+        dim
+        for dim, (size, stride) in enumerate(zip(parameter.shape, parameter.stride(), strict=True))
+        if size > 1 and stride == matrix.stride[axis] and not (dim == 0 and expert is not None)
+    )
+    return expert, dim, offset // parameter.stride(dim) % parameter.shape[dim]
+
+
+def _without(value: Tensor, gone: dict[Place, Tensor]) -> Tensor:
+    """Return a parameter without some places, of each expert or of all."""
+    experts = [expert for expert, _ in gone if expert is not None]
+    if experts:
+        parts = []
+        for i, own in enumerate(value):
+            of_one: dict[Place, Tensor] = {
+                (None, d - 1): index for (expert, d), index in gone.items() if expert == i
+            }
+            parts.append(_without(own, of_one))
+        return torch.stack(parts)
+    for (_, dim), index in gone.items():
+        stays = torch.ones(value.shape[dim], dtype=torch.bool)
+        stays[index] = False
+        value = value.index_select(dim, stays.nonzero().flatten().to(value.device))
+    return value
+
+
+def _beside(
+    shape: tuple[int, ...], wanted: tuple[int, ...], units: list[Units]
+) -> tuple[int, Units, int] | None:
+    """Return the dimension along which a parameter beside the linears holds units, and which.
+
+    A depthwise convolution between them has one entry for each of their inputs, a bias of
+    positions one for each head. None where it does not.
+    """
+    other = [dim for dim, (a, b) in enumerate(zip(shape, wanted, strict=False)) if a != b]
+    if len(shape) != len(wanted) or len(other) != 1:
+        return None
+    size, left = shape[other[0]], wanted[other[0]]
+    for own in units:
+        each = own.channels.shape[1]
+        sizes = {own.channels.numel(): own.kept * each, len(own.channels): own.kept}
+        if sizes.get(size) == left:
+            return other[0], own, size
+    return None
+
+
+def _changes(kind: str, units: list[Units], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the settings that may state what is left of units, the likeliest first."""
+    before, after = len(units[0].channels), units[0].kept
+    if kind == "neurons":
+        widths = {len(own.channels): own.kept for own in units}
+        named = {k: widths[v] for k, v in settings.items() if type(v) is int and v in widths}
+        yield from ({name: value} for name, value in named.items())
+        if len(named) > 1:
+            yield named
+        for name, value in settings.items():
+            if value is None and any(word in name for word in ("inner", "ffn", "intermediate")):
+                yield {name: after}
+            if "mlp_ratio" in name:
+                each = units[0].reader.shape[0]
+                parts = [own * after / before for own in value] if _listed(value) else None
+                yield {name: parts or after / each}
+        return
+    counts = {
+        name: scaled
+        for name, value in settings.items()
+        if "head" in name and (scaled := _scaled(value, after, before))
+    }
+    total = settings.get("num_attention_heads") or settings.get("n_head")
+    if counts and isinstance(total, int):
+        yield {**counts, "head_dim": units[0].reader.shape[1] // total}
+    yield counts
+    yield from ({name: value} for name, value in counts.items() if len(counts) > 1)
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _scaled(value: Any, after: int, before: int) -> Any:
+    """Return a count times after / before, a list of them too; None where that is none."""
+    if _listed(value):
+        parts = [_scaled(own, after, before) for own in value]
+        return None if None in parts else parts
+    whole = type(value) is int and value > 0 and value * after % before == 0
+    return value * after // before if whole else None
