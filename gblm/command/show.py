@@ -135,7 +135,7 @@ def pruned_part(report: Report) -> Iterator[str]:
     """Yield which part of the model was pruned, and what was pruned otherwise or not at all."""
     whole, inside = (report.weights / max(1, n) for n in (report.parameters, report.block_weights))
     yield f"sparsity is of {whole:.0%} of the model's weights, {inside:.0%} of those in its blocks"
-    if report.left < report.parameters:
+    if report.narrower:
         left = report.left / report.parameters
         yield f"narrower: {report.left:,} of {report.parameters:,} parameters are left, {left:.1%}"
     reasons = Counter(reason for reason in report.dense.values() if inside < 0.995)

@@ -138,7 +138,7 @@ class Report:
     blocks: list[str] = field(default_factory=list)  # their names, in the order of use
     allocation: str = "uniform"
     parameters: int = 0  # numbers in the whole model,
-    left: int = 0  # and in the pruned one, which is narrower where whole units are gone
+    left: int = 0  # and in the pruned one, where it is known
     block_weights: int = 0  # numbers in the matrices of its blocks
     compute_dtype: str = ""  # of products in which fp32 blocks are computed
     calibration: str = ""  # what the samples are
@@ -160,6 +160,11 @@ class Report:
     def sparsity(self) -> float:
         """The share of the weights of all pruned linears that are exactly 0."""
         return sum(linear.sparsity * linear.size for linear in self.linears) / self.weights
+
+    @property
+    def narrower(self) -> bool:
+        """Whether whole units are gone from the model."""
+        return 0 < self.left < self.parameters
 
     def add(self, other: "Report") -> None:
         """Take what became of a narrower model that was pruned after this one, linear by linear."""
@@ -194,7 +199,6 @@ class Report:
             stored = json.loads(path.read_text("utf-8"))
             names = {entry.name for entry in fields(cls)}
             report = cls(**{name: value for name, value in stored.items() if name in names})
-            report.left = report.left or report.parameters  # of a report before there was this
             report.linears = [LinearReport(**linear) for linear in stored["linears"]]
             report.masks = {name: Mask(**mask) for name, mask in stored["masks"].items()}
             report.gains = [Gain(**gain) for gain in stored.get("gains", ())]
