@@ -1,0 +1,270 @@
+"""Structured pruning side by side with others, without training: what is left of a model.
+
+    python eval/structure.py llm --model DIR --calibration FILE --evaluate FILE --length 256 \\
+        --share 0.2 --neurons 0.3 [--heads 0.25]
+    python eval/structure.py vit --checkpoint FILE --calibration DIR --evaluate DIR \\
+        --share 0.2 --neurons 0.3
+
+share: of the weights in the blocks that the others remove; neurons, heads: what gblm does. The
+others of a language model are written here by their formulas, on the same windows:
+
+    taylor   Σ |w·g| of each unit, g the gradient of the mean loss (LLM-Pruner, arXiv 2305.11627),
+             the same share of every layer; the first-order term of its elements
+    flap     Var(x_j)·‖W_j‖² of the reader's inputs, standardised in each layer, one threshold for
+             the model, mean inputs put into a bias (FLAP, arXiv 2312.11983)
+
+and of an image classifier the Taylor importance of Torch-Pruning (pip install torch-pruning), in
+each layer alike, global, and isomorphic. Each prunes neurons alone, and all that it can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gblm
+from gblm import llm, methods, vit
+from gblm.base import Batch
+from gblm.walk.blocks import Units
+from gblm.walk.units import find_units
+from gblm.walk.walk import Walk
+
+TOGETHER = 4
+
+
+def block_weights(walk: Walk, model: nn.Module) -> int:
+    """Return how many numbers the matrices of the blocks of a model hold."""
+    return sum(
+        own.numel()
+        for block in walk.blocks
+        for own in model.get_submodule(block.name).parameters()
+        if own.ndim > 1
+    )
+
+
+def weights_in(units: Units) -> int:
+    """Return how many weights one unit has."""
+    return sum(places.shape[1] * linear.shape[1 - axis] for linear, axis, places in units.parts())
+
+
+@torch.no_grad()
+def remove(units: Units, gone: Tensor) -> None:
+    """Zero units, by a mask `[units]`."""
+    for linear, axis, places in units.parts():
+        linear.weight.index_fill_(axis, places[gone].flatten(), 0)
+
+
+def taylor(model: nn.Module, batch: Batch, every: list[Units]) -> list[Tensor]:
+    """Return Σ |w·g| of each unit: g is the gradient of the mean loss of the windows."""
+    model.requires_grad_()
+    for part in batch["input_ids"].split(TOGETHER):
+        loss = model(input_ids=part, labels=part).loss * len(part) / len(batch["input_ids"])
+        loss.backward()
+    found = []
+    for units in every:
+        score = torch.zeros(len(units.channels))
+        for linear, axis, places in units.parts():
+            gradient = linear.matrix.view(linear.parameter.grad)  # type: ignore[arg-type]
+            each = (linear.weight * gradient).abs().sum(dim=1 - axis)
+            score += each[places].sum(dim=1)
+        found.append(score)
+    model.zero_grad()
+    model.requires_grad_(False)
+    return found
+
+
+@torch.no_grad()
+def fluctuation(
+    model: nn.Module, batch: Batch, every: list[Units]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the standardised Var(x_j)·‖W_j‖² of each unit, and the mean inputs of the readers."""
+    sums = {id(units.reader.parameter): [0, 0.0, 0.0] for units in every}
+
+    def add(module: Any, args: tuple[Tensor]) -> None:
+        x, own = args[0].flatten(0, -2).double(), sums[id(module.weight)]
+        own[0], own[1], own[2] = own[0] + len(x), own[1] + x.sum(0), own[2] + x.square().sum(0)
+
+    named = (m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in sums)
+    hooks = [module.register_forward_pre_hook(add) for module in named]
+    for part in batch["input_ids"].split(TOGETHER):
+        model(input_ids=part)
+    for hook in hooks:
+        hook.remove()
+    scores, means = [], []
+    for units in every:
+        count, total, square = sums[id(units.reader.parameter)]
+        means.append((total / count).float())
+        variance = (square / count - (total / count) ** 2).float()
+        each = (variance * units.reader.weight.float().square().sum(dim=0))[units.channels].mean(1)
+        scores.append((each - each.mean()) / each.std())
+    return scores, means
+
+
+def alike(scores: list[Tensor], every: list[Units], share: float) -> list[Tensor]:
+    """Return which units go: the lowest of each layer, the same share of all."""
+    return [score.argsort().argsort() < round(share * len(score)) for score in scores]
+
+
+def threshold(scores: list[Tensor], every: list[Units], share: float) -> list[Tensor]:
+    """Return which units go: the lowest of all layers, until they hold a share of the weights."""
+    costs = torch.cat([torch.full((len(x.channels),), weights_in(x)) for x in every]).double()
+    flat = torch.cat(scores)
+    order = flat.argsort()
+    gone = torch.zeros(len(flat), dtype=torch.bool)
+    gone[order[costs[order].cumsum(0) <= share * costs.sum()]] = True
+    return list(gone.split([len(own.channels) for own in every]))
+
+
+def language(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
+    """Yield each contestant, the share of the blocks' weights it removed, and the perplexity."""
+    model, tokenizer = llm.models.load(args.model, dtype="float32")
+    windows = {"samples": args.samples, "length": args.length}
+    batch = llm.models.windows(args.calibration, model.config, tokenizer, **windows)
+    ids = llm.data.evaluation(args.evaluate, tokenizer, args.length, args.windows)
+    yield "dense", 0.0, llm.evaluate.perplexity(model, ids)
+    for kinds in (("neurons",), ("neurons", "heads")):
+        for name in ("taylor", "flap"):
+            own = copy.deepcopy(model)
+            walk = Walk.of(own, batch)
+            every = [x for units in find_units(walk).values() for x in units if x.kind in kinds]
+            whole = sum(weights_in(x) * len(x.channels) for x in every)
+            share = args.share * block_weights(walk, own) / whole
+            means: list[Tensor] = []
+            if name == "taylor":
+                gone = alike(taylor(own, batch, every), every, share)
+            else:
+                scores, means = fluctuation(own, batch, every)
+                gone = threshold(scores, every, share)
+            for i, (units, mask) in enumerate(zip(every, gone, strict=True)):
+                if means:
+                    inputs = units.channels[mask].flatten()
+                    bias = units.reader.weight[:, inputs].float() @ means[i][inputs]
+                    module = own.get_submodule(units.reader.name)
+                    module.bias = nn.Parameter(bias.to(units.reader.weight.dtype))
+                remove(units, mask)
+            lost = sum(int(m.sum()) * weights_in(x) for x, m in zip(every, gone, strict=True))
+            removed = lost / block_weights(walk, own)
+            yield f"{name}, {' and '.join(kinds)}", removed, llm.evaluate.perplexity(own, ids)
+    for method in args.methods.split(","):
+        yield ours(model, batch, method, args, lambda own: llm.evaluate.perplexity(own, ids))
+
+
+def images(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
+    """Yield each contestant, the share of the blocks' weights it removed, and the top-1."""
+    import torch_pruning as tp
+
+    model = vit.load(args.model, args.checkpoint)
+    batch = vit.data.calibration(
+        vit.data.open_images(args.calibration, model, "calibration"), args.samples
+    )
+    loader = vit.data.evaluation(vit.data.open_images(args.evaluate, model, "evaluation"))
+
+    def top1(own: nn.Module) -> float:
+        return vit.evaluate.evaluate(own, loader)["top1"]
+
+    yield "dense", 0.0, top1(model)
+    walk = Walk.of(model, batch)
+    whole = block_weights(walk, model)
+    for name, kind, mlp in [
+        ("Torch-Pruning, Taylor, neurons alike", {}, True),
+        ("Torch-Pruning, Taylor, neurons, global", {"global_pruning": True}, True),
+        ("Torch-Pruning, isomorphic Taylor", {"global_pruning": True, "isomorphic": True}, False),
+    ]:
+        low, high = 0.0, 0.9
+        for _ in range(7):  # the ratio that removes the share
+            own, ratio = copy.deepcopy(model), (low + high) / 2
+            torch_pruned(tp, own, batch, ratio, mlp, kind)
+            removed = 1 - block_weights(walk, own) / whole
+            low, high = (ratio, high) if removed < args.share else (low, ratio)
+        yield name, removed, top1(own)
+    for method in args.methods.split(","):
+        yield ours(model, batch, method, args, top1)
+
+
+def torch_pruned(
+    tp: Any, model: Any, batch: Batch, ratio: float, mlp: bool, options: dict[str, Any]
+) -> None:
+    """Prune a ViT of timm by Torch-Pruning as its own example does, the MLPs alone or all of it."""
+    heads = {m: model.blocks[0].attn.num_heads for n, m in model.named_modules() if "qkv" in n}
+    ignored = [model.head]
+    if mlp:
+        ignored += [*heads, *(block.mlp.fc2 for block in model.blocks), model.patch_embed.proj]
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    pruner = tp.pruner.BasePruner(
+        model,
+        batch["images"][:1],
+        importance=tp.importance.GroupTaylorImportance(),
+        pruning_ratio=ratio,
+        ignored_layers=ignored,
+        num_heads=heads,
+        prune_head_dims=True,
+        round_to=1,
+        **options,
+    )
+    model.requires_grad_()
+    for x, y in zip(batch["images"].split(32), batch["labels"].split(32), strict=True):
+        nn.functional.cross_entropy(model(x), y).backward()
+    pruner.step()
+    model.zero_grad()
+    for block, module in zip(model.blocks, pruner.num_heads.items(), strict=True):
+        block.attn.num_heads = module[1]
+        block.attn.head_dim = module[0].out_features // (3 * module[1])
+        block.attn.attn_dim = block.attn.head_dim * module[1]
+
+
+def ours(
+    model: nn.Module,
+    batch: Batch,
+    method: str,
+    args: argparse.Namespace,
+    measure: Callable[[nn.Module], float],
+) -> tuple[str, float, float]:
+    """Return a method of gblm, the share it removed, and what is measured of the result."""
+    own, start = copy.deepcopy(model), time.process_time()
+    parts = [
+        f"{kind}:{getattr(args, kind)}" for kind in ("neurons", "heads") if getattr(args, kind)
+    ]
+    whole = block_weights(walk := Walk.of(own, batch), own)
+    name, options = methods.parse(method)
+    gblm.prune(own, batch, methods.make(name, **options), "+".join(parts))
+    removed = 1 - block_weights(walk, own) / whole
+    seconds = time.process_time() - start
+    return f"gblm {method}, {'+'.join(parts)} ({seconds:.0f} s)", removed, measure(own)
+
+
+def main() -> None:
+    """Run the contestants of a command line, and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("side", choices=["llm", "vit"])
+    for name in ("calibration", "evaluate"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--share", type=float, default=0.2)
+    parser.add_argument("--neurons", type=float, default=0.0)
+    parser.add_argument("--heads", type=float, default=0.0)
+    parser.add_argument("--methods", default="best")
+    parser.add_argument("--write", type=Path, help="a JSON file of the results")
+    args = parser.parse_args()
+    rows = []
+    for name, removed, value in (language if args.side == "llm" else images)(args):
+        rows.append({"contestant": name, "removed": removed, "value": value})
+        print(f"{name:48} {removed:6.1%} {value:9.3f}", flush=True)
+        if args.write:
+            args.write.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
