@@ -104,8 +104,8 @@ def parse(text: str, group: str = "row") -> Pattern:
         value = float(sparsity)
     except ValueError:
         raise GblmError(
-            f"pattern {text!r} is neither a sparsity such as 0.5 nor n:m such as 2:4, nor units such "
-            "as neurons:0.25"
+            f"pattern {text!r} is neither a sparsity such as 0.5 nor n:m such as 2:4, nor units "
+            "such as neurons:0.25"
         ) from None
     return unstructured(value, own_group or group)
 

@@ -33,8 +33,8 @@ def timm_config(model: nn.Module) -> tuple[dict[str, Any], Any]:
     known: Any = model
     usual = {
         name: own.default
-        for kind in reversed(type(model).__mro__)
-        for name, own in inspect.signature(kind.__init__).parameters.items()
+        for kind in reversed(type(model).__mro__[:-1])
+        for name, own in inspect.signature(kind).parameters.items()
         if own.default is not own.empty
     }
     given = timm.models.get_model_args(model)
