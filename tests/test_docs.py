@@ -25,6 +25,10 @@ from packaging.requirements import Requirement
 from PIL import Image
 from transformers import (
     AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     ViTConfig,
@@ -55,6 +59,7 @@ STAND_INS = {
     "meta-llama/Llama-2-70b-hf": "tiny-llama",
     "Qwen/Qwen3-30B-A3B": "tiny-moe",
     "llava-hf/llava-1.5-7b-hf": "tiny-llava",
+    "openai/clip-vit-base-patch32": "tiny-clip",
     "vit_base_patch16_224": "tiny-vit",
     "google/vit-base-patch16-224": "tiny-vit-of-transformers",
     "c4": "notes.txt",
@@ -137,6 +142,7 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     tokenizer.save_pretrained(tmp_path / "tiny-llama")
     save_moe(tmp_path / "tiny-moe", tokenizer)
     save_llava(tmp_path / "tiny-llava", tmp_path)
+    save_clip(tmp_path / "tiny-clip")
     save_vit(tmp_path / "tiny-vit-of-transformers")
     (tmp_path / "tasks").mkdir()
     for task, item in TASKS.items():
@@ -187,6 +193,17 @@ def save_llava(folder: Path, pairs: Path) -> None:
         Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(pairs / "shown" / f"{i}.png")
         lines.append({"image": f"shown/{i}.png", "text": "which digit is it?", "answer": str(i)})
     (pairs / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def save_clip(folder: Path) -> None:
+    words = AutoTokenizer.from_pretrained(folder.parent / "tiny-llava")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "vocab_size": len(words)}
+    config = CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 16})
+    config.vision_config.patch_size = 8
+    CLIPModel(config).save_pretrained(folder)
+    square = {"height": 16, "width": 16}
+    CLIPProcessor(CLIPImageProcessor(size=square, crop_size=square), words).save_pretrained(folder)
 
 
 # What a page holds.

@@ -191,6 +191,9 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     config, tokenizer = llm.models.load_tokenizer(settings.model, settings.trust_remote_code)
     if hasattr(config, "vision_config"):
         tokenizer = checkpoint(settings).processor()
+    kind = llm.heads.head(config)
+    if settings.evaluate and kind == llm.heads.BARE:
+        raise GblmError(f"model {settings.model} has no head to judge it by; leave --evaluate out")
     batch = samples(settings, settings.calibration, config, tokenizer)
     sets, pairs = {}, {}
     for source in settings.evaluate:

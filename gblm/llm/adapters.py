@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations import moe
 
 from gblm.base import Adapter, Batch, GblmError
+from gblm.llm.heads import bare
 from gblm.maths.stats import wide
 from gblm.walk import products
 from gblm.walk.blocks import hooked
@@ -191,9 +192,11 @@ class _Reached(BaseException):
 def trunk(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return what the head takes of the model below it: `last_hidden_state [n, t, hidden]`, ….
 
-    The model runs its own forward, which ends there.
+    The model runs its own forward, which ends there; to its end where it has no head.
     """
     ends, entered = _ends(model), list[nn.Module]()
+    if not ends or bare(model):
+        return _hidden(model(**inputs_of(model, batch)))
 
     def enter(module: nn.Module, args: tuple) -> None:
         entered.append(module)
@@ -219,6 +222,11 @@ def loss(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
     encoder-decoder those in their place, of a classifier one for each sample. Without them they are
     the window itself for a causal model, and for a classifier what it says.
     """
+    if not _ends(model) or bare(model):
+        raise GblmError(
+            f"{type(model).__name__} has no head, and so no loss to take gradients of; choose a "
+            "method without gradients, such as wanda or sparsegpt"
+        )
     encoder = model.get_encoder()  # type: ignore[operator]
     below = _ends(model) + [encoder] * (encoder is not model)
     with _replay(below, hidden):
@@ -326,8 +334,6 @@ def _ends(model: nn.Module) -> list[nn.Module]:
     ends = [model.base_model, model.get_decoder()]
     ends = [end for end in dict.fromkeys(ends) if end is not model]
     ends = [end for end in ends if isinstance(end, PreTrainedModel)]  # a `decoder` may be the head
-    if not ends:
-        raise GblmError(f"{type(model).__name__} has no head; load a model with one, for a task")
     return ends
 
 

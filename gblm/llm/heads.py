@@ -12,13 +12,14 @@ from transformers.models.auto import modeling_auto as auto
 
 from gblm.base import Batch, GblmError
 
-CAUSAL, PICTURES, TARGET, MASKED, CLASSES, TOKENS = (
+CAUSAL, PICTURES, TARGET, MASKED, CLASSES, TOKENS, BARE = (
     "causal",
     "pictures",
     "target",
     "masked",
     "classes",
     "tokens",
+    "bare",
 )
 MASKED_SHARE = 0.15  # of the tokens of a window, as published (arXiv 1810.04805)
 
@@ -33,11 +34,15 @@ CLASS: dict[str, tuple[str, Any]] = {
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
     TOKENS: ("AutoModelForTokenClassification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    BARE: ("AutoModel", auto.MODEL_MAPPING_NAMES),  # no head: a sentence encoder, CLIP, SigLIP
 }
 
 
 def head(config: PreTrainedConfig) -> str:
-    """Return what a model is for, by the class that its config names; causal where none does."""
+    """Return what a model is for, by the class that its config names; causal where none does.
+
+    Raises `GblmError` for a class of transformers that is for something else.
+    """
     named = (getattr(config, "architectures", None) or [""])[0]
     sees = hasattr(config, "vision_config")
     fills = getattr(config, "causal", None) is False  # an XLM or a FlauBERT
@@ -46,7 +51,18 @@ def head(config: PreTrainedConfig) -> str:
         classes = CLASS[kind][1].values()
         if any(named in (own if isinstance(own, tuple) else (own,)) for own in classes):
             return kind
+    if hasattr(transformers, named or "none"):
+        raise GblmError(
+            f"python -m gblm.llm does not know what a {named} is asked and says; prune it in "
+            "Python, where gblm.prune takes a batch of what it takes, labels among them"
+        )
     return CAUSAL
+
+
+def bare(model: Any) -> bool:
+    """Say whether a model is one without a head, such as a sentence encoder, CLIP or SigLIP."""
+    name = type(model).__name__
+    return name.endswith("Model") and name in CLASS[BARE][1].values()
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -65,6 +65,8 @@ def prompt(pair: Pair, processor: Any) -> str:
         )
         return asked
     token = getattr(processor, "image_token", None) or "<image>"
+    if token not in processor.tokenizer.get_vocab():  # CLIP and SigLIP take each by itself
+        token = ""
     return f"{token}{pair.text} " if pair.answer else f"{token}{pair.text}"
 
 

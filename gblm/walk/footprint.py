@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gblm.base import Adapter, Batch
+from gblm.base import Adapter, Batch, GblmError
 from gblm.walk.blocks import Block, Linear, frozen, hooked
 from gblm.walk.gradients import activations
 from gblm.walk.survey import survey
@@ -58,12 +59,14 @@ def footprint(model: nn.Module, one: Batch, adapter: Adapter) -> Footprint:
     stream = _Stream()
     hooks = [b.module.register_forward_pre_hook(stream.enter, with_kwargs=True) for b in blocks]
     counter = FlopCounterMode(display=False)
-    with frozen(model), torch.no_grad(), hooked(hooks), counter:
-        hidden = adapter.trunk(model, one)
-        trunk = counter.get_total_flops()
-        adapter.loss(model, hidden, one)
-    with frozen(model), torch.enable_grad():
-        kept, kept_head = activations(model, one, adapter, blocks)
+    kept = kept_head = 0
+    with suppress(GblmError):  # of a model that has no loss
+        with frozen(model), torch.no_grad(), hooked(hooks), counter:
+            hidden = adapter.trunk(model, one)
+            trunk = counter.get_total_flops()
+            adapter.loss(model, hidden, one)
+        with frozen(model), torch.enable_grad():
+            kept, kept_head = activations(model, one, adapter, blocks)
     parameters = list(model.parameters())
     return Footprint(
         blocks,

@@ -4,12 +4,25 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import gblm
 from gblm import GblmError, methods
+from gblm.llm import demo
+from gblm.llm.__main__ import main
 from gblm.llm.adapters import adapter
+from gblm.maths.patterns import parse
 from gblm.report import Report
+from gblm.walk.blocks import Block
+from gblm.walk.gradients import sweep
+from gblm.walk.journal import Journal
+from gblm.walk.prune import Pruning
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
@@ -100,3 +113,46 @@ def test_every_expert_has_all_inputs(make, method):
 def test_a_model_without_experts_is_refused(make_llama):
     with pytest.raises(GblmError, match="no experts that all tokens could be sent to"):
         adapter(make_llama(), "all")
+
+
+class Cut(Exception):
+    """Planted between two blocks."""
+
+
+class CutJournal(Journal):
+    """A journal whose run is cut off after the first block."""
+
+    def finish(self, block: Block) -> None:
+        super().finish(block)
+        raise Cut
+
+
+@pytest.mark.parametrize("experts", ["routed", "all"])
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(experts, tmp_path):
+    method, pattern = methods.make("best", refine=0), parse("2:4")
+
+    def run(journal: Journal | None) -> dict[str, Tensor]:
+        model = qwen()
+        walk = Walk.of(model, {"input_ids": IDS}, adapter(model, experts))
+        pruning = Pruning(walk, method, pattern, journal=journal)
+        pruning.gradients = sweep(walk, pruning.needs)[0]
+        pruning.run()
+        return model.state_dict()
+
+    with pytest.raises(Cut):
+        run(CutJournal(tmp_path, {}, resume=False))
+    resumed, whole = run(Journal(tmp_path, {}, resume=True)), run(None)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_a_run_of_other_statistics_is_not_gone_on_with(tmp_path, capsys):
+    PreTrainedTokenizerFast.from_pretrained(demo.FOLDER).save_pretrained(tmp_path / "moe")
+    config = Qwen3MoeConfig(**SIZES | {"vocab_size": 2048})
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    command = ["--model", str(tmp_path / "moe"), "--calibration", "demo", "--samples", "4"]
+    command += ["--length", "16", "--method", "wanda", "--sparsity", "0.5"]
+    command += ["--work-dir", str(tmp_path / "work")]
+    assert main([*command, "--experts", "all"]) == 0
+    assert main([*command, "--resume"]) == 2
+    assert "another experts" in capsys.readouterr().err
+    assert main([*command, "--experts", "all", "--dry-run"]) == 0

@@ -14,6 +14,7 @@ import timm
 import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import gblm
 from gblm import methods
@@ -46,6 +47,32 @@ def swin() -> nn.Module:
     return classifier(partial(SwinTransformer, depths=(1, 1), num_heads=(2, 2), **sizes))
 
 
+def moe() -> nn.Module:
+    """Return a Qwen3-MoE of two blocks, whose experts are tensors of three dimensions."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        moe_intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    model = Qwen3MoeForCausalLM(config).eval().double()
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    return model
+
+
+def tokens(samples: int = SAMPLES) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    return {"input_ids": torch.randint(64, (samples, 24), generator=draw)}
+
+
 def classifier(make: Callable[..., nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     before = timm.layers.use_fused_attn()
@@ -74,6 +101,8 @@ def made(make_llama, make_batch) -> Made:
             model = make_llama(torch.float64)
             model.set_attn_implementation("eager")  # there is no kernel of another for the device
             return model, make_batch(SAMPLES)
+        if side == "moe":
+            return moe(), tokens()
         return {"vit": vit, "swin": swin}[side](), pictures()
 
     return make
@@ -119,7 +148,7 @@ class CutJournal(Journal):
 
 MEMORY: dict[str, dict[str, Any]] = {"ample": {}, "little": {"micro_batch": 2}}
 RUNS = ["fresh", "resumed"]
-SIDES = ["llm", "vit", "swin"]
+SIDES = ["llm", "vit", "swin", "moe"]
 
 
 @cache
