@@ -4,10 +4,11 @@ from gblm.base import Adapter, GblmError, Method, Pattern, Statistics, Step
 from gblm.gains import accelerate, gains
 from gblm.maths.patterns import nm, parse, unstructured
 from gblm.methods import METHODS, masked
+from gblm.methods.prune import prune
 from gblm.packed import pack, unpack
 from gblm.report import Report
 from gblm.walk.gradients import gradient_sums
-from gblm.walk.prune import prune
+from gblm.walk.zeros import frozen_zeros, masks
 
 __all__ = [
     "METHODS",
@@ -19,9 +20,11 @@ __all__ = [
     "Statistics",
     "Step",
     "accelerate",
+    "frozen_zeros",
     "gains",
     "gradient_sums",
     "masked",
+    "masks",
     "nm",
     "pack",
     "parse",

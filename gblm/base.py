@@ -201,6 +201,7 @@ class Adapter:
         block gives stays the same; by default each sees those that are sent to it.
     config(model): the settings that its class makes it of, by name, and what makes one of changed
         settings, without values of its parameters; None where it cannot be made so.
+    batch(model, data, **options): the calibration samples that a user's data are.
     """
 
     blocks: Callable[[nn.Module], dict[str, nn.Module]]
@@ -211,3 +212,4 @@ class Adapter:
     config: (
         Callable[[nn.Module], tuple[dict[str, Any], Callable[[dict[str, Any]], nn.Module]]] | None
     ) = None
+    batch: Callable[..., Batch] = lambda model, data: data

@@ -3,7 +3,6 @@
 import copy
 import math
 import shutil
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from gblm.base import Adapter, Batch, GblmError, Method, Pattern, Statistics
 from gblm.command.measure import speed, weight_bytes
-from gblm.command.settings import Recipe, Settings
+from gblm.command.settings import ZEROS, Recipe, Settings
 from gblm.gains import accelerate, gains
+from gblm.machine.bars import bars
 from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.files import claimed, locked, weights_size, written_beside
 from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
+from gblm.maths import patterns
 from gblm.packed import pack_there, plain_share
 from gblm.report import Evaluation, Examples, Report, clock, merged
-from gblm.report.masks import masks
-from gblm.walk.blocks import Block, Snapshot, choose
+from gblm.report.masks import pictures
+from gblm.walk.blocks import Block, Snapshot, by_name, choose
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Fingerprint, GradientFolder, Journal, fingerprint
 from gblm.walk.narrow import Narrowing
@@ -37,25 +36,6 @@ from gblm.walk.survey import survey
 from gblm.walk.walk import Walk, no_progress
 
 Bars = Callable[[str, int, int], None]  # phase, done, of how many
-
-
-@contextmanager
-def bars() -> Iterator[Bars]:
-    """Show one bar per phase with the time left; nothing where there is no terminal."""
-    console = Console(file=sys.stderr)  # this very one, whatever is redirected meanwhile
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), TimeRemainingColumn())
-    hidden = bool(rank()) or not console.is_terminal
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = progress.add_task(phase)
-            progress.update(tasks[phase], completed=done, total=total)
-            if done >= total:
-                progress.remove_task(tasks.pop(phase))
-
-        yield show
 
 
 @dataclass
@@ -177,6 +157,13 @@ class Job:
         dtype = find_compute_dtype(opened.settings.compute_dtype, walk.device)
         return replace(walk, compute_dtype=dtype, progress=progress)
 
+    def own(self, run: Run) -> dict[str, Pattern]:
+        """Return the patterns of single linears, which `--pattern-for` gives them by name."""
+        given = dict(text.rpartition("=")[::2] for text in self.opened.settings.pattern_for)
+        found = by_name(self.blocks, {name: text for name, text in given.items() if name})
+        named = {name: text for name, text in found.items() if text not in (None, "dense")}
+        return {name: patterns.parse(text, run.method.group) for name, text in named.items()}
+
     def weight(self, name: str) -> Tensor:
         """Return the weight of a linear, on the device."""
         block, linear = next((b, x) for b in self.blocks for x in b.linears if x.name == name)
@@ -190,7 +177,7 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
     A run's result is in its folder before the next run starts.
     """
     for run in runs:
-        unfit(job.blocks, run.method, run.pattern)
+        unfit(job.blocks, run.method, run.pattern, job.own(run))
     narrowings = [Narrowing.of(job.walk(no_progress), x.pattern) for x in runs if x.pattern.units]
     opened, settings = job.opened, job.opened.settings
     # A single run needs no way back to the dense model, and an offloaded one has its own.
@@ -202,6 +189,8 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
         key, folder = {**origin, **run.method.key(), "pattern": run.pattern.name}, settings.work_dir
         if opened.adapter.everywhere is not nullcontext:
             key["experts"] = "all"
+        if settings.pattern_for:
+            key["patterns of linears"] = sorted(settings.pattern_for)
         journals.append(Journal(folder / run.label, key, settings.resume) if folder else None)
     reports: list[Report] = []
     with bars() as show:
@@ -211,7 +200,8 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
             if job.examples:
                 job.examples.before(opened.model)
         gradients = shared_gradients(job, runs, origin, show)
-        for run, journal in zip(runs, journals, strict=True):
+        for number, (run, journal) in enumerate(zip(runs, journals, strict=True), 1):
+            show.run = f"{number}/{len(runs)} {run.label}" if len(runs) > 1 else ""
             reset_peak(job.device)
             if opened.offload:
                 opened.offload.revert()
@@ -222,7 +212,14 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
             shared = gradients.get(share, DenseGradients())
             narrowing = narrowings.pop(0) if run.pattern.units else None
             pruning = Pruning(
-                job.walk(show), run.method, run.pattern, shared.sums, journal, narrowing
+                job.walk(show),
+                run.method,
+                run.pattern,
+                shared.sums,
+                journal,
+                narrowing,
+                own=job.own(run),
+                zeros=ZEROS[settings.keep_zeros],
             )
             reports.append(perform(job, pruning, shared, before))
             if not rank():
@@ -301,7 +298,7 @@ def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evalu
     report.model, report.seed, report.notes = str(settings.model), settings.seed, opened.notes
     report.calibration, report.compute_dtype = opened.calibration, settings.compute_dtype
     if settings.output or settings.report:
-        report.masks = masks(report, job.weight)
+        report.pictures = pictures(report, job.weight)
     report.peak_memory_bytes = peak_memory(job.device)
     if job.dense:
         with clock(report.seconds, "measure"):

@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import os
+import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -37,6 +39,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 MEASURES = ("speed",)
 RUNTIMES = ("dense", "semi-structured")
 FORMATS = ("safetensors", "packed")
+ZEROS = {"auto": 0.05, "always": 0.0, "never": 1.0}  # by the share of a linear that is 0
 LISTS = ("methods", "patterns", "allocations")
 EXITS = "exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted"
 
@@ -114,11 +117,11 @@ def listed(text: str) -> list[str]:
 
 GROUPS = (  # of --help, in their order
     "what to prune",
-    "how to prune (METHODS and PATTERNS: one, or several with commas and then compared)",
+    "how to prune (METHODS, PATTERNS: several, with commas, are compared)",
     "calibration",
     "evaluation, before and after",
     "memory and speed",
-    "large models, and several processes (torchrun --nproc-per-node 8 -m …)",
+    "large models, several processes (torchrun --nproc-per-node 8 -m …)",
     "output",
     "help",
 )
@@ -155,6 +158,10 @@ class Settings:
     """what decides; METHOD+SOLVER mends its mask, METHOD:OPTION=VALUE; see --list methods"""
     sparsity: Annotated[tuple[str, ...], HOW(SEVERAL, "PATTERNS")] = ()
     """0.5, 2:4, …; see --list patterns"""
+    pattern_for: Annotated[tuple[str, ...], HOW(SEVERAL, "NAME=PATTERN")] = ()
+    """a pattern of its own for some linears, such as '*.down_proj=0.3,*.q_proj=dense'"""
+    keep_zeros: Annotated[str, HOW(Value(offers=[*ZEROS]), "WHEN")] = "auto"
+    """what is 0 stays 0: always, never [in linears with many zeros]"""
     alpha: Annotated[str, HOW(AMOUNT, "ALPHA")] = ""
     """factor of the gradient term, or auto: equal medians"""
     norm: Annotated[str, HOW(Value(offers=NORMS), "NORM")] = ""
@@ -168,7 +175,7 @@ class Settings:
     calibration: Annotated[str, CALIBRATION(FILE, "SOURCE")] = ""
     """a data set or a local path"""
     samples: Annotated[int, CALIBRATION(COUNT, "N")] = 0
-    """calibration samples"""
+    """number of calibration samples"""
     seed: Annotated[int, CALIBRATION(NUMBER, "N")] = 0
     """of the calibration samples [0]"""
     evaluate: Annotated[tuple[str, ...], EVALUATION(FILES, "SOURCES")] = ()
@@ -202,7 +209,7 @@ class Settings:
     format: Annotated[str, OUTPUT(Value(offers=FORMATS), "FORMAT")] = "safetensors"
     """of the output; packed is smaller on disk alone [safetensors]"""
     report: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
-    """for report.html, a page that shows what became of it"""
+    """write an HTML report to DIR"""
     overwrite: Annotated[bool, OUTPUT()] = False
     """let output and report replace what is there"""
     dry_run: Annotated[bool, OUTPUT()] = False
@@ -252,17 +259,22 @@ def parse(app: App, argv: Sequence[str] | None = None) -> tuple[Any, CommandLine
     return parsed
 
 
-def make_app(program: str, text: str, kind: type[Settings]) -> App:
-    """Return the parser of a class of settings; text: what stands above the flags in the help."""
+def make_app(
+    program: str, text: str, kind: type[Settings], usual: Mapping[str, Any] | None = None
+) -> App:
+    """Return the parser of a class of settings; text: what stands above the flags in the help.
+
+    usual: the values of flags that are not given, which the help shows.
+    """
     app = App(
         name=program,
         usage=f"usage: {program} [--model MODEL] \\[flags]",
         help=text,
         help_format="plaintext",
         help_epilogue=EXITS,
-        help_formatter=_panel,
+        help_formatter=partial(_panel, usual or {}),
         version_flags=(),
-        console=Console(width=100),
+        console=Console(width=min(100, shutil.get_terminal_size().columns)),
         exit_on_error=False,
         print_error=False,
         result_action="return_value",
@@ -281,14 +293,18 @@ def make_app(program: str, text: str, kind: type[Settings]) -> App:
     return app
 
 
-def _panel(console: Console, options: Any, panel: HelpPanel) -> None:
+def _panel(usual: Mapping[str, Any], console: Console, options: Any, panel: HelpPanel) -> None:
     """Print a group of flags: its title, then a line for each with its help beside it."""
     if not panel.entries:
         return
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(width=26)
+    table.add_column(width=26, overflow="fold")
     for entry in panel.entries:
-        table.add_row(f"  {', '.join(entry.all_options)} {entry.metavar or ''}", entry.description)
+        names = entry.all_options
+        value = usual.get(names[-1].lstrip("-").replace("-", "_"))
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        text = f"{entry.description} [{shown}]" if value else entry.description
+        table.add_row(f"  {', '.join(names)} {entry.metavar or ''}", text)
     console.print(f"{panel.title}:", table, "", highlight=False)
 
 
@@ -380,7 +396,7 @@ def _absolute(text: str, offers: str | Collection[str], names: Collection[str]) 
 
 def completion(app: App, shell: str) -> str:
     """Return the script that completes the flags of a command, `gblm-llm` say, in a shell."""
-    parser = argparse.ArgumentParser(app.name[0].split()[-1].replace(".", "-"))
+    parser = argparse.ArgumentParser(app.name[0].replace(" ", "-"))
     places = {"folder": shtab.DIRECTORY, "file": shtab.FILE}
     for key, flag in flags(app).items():
         value, kind = _value_of(flag), dict[str, Any]()

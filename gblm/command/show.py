@@ -85,9 +85,9 @@ def console(stderr: bool = False) -> Console:
 def columned(title: str, first: str, *others: str) -> Table:
     """Return an empty table, whose columns after the first stand to the right."""
     table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for column in others:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     return table
 
 

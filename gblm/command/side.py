@@ -25,7 +25,7 @@ from gblm.machine.device import DTYPES, find_compute_dtype, find_device
 from gblm.machine.files import check_output, check_report
 from gblm.machine.processes import launched, rank, world
 from gblm.maths import patterns
-from gblm.methods import make, refined
+from gblm.methods import make, options_of, refined
 from gblm.methods import parse as parse_method
 from gblm.report import check_pages, versions
 from gblm.walk.blocks import choose
@@ -63,7 +63,8 @@ class Side(Generic[S]):
 
     def app(self) -> App:
         """Return the parser of its settings."""
-        return make_app(self.program, f"{self.about}\n\n{self.examples}", self.kind)
+        text = f"{self.about}\n\n{self.examples}"
+        return make_app(self.program, text, self.kind, self.usual)
 
 
 def main(side: Side[S], argv: Sequence[str] | None = None) -> int:
@@ -108,7 +109,7 @@ def guarded(work: Callable[[], None]) -> int:
 
 
 def _interrupted() -> int:
-    print("interrupted: finished results stay, nothing half done does", file=sys.stderr)
+    print("interrupted: finished runs were kept, the unfinished one was discarded", file=sys.stderr)
     return 130
 
 
@@ -160,6 +161,7 @@ def command(side: Side[S], settings: S) -> None:
         if flag := next((name for name in side.alone if getattr(settings, name)), None):
             raise GblmError(f"--{flag} goes with --model; without a model the demo brings its own")
         settings = filled(settings, **side.demo)
+    check_options(settings, side)
     settings = filled(settings, **side.usual)
     if not settings.calibration:
         raise GblmError("nothing to calibrate on; give a folder or a data set by --calibration")
@@ -175,6 +177,15 @@ def command(side: Side[S], settings: S) -> None:
             return dry_run(side, settings, runs, title)
         with work_folder(settings) as work:
             carry_out(side, settings, runs, work, title)
+
+
+def check_options(settings: Settings, side: Side[S]) -> None:
+    """Warn where no method takes an option that is given."""
+    methods = settings.method or side.usual.get("method", ())
+    for name in ("alpha", "norm"):
+        given = getattr(settings, name)
+        if given and not any(name in options_of(words) for words in methods):
+            log.warning("--%s is no option of %s, and changes nothing", name, ", ".join(methods))
 
 
 def find_runs(settings: Settings) -> list[Run]:
@@ -197,7 +208,7 @@ def find_runs(settings: Settings) -> list[Run]:
             label = f"{words.replace(':', '-')}-{text.replace(':', window).replace('/', '-')}"
             runs.append(Run(label, method, pattern, {"method": words, "sparsity": text}))
     if not runs:
-        raise GblmError("no method or no sparsity given; try --method gblm --sparsity 0.5")
+        raise GblmError("no method or no sparsity given; try --method best --sparsity 0.5")
     return runs
 
 
@@ -246,7 +257,10 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Path, title: st
     if settings.measure and opened.offload:
         raise GblmError("--measure speed takes a model that is on the device as a whole")
     blocks = survey(opened.model, opened.batch, opened.adapter)
-    choose(blocks, list(settings.include), list(settings.exclude))
+    dense = [text.removesuffix("=dense") for text in settings.pattern_for if "=dense" in text]
+    choose(blocks, list(settings.include), [*settings.exclude, *dense])
+    if not any((settings.output, settings.report, settings.evaluate)):
+        log.warning("nothing of the result is kept or measured; add --output DIR or --evaluate")
     names = {dtype: name for name, dtype in DTYPES.items()}
     opened.settings = replace(  # by what gblm chose
         opened.settings,

@@ -1,9 +1,34 @@
 """Causal language models of transformers: load, draw windows, measure perplexity, save."""
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from typing import Any
 
-import gblm.llm.packed  # noqa: F401  (transformers then loads packed checkpoints)
+
+class _AfterTransformers(MetaPathFinder):
+    """Lets transformers load packed checkpoints once it is imported, which takes seconds."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec: Any = find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def then_register(module: Any) -> None:
+            execute(module)
+            import_module("gblm.llm.packed")
+
+        spec.loader.exec_module = then_register
+        return spec
+
+
+if "transformers" in sys.modules:
+    import_module("gblm.llm.packed")
+else:
+    sys.meta_path.insert(0, _AfterTransformers())
 
 MODULES = (
     "adapters",
@@ -15,8 +40,10 @@ MODULES = (
     "models",
     "pairs",
     "zero_shot",
+    "training",
 )
 PLACES = {
+    "FrozenZeros": "training",
     "calibration": "data",
     "evaluation": "data",
     "load": "models",

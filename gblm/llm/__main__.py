@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
-  python -m gblm.llm                                    the packaged demo, six methods
-  python -m gblm.llm --model DIR --sparsity 2:4 --calibration c4 --output PRUNED
-  python -m gblm.llm --model DIR --method best --sparsity 0.5,2:4 --calibration notes.txt \\
+  gblm llm                                    the packaged demo, six methods
+  gblm llm --model DIR --sparsity 2:4 --calibration c4 --output PRUNED
+  gblm llm --model DIR --sparsity 0.5,2:4 --calibration notes.txt \\
       --evaluate wikitext2
-  python -m gblm.llm --model DIR --dry-run              what that takes; nothing is run"""
+  gblm llm --model DIR --dry-run              what that takes; nothing is run"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,16 +250,15 @@ def open_tasks(settings: LanguageSettings) -> Any:
 
 
 SIDE = side.Side(
-    program="python -m gblm.llm",
+    program="gblm llm",
     about="Prune a causal language model, without retraining.",
     examples=EXAMPLES,
     kind=LanguageSettings,
     load=load,
     sketch=sketch,
     usual={
-        "method": ("gblm",),
+        "method": ("best",),
         "sparsity": ("0.5",),
-        "alpha": "100",
         "calibration": "c4",
         "samples": 128,
     },

@@ -5,7 +5,7 @@ Causal models, encoder-decoders, masked models, classifiers, and models of pictu
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from gblm.base import Adapter, Batch, GblmError
 from gblm.llm.heads import bare
 from gblm.maths.stats import wide
 from gblm.walk import products
-from gblm.walk.blocks import hooked
+from gblm.walk.blocks import hooked, joined
 from gblm.walk.products import valueless
 
 # Experts where torch's own grouped product does not run; the module has registered it.
@@ -57,8 +57,8 @@ def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
                 f"{type(model).__name__} has no experts that all tokens could be sent to; leave "
                 "--experts all out"
             )
-        return Adapter(blocks, trunk, loss, unpad, everywhere, config)
-    return Adapter(blocks, trunk, loss, unpad, config=config)
+        return Adapter(blocks, trunk, loss, unpad, everywhere, config, batch_of)
+    return Adapter(blocks, trunk, loss, unpad, config=config, batch=batch_of)
 
 
 def config(model: nn.Module) -> tuple[dict[str, Any], Any]:
@@ -73,6 +73,49 @@ def config(model: nn.Module) -> tuple[dict[str, Any], Any]:
             return type(model)(changed)
 
     return model.config.get_text_config().to_dict(), make
+
+
+def batch_of(
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
+    samples: int | None = None,
+    length: int | None = None,
+) -> Batch:
+    """Return the calibration batch that data are, padded to the longest with `attention_mask`.
+
+    data: a batch, or batches such as a DataLoader's; token ids `[n, t]`; texts, or a data set of
+    them, with their tokenizer, each cut to `length` tokens. samples: the most that are taken, 128
+    of what has no end. Raises `GblmError` for other data.
+    """
+    if isinstance(data, Mapping):
+        return joined([{name: torch.as_tensor(value) for name, value in data.items()}], samples)
+    if isinstance(data, Tensor):
+        return joined([{"input_ids": data}], samples)
+    if hasattr(data, "column_names"):
+        from gblm.llm.sources import rows_of
+
+        names = data.column_names
+        data = data["input_ids"] if "input_ids" in names else rows_of(data, names, "the data set")
+    return joined((_sample(part, tokenizer, length) for part in data), samples or 128)
+
+
+def _sample(part: Any, tokenizer: Any, length: int | None) -> Batch:
+    """Return one of the data: a batch, token ids or a text, as a batch."""
+    if isinstance(part, Mapping):
+        return {name: torch.as_tensor(value) for name, value in part.items()}
+    texts = isinstance(part, str) or (isinstance(part, list) and isinstance(part[0], dict))
+    if texts and tokenizer is None:
+        raise GblmError("texts need their tokenizer; pass tokenizer=")
+    if texts:
+        from gblm.llm.data import tokens
+
+        part = tokens(tokenizer, part)
+    if isinstance(part, tuple):  # of a DataLoader, with or without labels
+        part = part[0]
+    ids = torch.as_tensor(part)
+    ids = (ids[None] if ids.ndim == 1 else ids)[:, :length]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _sends(module: nn.Module) -> bool:

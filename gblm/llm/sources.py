@@ -107,10 +107,10 @@ def _any(source: str, split: str) -> Content:
             parts = datasets.get_dataset_split_names(name)
             part = next((own for own in (*SPLITS[split], "train") if own in parts), parts[0])
         rows = datasets.load_dataset(name, split=part)
-        return _rows(rows, rows.column_names, f"{split} text {source}")
+        return rows_of(rows, rows.column_names, f"{split} text {source}")
 
 
-def _rows(rows: Any, names: Sequence[str], where: str) -> list[Document]:
+def rows_of(rows: Any, names: Sequence[str], where: str) -> list[Document]:
     """Return the documents of a table, by its columns."""
     used = [name for name in names if name in (*TEXTS, *CHATS, *ASKED, *SAID, *ANSWERS)]
     if not {*TEXTS, *CHATS, *ASKED} & {*used}:
@@ -171,7 +171,7 @@ def _file(path: Path, where: str) -> Content:
             raise GblmError(f"{where}: `input_ids` is {found}; give integers [n, t]")
         if name.endswith(".parquet"):
             rows = Rows([path])
-            return _rows(rows, rows.schema.names, where)
+            return rows_of(rows, rows.schema.names, where)
         with gzip.open(path) if name.endswith(".gz") else path.open("rb") as handle:
             if name.removesuffix(".gz").endswith((".json", ".jsonl")):
                 return _json(handle, where)
@@ -179,7 +179,7 @@ def _file(path: Path, where: str) -> Content:
                 text = _decode(handle.read(), where)
                 table = list(csv.DictReader(io.StringIO(text, ""), delimiter="\t,"["csv" in name]))
                 columns = {key: [row[key] for row in table] for key in table[0]} if table else {}
-                return _rows(columns, list(columns), where)
+                return rows_of(columns, list(columns), where)
             return _decode(handle.read(), where).replace("\r\n", "\n")
 
 

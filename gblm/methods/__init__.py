@@ -256,6 +256,11 @@ def factory(name: str) -> tuple[Callable[..., Method], str | None]:
     return METHODS[one_of(name, METHODS, "method")], None
 
 
+def options_of(text: str) -> Iterable[str]:
+    """Return the names of the options of a method that `text` names, with options or without."""
+    return inspect.signature(factory(text.partition(":")[0])[0]).parameters
+
+
 def make(name: str, **options: Any) -> Method:
     """Return the method that `factory` names, made with those of the options that it takes."""
     maker, solver = factory(name)

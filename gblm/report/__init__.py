@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_origin
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from gblm.base import GblmError
 from gblm.machine.files import write_json
@@ -121,7 +121,7 @@ def versions() -> dict[str, str]:
     return numbers
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What a run did, with `seconds` per phase and an `evaluation` of the model by data set."""
 
@@ -145,11 +145,24 @@ class Report:
     speed: dict[str, dict[str, Any]] = field(default_factory=dict)  # by use: unit, dense, pruned
     gains: list[Gain] = field(default_factory=list)  # what the zeros of its linears buy here
     loading: str = ""  # Python that loads the result, empty where none was saved
-    masks: dict[str, Mask] = field(default_factory=dict)  # by linear
+    pictures: dict[str, Mask] = field(default_factory=dict)  # of masks, by linear
     examples: list[Example] = field(default_factory=list)
     examples_note: str = ""
     command: str = field(default_factory=command)
     versions: dict[str, str] = field(default_factory=versions)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the keep-mask `[out, in]` of every pruned linear, as its weights are now.
+
+        Raises `GblmError` where the report was read from a folder: `gblm.masks(model)` has them.
+        """
+        keeps: Callable[[], dict[str, Tensor]] | None = vars(self).get("keeps")  # of its run
+        if keeps is None:
+            raise GblmError("a stored report has no masks; load its model for gblm.masks(model)")
+        return keeps()
+
+    def __repr__(self) -> str:
+        return f"<{self.method}, {self.pattern}: {self.sparsity:.4f} of {self.weights:,} weights>"
 
     @property
     def weights(self) -> int:
@@ -200,7 +213,7 @@ class Report:
             names = {entry.name for entry in fields(cls)}
             report = cls(**{name: value for name, value in stored.items() if name in names})
             report.linears = [LinearReport(**linear) for linear in stored["linears"]]
-            report.masks = {name: Mask(**mask) for name, mask in stored["masks"].items()}
+            report.pictures = {name: Mask(**mask) for name, mask in stored["pictures"].items()}
             report.gains = [Gain(**gain) for gain in stored.get("gains", ())]
             report.examples = [Example(**example) for example in stored["examples"]]
             _check(report)
@@ -250,7 +263,7 @@ def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _check(report: Report) -> None:
     """Raise `ValueError`, `TypeError` or `KeyError` where a report holds other than it should."""
-    parts: list[Any] = [report, *report.linears, *report.gains, *report.masks.values()]
+    parts: list[Any] = [report, *report.linears, *report.gains, *report.pictures.values()]
     parts += report.examples
     for part in parts:
         for entry in fields(part):
@@ -269,7 +282,7 @@ def _check(report: Report) -> None:
         _check_kind("unit", values["unit"], str)
         for key in ("dense", "pruned"):
             _check_kind(key, values[key], float)
-    for mask in report.masks.values():
+    for mask in report.pictures.values():
         mask.grid()
     if not report.weights > 0:
         raise ValueError("no linear in it")

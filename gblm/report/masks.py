@@ -12,7 +12,7 @@ from gblm.report import Mask, Report
 CELLS = 64  # of a picture, along each side at most
 
 
-def masks(report: Report, weight: Callable[[str], Tensor]) -> dict[str, Mask]:
+def pictures(report: Report, weight: Callable[[str], Tensor]) -> dict[str, Mask]:
     """Return pictures of the linear with the largest error, and of its kind along the model.
 
     Of n:m, where every cell would look alike, the picture is of the first weights, one by one.

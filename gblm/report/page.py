@@ -47,7 +47,7 @@ def run_page(report: Report) -> str:
         maps=figures.heat_maps(report),
         masks={
             name: figures.mask(name, mask, shapes[name])
-            for name, mask in report.masks.items()
+            for name, mask in report.pictures.items()
             if name in shapes
         },
         examples=[(e, common(e.dense.strip(), e.pruned.strip())) for e in report.examples],

@@ -25,10 +25,10 @@ from gblm.vit import demo
 
 EXAMPLES = """\
 examples:
-  python -m gblm.vit                                    the packaged demo, all methods
-  python -m gblm.vit --model vit_base_patch16_224 --calibration imagenet/train --output PRUNED
-  python -m gblm.vit --model vit_base_patch16_224 --calibration imagenet/train --dry-run
-  python -m gblm.vit --model vit_tiny_patch16_224 --checkpoint FILE.safetensors \\
+  gblm vit                                    the packaged demo, all methods
+  gblm vit --model vit_base_patch16_224 --calibration imagenet/train --output PRUNED
+  gblm vit --model vit_base_patch16_224 --calibration imagenet/train --dry-run
+  gblm vit --model vit_tiny_patch16_224 --checkpoint FILE.safetensors \\
       --method gblm,wanda,sparsegpt --sparsity 0.5,2:4 --calibration DIR --evaluate DIR"""
 
 
@@ -196,13 +196,13 @@ def draw(settings: ImageSettings, model: nn.Module, images: Any) -> tuple[Batch,
 
 
 SIDE = side.Side(
-    program="python -m gblm.vit",
+    program="gblm vit",
     about="Prune an image classifier, without retraining.",
     examples=EXAMPLES,
     kind=ImageSettings,
     load=load,
     sketch=sketch,
-    usual={"method": ("gblm",), "sparsity": ("0.5",), "alpha": "auto"},
+    usual={"method": ("best",), "sparsity": ("0.5",), "alpha": "auto"},
     demo={
         "model": str(demo.FOLDER),
         "calibration": "demo",

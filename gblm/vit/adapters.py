@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gblm.base import Adapter, Batch
-from gblm.walk.blocks import hooked
+from gblm.base import Adapter, Batch, GblmError
+from gblm.walk.blocks import frozen, hooked, joined
 
 HEADS = ("cls_logits", "distillation_logits")  # of a distilled model of transformers
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -24,8 +24,8 @@ STEMS = ("patch_embed", "stem")  # before the blocks, though some are built of l
 def adapter(model: nn.Module) -> Adapter:
     """Return the adapter of an image classifier: its blocks are found, not listed."""
     if hasattr(model, "forward_features"):
-        return Adapter(blocks, trunk, loss, config=timm_config)
-    return Adapter(blocks, heads, heads_loss, config=config)
+        return Adapter(blocks, trunk, loss, config=timm_config, batch=batch_of)
+    return Adapter(blocks, heads, heads_loss, config=config, batch=batch_of)
 
 
 def timm_config(model: nn.Module) -> tuple[dict[str, Any], Any]:
@@ -62,6 +62,42 @@ def config(model: nn.Module) -> tuple[dict[str, Any], Any]:
             return type(model)(changed)
 
     return known.config.to_dict(), make
+
+
+def batch_of(model: nn.Module, data: Any, samples: int = 1024) -> Batch:
+    """Return the calibration batch that data are; images without labels get the model's own.
+
+    data: a batch with `images` or `pixel_values` `[n, c, h, w]`, with or without `labels`; a pair
+    of images and labels; images alone; some of these, such as a DataLoader's. samples: the most
+    that are taken. Raises `GblmError` for other data.
+    """
+    pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor)
+    one = isinstance(data, Mapping | Tensor) or (pair and data[0].ndim == 4)
+    batch = joined(map(_images, [data] if one else data), samples)
+    if "labels" in batch:
+        return batch
+    parameter = next(model.parameters())
+    with frozen(model), torch.no_grad():
+        parts = batch["images"].split(32)
+        labels = [logits(model, part.to(parameter)).argmax(dim=1).cpu() for part in parts]
+    return {**batch, "labels": torch.cat(labels)}
+
+
+def _images(part: Any) -> Batch:
+    """Return images, with labels where they have some, as a batch."""
+    if isinstance(part, Tensor):
+        part = (part,)
+    if isinstance(part, tuple | list):
+        part = dict(zip(("images", "labels"), part, strict=False))
+    names = {"pixel_values": "images", "image": "images", "label": "labels"}
+    given: dict[str, Any] = dict(part)
+    found = {names.get(name, name): torch.as_tensor(own) for name, own in given.items()}
+    if "images" not in found or found["images"].ndim != 4:
+        raise GblmError(
+            f"the calibration data hold {', '.join(found) or 'nothing'} and no images "
+            "[n, c, h, w]; give those as `images`, or as the first of a pair with labels"
+        )
+    return {name: found[name] for name in ("images", "labels") if name in found}
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:

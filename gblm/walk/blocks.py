@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,12 +148,7 @@ def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
     all. Raises `GblmError` where a pattern matches no linear, or none is left.
     """
     names = [linear.name for block in blocks for linear in block.linears]
-    matches = {pattern: _matching(names, pattern) for pattern in include + exclude}
-    for pattern, found in matches.items():
-        if not found:
-            raise GblmError(
-                f"no linear is called {pattern}; names are like {names[0]}, * stands for anything"
-            )
+    matches = {pattern: matching(names, pattern) for pattern in include + exclude}
     kept = set().union(*(matches[pattern] for pattern in include)) if include else set(names)
     kept = kept.difference(*(matches[pattern] for pattern in exclude))
     if not kept:
@@ -167,9 +162,33 @@ def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
         block.groups = [group for group in groups if group]
 
 
-def _matching(names: list[str], pattern: str) -> set[str]:
-    """Return the names a pattern stands for; the brackets of an expert's name are themselves."""
-    return set(fnmatch.filter(names, pattern.replace("[", "[[]")))
+def matching(names: list[str], pattern: str) -> set[str]:
+    """Return the names a pattern stands for; the brackets of an expert's name are themselves.
+
+    Raises `GblmError` where there are none.
+    """
+    shell = pattern.replace("[", "[[]")
+    found = set(fnmatch.filter(names, shell))
+    if not found:
+        near = f"*.{pattern}" if fnmatch.filter(names, f"*.{shell}") else f"*{pattern}*"
+        hint = f"did you mean '{near}'? " if fnmatch.filter(names, near.replace("[", "[[]")) else ""
+        raise GblmError(
+            f"no linear is called {pattern}; {hint}names are like {names[0]}, * stands for anything"
+        )
+    return found
+
+
+def by_name(blocks: list[Block], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the value of every linear by its name, that of the first key that stands for it.
+
+    None where none does. Raises `GblmError` where a key stands for no linear.
+    """
+    names = [linear.name for block in blocks for linear in block.linears]
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        for name in matching(names, key):
+            found.setdefault(name, value)
+    return {name: found.get(name) for name in names}
 
 
 def parameters(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tuple[str, Tensor]]:
@@ -207,6 +226,38 @@ def hooked(hooks: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def joined(batches: Iterable[Batch], samples: int | None = None) -> Batch:
+    """Return the samples of several batches as one, so many of them at most.
+
+    What is shorter than others in a dimension is filled up with 0 at its end, labels with −100.
+    Raises `GblmError` where there is no batch, or what is given is none.
+    """
+    parts, held = list[Batch](), 0
+    for batch in batches:
+        tensors = isinstance(batch, Mapping) and all(isinstance(x, Tensor) for x in batch.values())
+        if not tensors or not batch:
+            raise GblmError(
+                f"{type(batch).__name__} is no batch of samples; give a dict of tensors [n, …], or "
+                "some of them"
+            )
+        parts.append(dict(batch))
+        held += size(parts[-1])
+        if samples is not None and held >= samples:
+            break
+    if not parts:
+        raise GblmError("the calibration data hold no sample; give one or more")
+    whole = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        most = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+        fill = -100 if name == "labels" else 0
+        whole[name] = values[0].new_full((sum(map(len, values)), *most), fill)
+        rows = whole[name].split([len(value) for value in values])
+        for row, value in zip(rows, values, strict=True):
+            row[(slice(None), *(slice(0, n) for n in value.shape[1:]))] = value
+    return take(whole, slice(0, samples))
 
 
 def take(batch: Batch, samples: slice) -> Batch:

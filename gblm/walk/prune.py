@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gblm.base import DENSE_OUTPUTS, Adapter, Batch, GblmError, Method, Pattern, Statistics
+from gblm.base import DENSE_OUTPUTS, GblmError, Method, Pattern, Statistics
 from gblm.machine import processes
 from gblm.machine.device import memory_errors
 from gblm.machine.offload import onload
@@ -20,61 +20,16 @@ from gblm.maths import allocation, patterns, stats
 from gblm.maths.allocation import Allocation, Weighed
 from gblm.report import Report, clock
 from gblm.walk.blocks import Block, Linear
-from gblm.walk.gradients import first, sweep
 from gblm.walk.inputs import with_gradients
 from gblm.walk.journal import Journal
 from gblm.walk.narrow import Narrowing
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
+from gblm.walk.zeros import SHARE
 
 log = logging.getLogger(__name__)
 
 UNFIT = 0.1  # of the weights, at most, that stay dense where their linears cannot have a pattern
-
-
-def prune(
-    model: nn.Module,
-    batch: Batch,
-    method: Method,
-    pattern: Pattern | str,
-    *,
-    adapter: Adapter | None = None,
-    micro_batch: int | None = None,
-    backward: str = "auto",
-) -> Report:
-    """Prune every linear in the blocks of a model in place, block by block, and report on it.
-
-    Statistics of inputs see the blocks before them as they have become; gradients are of the dense
-    model.
-
-    batch: the calibration samples. pattern: a pattern, or its name, in the comparison group of the
-    method; with an allocation, the budget of the model. adapter: that of the model's library where
-    None. micro_batch: samples at a time, None to choose. backward: see `gradient_sums`.
-
-    A pattern of units makes the model narrower; one named after it is for what is left.
-
-    Raises `GblmError` where model, batch, method and pattern do not go together, and where a
-    statistic, a score or a loss holds a NaN or an Inf: the block it names, and every block after
-    it, is then as it was.
-    """
-    walk = Walk.of(model, batch, adapter, micro_batch=micro_batch)
-    pruning = Pruning(walk, method, method_pattern(method, pattern))
-    pruning.check()
-    if needs := pruning.needs:
-        with clock(pruning.report.seconds, "gradients"):
-            share = Walk.of(
-                model,
-                first(batch, method.share),
-                walk.adapter,
-                blocks=walk.blocks,
-                micro_batch=micro_batch,
-            )
-            pruning.gradients = sweep(share, needs, backward)[0]
-    report = pruning.run()
-    if then := pruning.pattern.then:
-        options = {"adapter": walk.adapter, "micro_batch": micro_batch, "backward": backward}
-        report.add(prune(model, batch, method, then, **options))  # type: ignore[arg-type]
-    return report
 
 
 def method_pattern(method: Method, pattern: Pattern | str) -> Pattern:
@@ -84,7 +39,11 @@ def method_pattern(method: Method, pattern: Pattern | str) -> Pattern:
 
 @dataclass
 class Pruning:
-    """A method at work on a model: its budget, its gradients, its journal, its report."""
+    """A method at work on a model: its budget, its gradients, its journal, its report.
+
+    own: the pattern of single linears, by their names, which have no part in the budget. zeros: the
+    share of a linear that is 0 above which what is 0 stays so.
+    """
 
     walk: Walk
     method: Method
@@ -92,10 +51,12 @@ class Pruning:
     gradients: Mapping[str, Statistics] = field(default_factory=dict)
     journal: Journal | None = None
     narrowing: Narrowing | None = None
+    own: Mapping[str, Pattern] = field(default_factory=dict)
+    zeros: float = SHARE
 
     def __post_init__(self) -> None:
         """Find the linears that cannot have the pattern; raises `GblmError` for many."""
-        self.unfit = unfit(self.walk.blocks, self.method, self.pattern)
+        self.unfit = unfit(self.walk.blocks, self.method, self.pattern, self.own)
         blocks = [block.name for block in self.walk.blocks]
         self.report = Report(self.method.name, self.pattern.name, blocks=blocks)
         self.report.parameters = sum(own.numel() for own in self.walk.model.parameters())
@@ -124,7 +85,7 @@ class Pruning:
         if self.journal:
             self.journal.begin(report, blocks)
         fit = [x for block in blocks for x in block.linears if x.name not in self.unfit]
-        chosen = {x.name: self.pattern for x in fit}
+        chosen = {x.name: self.pattern for x in fit if x.name not in self.own}
         if spread := allocated(self.method, self.pattern):
             report.allocation = spread.name
             budget = Budget(self.walk, spread, self.pattern, self.gradients, {*chosen})
@@ -132,6 +93,7 @@ class Pruning:
                 chosen = budget.patterns()
             for name, own in chosen.items():
                 log.debug("allocation %s: %s gets %s", spread.name, name, own.name)
+        chosen |= {x.name: self.own[x.name] for x in fit if x.name in self.own}
         micro = self.walk.micro.samples
         log.debug("%s, %s, micro-batches of %d", self.method.name, self.pattern.name, micro)
         beside = "cross_gram" in self.method.needs
@@ -140,6 +102,7 @@ class Pruning:
             if self.narrowing:
                 self.narrowing.apply()
         report.left = sum(own.numel() for own in self.walk.model.parameters())
+        vars(report)["keeps"] = self.masks
         if processes.world() > 1:
             processes.agree("the pruned model", [_checksum(block) for block in blocks])
         return report
@@ -163,6 +126,16 @@ class Pruning:
         done = self.walk.blocks.index(block) + 1
         self.walk.progress("blocks", done, len(self.walk.blocks))
 
+    def masks(self) -> dict[str, Tensor]:
+        """Return the keep-mask of every pruned linear, as its weights are now."""
+        pruned, found = {own.name for own in self.report.linears}, {}
+        for block in self.walk.blocks:
+            with onload(block.module):
+                for linear in block.linears:
+                    if linear.name in pruned:
+                        found[linear.name] = linear.weight != 0
+        return found
+
     def _work(self, visit: Visit) -> None:
         try:
             for step in self.method.steps if visit.block.groups else ():
@@ -171,9 +144,23 @@ class Pruning:
                 visit.last = step is self.method.steps[-1]
                 visit.outputs = None
                 step.visit(visit)
+            if not self.pattern.units:
+                self._keep_zeros(visit)
         except BaseException:
             visit.before.write()
             raise
+
+    def _keep_zeros(self, visit: Visit) -> None:
+        """Make 0 what was 0 in linears that had been pruned before."""
+        before = dict(zip(visit.before.owners, visit.before.values, strict=True))
+        for linear in visit.block.linears:
+            kept = linear.matrix.view(before[linear.parameter]) != 0
+            if 1 - kept.float().mean() > self.zeros:
+                linear.weight.mul_(kept)
+                for entry in visit.reports:
+                    if entry.name == linear.name:
+                        entry.sparsity = float((linear.weight == 0).float().mean())
+                        entry.note = entry.note or "it was pruned before: its zeros were kept"
 
 
 def allocated(method: Method, pattern: Pattern) -> Allocation | None:
@@ -233,8 +220,10 @@ def _checksum(block: Block) -> list[float]:
         return [own.double().abs().sum().item() for own in block.module.parameters()]
 
 
-def unfit(blocks: list[Block], method: Method, pattern: Pattern) -> dict[str, str]:
-    """Return the linears that cannot have the pattern, and why; they stay dense.
+def unfit(
+    blocks: list[Block], method: Method, pattern: Pattern, own: Mapping[str, Pattern] | None = None
+) -> dict[str, str]:
+    """Return the linears that cannot have the pattern, or their own, and why; they stay dense.
 
     Raises `GblmError` with the name of one where they hold more than a tenth of the weights, or
     where the user has named it, and where a step of the method cannot have the pattern.
@@ -242,12 +231,12 @@ def unfit(blocks: list[Block], method: Method, pattern: Pattern) -> dict[str, st
     for step in method.steps:
         step.check(pattern)
     if pattern.then:
-        unfit(blocks, method, pattern.then)
+        unfit(blocks, method, pattern.then, own)
     linears = [linear for block in blocks for linear in block.linears]
     reasons: dict[str, GblmError] = {}
     for linear in linears:
         try:
-            pattern.check(linear.shape)
+            (own or {}).get(linear.name, pattern).check(linear.shape)
         except GblmError as error:
             reasons[linear.name] = error
     left = [linear for linear in linears if linear.name in reasons]

@@ -156,7 +156,10 @@ class Found:
                 why = f"used by {other}, not in a product" if other else "not used by its block"
                 self.block.dense[title] = _unfit(parameter) or why
             elif why := (
-                _unfit(parameter) or self._shared(owners[parameter]) or _overlap(parameter, seen)
+                _unfit(parameter)
+                or _adapter(name)
+                or self._shared(owners[parameter])
+                or _overlap(parameter, seen)
             ):
                 self.block.dense[title] = why
             else:
@@ -168,6 +171,11 @@ class Found:
         """Return that a parameter is used outside of the block as well, where it is."""
         others = [name for name in owners if not name.startswith(f"{self.block.name}.")]
         return f"shares its weight with {others[0]}" if others else ""
+
+
+def _adapter(name: str) -> str:
+    """Return that a parameter is one of a low-rank adapter of peft, where it is."""
+    return "a matrix of a LoRA adapter" if ".lora_" in name else ""
 
 
 def _experts(parameter: Tensor, seen: list[Matrix]) -> list[Matrix]:

@@ -41,12 +41,14 @@ FLAGS = [
     "--evaluate-windows",
     "--exact-match",
     "--exclude",
+    "--experts",
     "--format",
     "--gradient-dtype",
     "--gradients",
     "--group",
     "--help",
     "--include",
+    "--keep-zeros",
     "--length",
     "--list",
     "--measure",
@@ -57,6 +59,7 @@ FLAGS = [
     "--offload",
     "--output",
     "--overwrite",
+    "--pattern-for",
     "--refine",
     "--report",
     "--resume",
@@ -117,7 +120,14 @@ def test_flags_are_frozen():
 
 def test_result_loads_as_it_came_in(folder: Path, text: Path, tmp_path: Path):
     output = tmp_path / "pruned"
-    assert main(command(folder, text, "--output", str(output), "--evaluate", str(text))) == 0
+    assert (
+        main(
+            command(
+                folder, text, "--method", "gblm", "--output", str(output), "--evaluate", str(text)
+            )
+        )
+        == 0
+    )
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == torch.bfloat16
     assert model.generation_config.temperature == 0.5
@@ -142,7 +152,14 @@ def test_result_loads_as_it_came_in(folder: Path, text: Path, tmp_path: Path):
 
 def test_report_says_what_happened(folder: Path, text: Path, tmp_path: Path):
     output = tmp_path / "pruned"
-    assert main(command(folder, text, "--output", str(output), "--evaluate", str(text))) == 0
+    assert (
+        main(
+            command(
+                folder, text, "--method", "gblm", "--output", str(output), "--evaluate", str(text)
+            )
+        )
+        == 0
+    )
     report = json.loads((output / "report.json").read_text())
     assert report["model"] == str(folder)
     assert report["method"] == "gblm(alpha=100, norm=l1)"
@@ -228,8 +245,8 @@ BAD = {
     "no samples": (["--samples", "0"], "samples"),
     "too many samples": (["--samples", "4000"], "windows of 32"),
     "micro-batch": (["--micro-batch", "0"], "micro-batch"),
-    "alpha": (["--alpha", "nan"], "alpha"),
-    "negative alpha": (["--alpha", "-1"], "alpha"),
+    "alpha": (["--method", "gblm", "--alpha", "nan"], "alpha"),
+    "negative alpha": (["--method", "gblm", "--alpha", "-1"], "alpha"),
     "too long": (["--length", "65"], "64 positions"),
     "too short": (["--length", "1"], "no target"),
     "missing text": (["--calibration", "no/such/file.txt"], "no such file"),
@@ -409,7 +426,7 @@ def test_linears_can_be_chosen_by_their_names(folder: Path, text: Path, tmp_path
 
 def test_a_report_is_a_page_of_the_run(folder: Path, text: Path, tmp_path: Path, capsys):
     report = tmp_path / "shown"
-    more = ["--evaluate", str(text), "--report", str(report)]
+    more = ["--method", "gblm", "--evaluate", str(text), "--report", str(report)]
     assert main(command(folder, text, *more)) == 0
     said = capsys.readouterr().out
     assert "largest errors: model.layers." in said

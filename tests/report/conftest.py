@@ -34,7 +34,7 @@ def made(blocks: int = 6, **given: Any) -> Report:
         "blocks": [f"layers.{i}" for i in range(blocks)],
         "parameters": 5_834_000,
         "calibration": "16 windows of 256 from notes.txt",
-        "masks": {"layers.5.mlp.down_proj": Mask(4, 8, base64.b64encode(bytes(32)).decode())},
+        "pictures": {"layers.5.mlp.down_proj": Mask(4, 8, base64.b64encode(bytes(32)).decode())},
         "examples": [Example("Once upon", "a time there was", "a time there lived")],
         "examples_note": "How each model goes on.",
         "command": "python -m gblm.llm --model models/tiny-llama",

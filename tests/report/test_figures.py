@@ -9,7 +9,7 @@ import torch
 
 from gblm import METHODS, prune
 from gblm.report import LinearReport, Mask, figures
-from gblm.report.masks import masks, picture, pictured
+from gblm.report.masks import picture, pictured, pictures
 
 
 def titles(svg: str) -> list[str]:
@@ -85,7 +85,7 @@ def test_a_damaged_mask_is_refused():
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_masks_are_those_of_the_model(llama, batch, pattern: str):
     report = prune(llama, batch, METHODS["wanda"](), pattern)
-    found = masks(report, lambda name: llama.get_parameter(f"{name}.weight"))
+    found = pictures(report, lambda name: llama.get_parameter(f"{name}.weight"))
     assert list(found) == pictured(report)
     worst = max(report.linears, key=lambda linear: linear.relative_error).name
     assert next(iter(found)) == worst

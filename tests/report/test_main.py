@@ -61,7 +61,7 @@ def damaged(runs: Path, **values: object) -> Path:
         {"evaluation": {"text": {"dense": 1, "pruned": 2}}},
         {"evaluation": {"text": {"metric": "perplexity", "dense": 1}}},
         {"evaluation": {"text": {"metric": ["a"], "dense": 1, "pruned": 2}}},
-        {"masks": {"x": {"rows": 2, "columns": 2, "kept": "AA==", "corner": False}}},
+        {"pictures": {"x": {"rows": 2, "columns": 2, "kept": "AA==", "corner": False}}},
         {"examples": [{"given": "x"}]},
     ],
 )

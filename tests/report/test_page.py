@@ -125,7 +125,7 @@ def test_an_uneven_allocation_is_told(make_report):
 
 
 def test_little_is_enough(make_report):
-    empty = {"evaluation": {}, "masks": {}, "examples": [], "examples_note": ""}
+    empty = {"evaluation": {}, "pictures": {}, "examples": [], "examples_note": ""}
     report = make_report(**empty, model="", seconds={}, parameters=0)
     report.blocks = []
     assert "Add --evaluate with a data set" in said(run_page(report))
@@ -148,7 +148,7 @@ def hostile(report: Report) -> Report:
     report.calibration = report.allocation = HOSTILE
     report.notes, report.dense, report.seconds = [HOSTILE], {HOSTILE: HOSTILE}, {HOSTILE: 1.0}
     report.evaluation = {HOSTILE: {"metric": HOSTILE, "dense": 1.0, "pruned": 2.0}}
-    report.masks = {report.linears[0].name: next(iter(report.masks.values()))}
+    report.pictures = {report.linears[0].name: next(iter(report.pictures.values()))}
     report.examples.append(Example(HOSTILE, HOSTILE, HOSTILE))
     report.versions = {HOSTILE: HOSTILE}
     return report

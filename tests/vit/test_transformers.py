@@ -302,7 +302,7 @@ def test_llm_refuses_image_classifiers_and_names_vit(
         for more in ([], ["--dry-run"]):
             folder = str(tmp_path / name)
             assert prune_text(["--model", folder, "--calibration", str(text), *more]) == 2
-            assert "prune it by python -m gblm.vit" in capsys.readouterr().err
+            assert "prune it by gblm vit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
