@@ -8,17 +8,15 @@ statistics of all experts of its layer added up; or every expert has the statist
 """
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
 import gblm
-from gblm import Method, Pattern, Statistics, llm, methods
+from gblm import llm, methods
 from gblm.llm.adapters import adapter
 from gblm.methods import solve
-from gblm.report import LinearReport
-from gblm.walk.inputs import Inputs
+from gblm.methods.solve import lent
 
 LENGTH, EVALUATED, DRAWS = 64, 120, 3
 WINDOWS = (2, 8, 32, 128)
@@ -33,32 +31,9 @@ TRIALS = {
 }
 
 
-class OfTheLayer(solve.Solve):
-    """Gives an expert with few inputs the statistics of all experts of its layer."""
-
-    def groups(
-        self,
-        groups: list[Inputs],
-        patterns: Mapping[str, Pattern],
-        gradients: Mapping[str, Statistics],
-    ) -> list[LinearReport]:
-        """Solve the linears of some groups."""
-        known = [inputs.statistics for inputs in groups]
-        for inputs in groups:
-            linear = inputs.group[0]
-            if linear.routed and inputs.statistics.positions < solve.FEWEST:
-                for other, own in zip(groups, known, strict=True):
-                    if other is not inputs and other.group[0].parameter is linear.parameter:
-                        inputs.statistics = inputs.statistics + own
-        return super().groups(groups, patterns, gradients)
-
-
-def tried(method: Method, fallback: str) -> Method:
-    """Return a method with another fall-back."""
-    if fallback == "magnitude":
-        return method
-    options = {own.name: getattr(method.steps[0], own.name) for own in fields(method.steps[0])}
-    return replace(method, steps=(OfTheLayer(**options), *method.steps[1:]))
+def no_one_lends(groups: Any) -> dict[str, Any]:
+    """Leave every expert its own statistics."""
+    return {}
 
 
 def main() -> None:
@@ -78,14 +53,15 @@ def main() -> None:
     for name in args.methods.split(","):
         for title, (fewest, fallback, experts) in TRIALS.items():
             solve.FEWEST, row = fewest, []
+            solve.lent = lent if fallback == "layer" else no_one_lends
             for count in WINDOWS:
                 found = []
                 for seed in range(DRAWS):
                     model.load_state_dict(dense)
                     ids = llm.calibration("demo", tokenizer, count, LENGTH, seed)
-                    own = tried(methods.make(name), fallback)
-                    see = adapter(model, experts)
-                    gblm.prune(model, {"input_ids": ids}, own, args.sparsity, adapter=see)
+                    given = {"adapter": adapter(model, experts)}
+                    method = methods.make(name)
+                    gblm.prune(model, {"input_ids": ids}, method, args.sparsity, **given)
                     found.append(llm.perplexity(model, windows))
                 row.append(f"{torch.tensor(found).mean():.2f}")
             print(f"| {name} | {title} |", " | ".join(row), "|", flush=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gblm.base import GblmError, Pattern, Solver, Statistics, Step
 from gblm.machine import processes
@@ -88,6 +90,7 @@ class Solve(Step):
 
         Each process solves some of them and sends what it found.
         """
+        notes = lent(groups) if self.needs else {}
         linears = [(linear, inputs) for inputs in groups for linear in inputs.group]
         solved: dict[int, tuple[Tensor, LinearReport]] = {}
         for i, (linear, inputs) in enumerate(linears):
@@ -101,7 +104,7 @@ class Solve(Step):
         for i, (linear, _) in enumerate(linears):
             weight = solved[i][0] if i in solved else torch.empty_like(linear.weight)
             linear.weight.copy_(processes.sent(weight, i % processes.world()))
-        return [reports[i] for i in range(len(linears))]
+        return [replace(reports[i], **notes.get(x.name, {})) for i, (x, _) in enumerate(linears)]
 
     def linear(
         self,
@@ -165,3 +168,23 @@ class Solve(Step):
             stream = 2 * n * (2 * footprint.stream + footprint.widest)
         work = max(solving, footprint.micro * footprint.kept // len(footprint.blocks))
         return total + Cost(memory=stream + max(statistics) + work)
+
+
+def lent(groups: list[Inputs]) -> dict[str, dict[str, Any]]:
+    """Give experts with few inputs the statistics of all experts of their layer.
+
+    Returns what the report says of them, by name.
+    """
+    layers: dict[nn.Parameter, list[Statistics]] = defaultdict(list)
+    for inputs in groups:
+        layers[inputs.group[0].parameter].append(inputs.statistics)
+    notes: dict[str, dict[str, Any]] = {}
+    for inputs in groups:
+        linear, count = inputs.group[0], inputs.statistics.positions
+        layer = layers[linear.parameter]
+        total = sum(own.positions for own in layer)
+        if linear.routed and linear.parameter.ndim > 2 and count < FEWEST <= total:
+            inputs.statistics = replace(reduce(add, layer), samples=inputs.statistics.samples)
+            note = f"by the inputs of all experts of its layer, for it has {count}"
+            notes |= {own.name: {"note": note, "positions": count} for own in inputs.group}
+    return notes

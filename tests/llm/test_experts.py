@@ -18,6 +18,7 @@ from gblm.llm import demo
 from gblm.llm.__main__ import main
 from gblm.llm.adapters import adapter
 from gblm.maths.patterns import parse
+from gblm.methods import solve
 from gblm.report import Report
 from gblm.walk.blocks import Block
 from gblm.walk.gradients import sweep
@@ -108,6 +109,21 @@ def test_every_expert_has_all_inputs(make, method):
     assert {linear.positions for linear in experts} == {SAMPLES * LENGTH}
     assert not any(linear.note for linear in experts)
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_experts_with_few_inputs_are_lent_those_of_their_layer(monkeypatch):
+    # Each token goes to one expert: together they see what `--experts all` shows to each.
+    monkeypatch.setattr(solve, "FEWEST", SAMPLES * LENGTH)
+    masks = []
+    for experts in ("routed", "all"):
+        model = qwen()
+        given = {"adapter": adapter(model, experts)}
+        report = gblm.prune(model, {"input_ids": IDS}, methods.wanda(), "0.5", **given)
+        masks.append(model.model.layers[0].mlp.experts.gate_up_proj == 0)
+        lent = [linear for linear in report.linears if linear.note]
+        assert len(lent) == (16 if experts == "routed" else 0)
+        assert all(f"for it has {linear.positions}" in linear.note for linear in lent)
+    assert torch.equal(*masks)
 
 
 def test_a_model_without_experts_is_refused(make_llama):
