@@ -267,7 +267,7 @@ def examine(task: str, family: str, names: list[str], patterns: list[str]) -> Re
                 if whole and name == names[0] and pattern == patterns[0]:
                     assert reloads(model)
             except Exception as error:
-                own = isinstance(error, gblm.GblmError)
+                own = isinstance(error, gblm.GblmError | TimeoutError)
                 result.errors[f"{name} {pattern}"] = ("" if own else "TRACEBACK ") + reason(error)
             finally:
                 signal.alarm(0)
