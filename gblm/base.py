@@ -126,6 +126,18 @@ class Step(ABC):
     def visit(self, visit: Any) -> None:
         """Work on one block: a `gblm.walk.visit.Visit` gives its calls, its inputs, its targets."""
 
+    def check_model(self, walk: Any) -> None:
+        """Raise `GblmError` where the step cannot work on the model of a `gblm.walk.walk.Walk`."""
+        return
+
+    def begin(self, walk: Any) -> Any:
+        """Return what the step must know of the dense model at the end, before the first block."""
+        return None
+
+    def end(self, walk: Any, known: Any) -> None:
+        """Work on the whole model after the last block; known: what `begin` has returned."""
+        return
+
     @abstractmethod
     def cost(self, footprint: Any) -> Any:
         """Return the `Cost` of all blocks of a model, by its `gblm.walk.footprint.Footprint`."""
@@ -197,6 +209,8 @@ class Adapter:
     loss(model, hidden, batch): the loss of every sample `[samples]`, through the model's own head.
     unpad(batch): the samples of a batch one by one, `[1, …]` each, cut to their real positions;
         None where no sample has padding.
+    logits(model, hidden, batch): what the loss is of, `[samples, …, classes]`, through the head;
+        None for a model that is not to be distilled.
     everywhere(block): lets every expert of a block see all positions for a time, while what the
         block gives stays the same; by default each sees those that are sent to it.
     config(model): the settings that its class makes it of, by name, and what makes one of changed
@@ -213,3 +227,4 @@ class Adapter:
         Callable[[nn.Module], tuple[dict[str, Any], Callable[[dict[str, Any]], nn.Module]]] | None
     ) = None
     batch: Callable[..., Batch] = lambda model, data: data
+    logits: Callable[[nn.Module, Any, Batch], Tensor] | None = None

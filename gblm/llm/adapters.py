@@ -57,8 +57,8 @@ def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
                 f"{type(model).__name__} has no experts that all tokens could be sent to; leave "
                 "--experts all out"
             )
-        return Adapter(blocks, trunk, loss, unpad, everywhere, config, batch_of)
-    return Adapter(blocks, trunk, loss, unpad, config=config, batch=batch_of)
+        return Adapter(blocks, trunk, loss, unpad, everywhere, config, batch_of, logits)
+    return Adapter(blocks, trunk, loss, unpad, config=config, batch=batch_of, logits=logits)
 
 
 def config(model: nn.Module) -> tuple[dict[str, Any], Any]:
@@ -265,6 +265,11 @@ def loss(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
     encoder-decoder those in their place, of a classifier one for each sample. Without them they are
     the window itself for a causal model, and for a classifier what it says.
     """
+    return losses(model, logits(model, hidden, batch), batch)
+
+
+def logits(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Return the logits `[n, …, classes]` of a model's own head, from what it takes."""
     if not _ends(model) or bare(model):
         raise GblmError(
             f"{type(model).__name__} has no head, and so no loss to take gradients of; choose a "
@@ -274,8 +279,8 @@ def loss(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
     below = _ends(model) + [encoder] * (encoder is not model)
     with _replay(below, hidden):
         output = model(**inputs_of(model, batch))
-    logits = output.logits if hasattr(output, "logits") else output.prediction_logits
-    return losses(model, logits, batch)
+    found: Tensor = output.logits if hasattr(output, "logits") else output.prediction_logits
+    return found
 
 
 def losses(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:

@@ -20,6 +20,7 @@ from gblm.maths import scores
 from gblm.maths import sparsegpt as _sparsegpt
 from gblm.maths.allocation import ALLOCATIONS
 from gblm.maths.scores import NORMS, Factor, Score, lift
+from gblm.methods.distill import Distill
 from gblm.methods.refine import Refine
 from gblm.methods.regional import Regional
 from gblm.methods.solve import Solve, SolverCost
@@ -135,13 +136,15 @@ def best(
     focus: float = 0.5,
     mix: float = 0.5,
     refine: float = 0.75,
+    distill: float = 0.0,
 ) -> Method:
     """Choose by gradients which weights go, and re-fit the rest by least squares.
 
     `admm` on one group of linears after the other, each on the inputs that the pruned ones before
     it make, towards mix·dense + (1 − mix)·own outputs; positions weighted by their gradients
     (focus), the budget spread over the linears by them (allocation), and every block refined
-    (refine: passes over the samples). Gradients are those of an eighth of the samples.
+    (refine: passes over the samples). Gradients are those of an eighth of the samples. distill:
+    passes over the samples that fit the whole model to the dense one's logits afterwards.
     docs/benchmarks.md shows what each part is worth.
 
     Raises `GblmError` where focus or mix is outside [0, 1], refine below 0, the allocation unknown.
@@ -159,8 +162,10 @@ def best(
         _admm_cost,
         narrow=True,
     )
-    method = Method("best", (step,), allocation, "layer", share=0.125)
-    return refined(method, refine)
+    method = refined(Method("best", (step,), allocation, "layer", share=0.125), refine)
+    if not 0 <= distill < math.inf:
+        raise GblmError(f"distill {distill:g} is no number of passes; 1 is the usual one")
+    return replace(method, steps=(*method.steps, Distill(float(distill)))) if distill else method
 
 
 def refined(method: Method, passes: float) -> Method:
@@ -172,7 +177,10 @@ def refined(method: Method, passes: float) -> Method:
         raise GblmError(f"refine {passes:g} is no number of passes; 1 is the usual one")
     steps = tuple(step for step in method.steps if not isinstance(step, Refine))
     focus = max((getattr(step, "focus", 0.0) for step in steps), default=0.0)
-    return replace(method, steps=(*steps, Refine(float(passes), focus)) if passes else steps)
+    if passes:
+        at = sum(not isinstance(step, Distill) for step in steps)  # which comes last
+        steps = (*steps[:at], Refine(float(passes), focus), *steps[at:])
+    return replace(method, steps=steps)
 
 
 METHODS: dict[str, Callable[..., Method]] = {

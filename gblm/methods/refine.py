@@ -20,7 +20,7 @@ from gblm.walk.call import Call, first_differentiable, part, place
 from gblm.walk.footprint import Footprint
 from gblm.walk.visit import Visit
 
-RATE = 0.01  # of Adam, times the mean size of the weights of a tensor
+RATE = 0.01  # see `Tuned`
 POSITIONS = 512  # about so many in a step
 JUDGED = 4  # steps whose samples tell whether it was worth it
 ENERGY = 64  # entries of the goal whose size is measured at a time
@@ -48,7 +48,7 @@ class Refine(Step):
         return frozenset({DENSE_OUTPUTS} | ({"grad_position"} if self.focus else set()))
 
     def visit(self, visit: Visit) -> None:
-        tuned = Tuned(visit.block)
+        tuned = Tuned([visit.block])
         try:
             # The outputs of the last group are the block's, or added to it.
             weights = visit.weights(visit.block.groups[-1], self.focus)
@@ -67,7 +67,7 @@ class Refine(Step):
         judged = fit.pieces[:: max(1, len(fit.pieces) // JUDGED)]
         before = fit.judge(judged)
         with tuned.learning():
-            for index in _order(len(fit.pieces), steps):
+            for index in order(len(fit.pieces), steps):
                 fit.differentiate(fit.pieces[index])
                 tuned.advance(optimiser, schedule)
         if not fit.judge(judged) < before:
@@ -89,26 +89,26 @@ class Refine(Step):
 
 
 class Tuned:
-    """The parameters of a block that are fitted: linears where they are not 0, vectors whole.
+    """The parameters of blocks that are fitted: linears where they are not 0, vectors whole.
 
-    values: in fp32, for the optimiser. keep: 1 where a weight may change, None for all of them.
+    values: in fp32, for the optimiser. keep: where a weight may change. rate: of the optimiser,
+    times the mean size of the weights of a tensor.
     """
 
-    def __init__(self, block: Block) -> None:
-        self.weights = list(dict.fromkeys(linear.parameter for linear in block.linears))
-        known = set(self.weights)
-        self.parameters = self.weights + [
-            p
-            for p in block.module.parameters()
-            if p.ndim == 1 and p.is_floating_point() and p not in known
-        ]
+    def __init__(self, blocks: list[Block], rate: float = RATE) -> None:
+        linears = [linear for block in blocks for linear in block.linears]
+        self.weights = list(dict.fromkeys(linear.parameter for linear in linears))
+        known, own = set(self.weights), (p for block in blocks for p in block.module.parameters())
+        vectors = (p for p in own if p.ndim == 1 and p.is_floating_point() and p not in known)
+        self.parameters = self.weights + list(dict.fromkeys(vectors))
+        self.rate = rate
         self.before = [parameter.detach().clone() for parameter in self.parameters]
         self.reset()
 
     def reset(self) -> None:
         """Take the parameters as they are."""
         self.values = [wide(parameter.detach()).clone() for parameter in self.parameters]
-        self.keep = [wide(weight.detach() != 0) for weight in self.weights]
+        self.keep = [weight.detach() != 0 for weight in self.weights]
 
     def undo(self) -> None:
         """Give the parameters the values they had."""
@@ -132,7 +132,7 @@ class Tuned:
         groups = []
         for values in self.values:
             kept = max(1, int((values != 0).sum()))
-            groups.append({"params": [values], "lr": RATE * values.abs().sum().item() / kept})
+            groups.append({"params": [values], "lr": self.rate * values.abs().sum().item() / kept})
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         warm = max(1, steps // 10)
 
@@ -198,7 +198,7 @@ class Fit:
         self.pieces = _together(self.calls, each)
         rows = sum(len(goal) for goal in self.goals)
         energy = sum(_error(x, weights).item() * len(x) for x in _chunks(self.goals))
-        self.scale = _mean(energy / rows) or 1.0
+        self.scale = mean(energy / rows) or 1.0
 
     def losses(self, piece: list[Piece]) -> Iterator[Tensor]:
         """Yield the loss of a piece in parts that memory has room for; they add up to it."""
@@ -222,7 +222,7 @@ class Fit:
     def judge(self, pieces: list[list[Piece]]) -> float:
         """Return the mean loss of some pieces, the same in all processes."""
         with torch.no_grad():
-            return _mean(sum(loss.item() for piece in pieces for loss in self.losses(piece)))
+            return mean(sum(loss.item() for piece in pieces for loss in self.losses(piece)))
 
 
 def _together(calls: list[Call], each: int) -> list[list[Piece]]:
@@ -257,12 +257,13 @@ def _chunks(goals: list[Tensor]) -> Iterator[Tensor]:
         start = stop
 
 
-def _mean(value: float) -> float:
+def mean(value: float) -> float:
+    """Return the mean of a value of all processes."""
     values = processes.gathered(value)
     return sum(values) / len(values)
 
 
-def _order(pieces: int, steps: int) -> list[int]:
+def order(pieces: int, steps: int) -> list[int]:
     """Return the pieces of so many steps, each pass over them in an order of its own."""
     draw = torch.Generator().manual_seed(0)
     rounds = -(-steps // pieces)

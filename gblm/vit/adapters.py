@@ -24,8 +24,8 @@ STEMS = ("patch_embed", "stem")  # before the blocks, though some are built of l
 def adapter(model: nn.Module) -> Adapter:
     """Return the adapter of an image classifier: its blocks are found, not listed."""
     if hasattr(model, "forward_features"):
-        return Adapter(blocks, trunk, loss, config=timm_config, batch=batch_of)
-    return Adapter(blocks, heads, heads_loss, config=config, batch=batch_of)
+        return Adapter(blocks, trunk, loss, config=timm_config, batch=batch_of, logits=head)
+    return Adapter(blocks, heads, heads_loss, config=config, batch=batch_of, logits=mean_head)
 
 
 def timm_config(model: nn.Module) -> tuple[dict[str, Any], Any]:
@@ -145,6 +145,17 @@ def loss(model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
     with _all_heads(model):
         logits = model.forward_head(hidden)  # type: ignore[operator]
     return heads_loss(model, logits if isinstance(logits, tuple) else (logits,), batch)
+
+
+def head(model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
+    """Return the logits `[n, classes]` of timm's head in evaluation, from what it takes."""
+    found: Tensor = model.forward_head(hidden)  # type: ignore[operator]
+    return found
+
+
+def mean_head(model: nn.Module, logits: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    """Return the mean logits `[n, classes]` of a model's heads."""
+    return torch.stack(logits).mean(dim=0)
 
 
 def heads(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:

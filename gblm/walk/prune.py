@@ -55,7 +55,12 @@ class Pruning:
     zeros: float = SHARE
 
     def __post_init__(self) -> None:
-        """Find the linears that cannot have the pattern; raises `GblmError` for many."""
+        """Find the linears that cannot have the pattern; raises `GblmError` for many.
+
+        And where a step cannot work on the model.
+        """
+        for step in self.method.steps:
+            step.check_model(self.walk)
         self.unfit = unfit(self.walk.blocks, self.method, self.pattern, self.own)
         blocks = [block.name for block in self.walk.blocks]
         self.report = Report(self.method.name, self.pattern.name, blocks=blocks)
@@ -98,7 +103,10 @@ class Pruning:
         log.debug("%s, %s, micro-batches of %d", self.method.name, self.pattern.name, micro)
         beside = "cross_gram" in self.method.needs
         with clock(report.seconds, "prune"), memory_errors():
+            known = [step.begin(self.walk) for step in self.method.steps]
             forward(self.walk, self.visit, chosen, self.gradients, beside)
+            for step, own in zip(self.method.steps, known, strict=True):
+                step.end(self.walk, own)
             if self.narrowing:
                 self.narrowing.apply()
         report.left = sum(own.numel() for own in self.walk.model.parameters())
