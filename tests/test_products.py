@@ -205,7 +205,8 @@ def test_the_masks_are_those_of_linear_layers(pair, method, pattern, monkeypatch
                 continue
             weight = found[f"layers.{i}.{part}"]
             assert torch.equal(weight == 0, linear.weight == 0), (i, part)
-            torch.testing.assert_close(weight, linear.weight.detach(), rtol=1e-6, atol=1e-8)
+            # Conjugate gradients on a few inputs make more of the rounding of sums in another order.
+            torch.testing.assert_close(weight, linear.weight.detach(), rtol=1e-5, atol=1e-8)
 
 
 def test_an_expert_with_few_inputs_is_pruned_by_magnitude_and_says_so():

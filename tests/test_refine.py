@@ -111,11 +111,11 @@ def test_a_block_that_fails_in_the_middle_is_as_it_was(llama, batch, made, fails
     before = {name: value.clone() for name, value in llama.state_dict().items()}
     calls = []
 
-    def solve(weight, statistics, pattern):
+    def solve(weight, statistics, pattern, **options):
         calls.append(1)
         if len(calls) > fails_at:
             raise GblmError("planted")
-        return solver(weight, statistics, pattern)
+        return solver(weight, statistics, pattern, **options)
 
     solver, planted = solved_by(made, solve)
     with pytest.raises(GblmError, match="planted"):
