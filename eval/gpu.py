@@ -3,6 +3,7 @@
     python eval/gpu.py --part kernels --write docs/benchmarks.md
     python eval/gpu.py --part 7b --write docs/benchmarks.md
     python eval/gpu.py --part offload --write docs/benchmarks.md
+    python eval/gpu.py --part zeros --write docs/what-zeros-buy.md
 
 Each part runs alone and takes minutes; none reads a model or a data set. `--device cpu --tiny` goes
 through all of it with toy sizes, the kernels by Triton's interpreter, whose times mean nothing.
@@ -16,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import gblm
 from gblm import methods
+from gblm.gains import said
 from gblm.machine.device import peak_memory
 from gblm.machine.offload import offloaded
 from gblm.walk.gradients import sweep
@@ -325,6 +327,25 @@ def offload_part(sizes: Sizes, device: torch.device, pattern: str) -> str:
     )
 
 
+def zeros_part(sizes: Sizes, device: torch.device) -> str:
+    """Return what 2:4 buys: every linear by trial, and a forward pass before and after."""
+    model = made(replace(sizes, blocks=min(sizes.blocks, 4)), device, device)
+    keep = gblm.parse("2:4").keep
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features != sizes.vocabulary:
+            module.weight.data[~keep(module.weight.abs().float())] = 0
+    ids = samples(sizes, device)["input_ids"][:1, :512]
+    with torch.no_grad():
+        dense = seconds(lambda: model(ids), device)
+        tried = "\n".join(f"    {line}" for line in said(gblm.gains(model)))
+        swapped = gblm.accelerate(model, positions=ids.shape[1])
+        ratio = seconds(lambda: model(ids), device) / dense
+    return (
+        f"{shape(model, sizes)}, of which one, cut to {ids.shape[1]}, is forwarded; 2:4:\n\n"
+        f"{tried}\n\n{swapped}.\nA forward pass then takes {ratio:.2f} of the dense time.\n"
+    )
+
+
 def machine(device: torch.device) -> str:
     """Return the device and the versions of what runs on it."""
     import transformers
@@ -341,7 +362,12 @@ def main() -> None:
     """Read the flags, measure a part or all, print the text and write it where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--part", choices=["kernels", "7b", "offload", "all"], default="all", help="[%(default)s]")
+    add(
+        "--part",
+        choices=["kernels", "7b", "offload", "zeros", "all"],
+        default="all",
+        help="[%(default)s]",
+    )
     add("--device", default="cuda", help="[%(default)s]")
     add("--tiny", action="store_true", help="toy sizes, to try the script")
     add("--pattern", default="0.5", help="of the model's parts [%(default)s]")
@@ -358,8 +384,10 @@ def main() -> None:
         "kernels": lambda: kernels_part(sizes, device),
         "7b": lambda: model_part(sizes, device, args.pattern, args.methods.split(",")),
         "offload": lambda: offload_part(sizes, device, args.pattern),
+        "zeros": lambda: zeros_part(sizes, device),
     }
     titles = {"kernels": "the kernels", "7b": "LLaMA-2-7B's shape", "offload": "offloaded weights"}
+    titles["zeros"] = "what 2:4 buys"
     for name in parts if args.part == "all" else [args.part]:
         text = f"{parts[name]()}\n{machine(device)}\n"
         tables.publish(text, args.write, f"gpu-{name}", f"## GPU: {titles[name]}")

@@ -37,9 +37,11 @@ from transformers import (
 )
 
 from gblm.command.settings import parse
+from gblm.gains.__main__ import main as try_zeros
 from gblm.llm.__main__ import SIDE as LLM
 from gblm.llm.__main__ import main as prune_llm
 from gblm.methods import METHODS
+from gblm.packed.__main__ import main as pack
 from gblm.report.__main__ import main as show
 from gblm.vit.__main__ import SIDE as VIT
 from gblm.vit.__main__ import main as prune_vit
@@ -80,7 +82,9 @@ SHORT = {
     ],
     "zero_shot.py": ["--limit", "1"],
     "imagenet.py": [],
+    "zeros.py": ["--length", "16", "--new", "4", "--seconds", "0"],
 }
+TOOLS = {"gblm.report": show, "gblm.gains": try_zeros, "gblm.packed": pack}
 SIDES = {"gblm.llm": (prune_llm, LLM), "gblm.vit": (prune_vit, VIT)}
 TASKS = {  # an item of each of the paper's tasks
     "boolq": {"question": "is it so", "passage": "It is.", "answer": True},
@@ -261,8 +265,8 @@ def python(words: list[str]) -> None:
     """Run `python -m MODULE …` or `python eval/SCRIPT.py …` in this process."""
     if words[0] == "-m" and words[1] in SIDES:
         return exits(lambda: SIDES[words[1]][0](shortened(words[1], words[2:])))
-    if words[:2] == ["-m", "gblm.report"]:
-        return exits(lambda: show(words[2:]))
+    if words[0] == "-m" and words[1] in TOOLS:
+        return exits(lambda: TOOLS[words[1]](words[2:]))
     script = ROOT / words[0]
     assert script.parent == ROOT / "eval", f"no way is known to run python {words[0]}"
     before, sys.argv = sys.argv, [words[0], *shortened(script.name, words[1:])]

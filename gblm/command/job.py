@@ -20,6 +20,7 @@ from gblm.command.settings import ZEROS, Recipe, Settings
 from gblm.gains import accelerate, gains
 from gblm.machine.bars import bars
 from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
+from gblm.machine.export import export
 from gblm.machine.files import claimed, locked, weights_size, written_beside
 from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
@@ -112,6 +113,10 @@ class Opened(ABC):
     def uses(self, model: nn.Module) -> dict[str, Callable[[], Any]]:
         """Return what a model is used for, by name, to measure how quick it is."""
         return {}
+
+    def graph(self) -> tuple[nn.Module, Tensor]:
+        """Return the model from one tensor to another, and a sample `[1, …]` of the first."""
+        raise GblmError("--export: this kind of models has no such form; do without it")
 
     def loading(self, folder: Path) -> str:
         """Return the Python that loads what was saved."""
@@ -347,6 +352,9 @@ def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradi
         with written_beside(folder) as beside:
             with clock(report.seconds, "save"):
                 job.opened.save(beside)
+            if settings.export:
+                exported = export(settings.export, *job.opened.graph(), beside)
+                report.notes = [*report.notes, exported]
             if settings.format == "packed":
                 alone = plain_share(beside)
                 note = f"{pack_there(beside)}; zstd alone makes {alone:.0%} of the ordinary file"

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from gblm.base import GblmError, one_of
 from gblm.machine.device import COMPUTE_DTYPES, DTYPES
+from gblm.machine.export import EXPORTS
 from gblm.machine.files import write_text
 from gblm.machine.offload import OFFLOADS
 from gblm.machine.processes import world
@@ -40,7 +41,7 @@ MEASURES = ("speed",)
 RUNTIMES = ("dense", "semi-structured")
 FORMATS = ("safetensors", "packed")
 ZEROS = {"auto": 0.05, "always": 0.0, "never": 1.0}  # by the share of a linear that is 0
-LISTS = ("methods", "patterns", "allocations")
+LISTS = ("methods", "patterns", "allocations", "gains")
 EXITS = "exit codes: 0 done, 2 something given is wrong (the message says what), 130 interrupted"
 
 
@@ -208,6 +209,8 @@ class Settings:
     """for the pruned model and its report.json"""
     format: Annotated[str, OUTPUT(Value(offers=FORMATS), "FORMAT")] = "safetensors"
     """of the output; packed is smaller on disk alone [safetensors]"""
+    export: Annotated[str, OUTPUT(Value(offers=EXPORTS), "FORM")] = ""
+    """onnx, or coreml of image classifiers: the result for other runtimes, beside it"""
     report: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
     """write an HTML report to DIR"""
     overwrite: Annotated[bool, OUTPUT()] = False
@@ -225,7 +228,7 @@ class CommandLine:
     config: Annotated[Path | None, HELP(replace(PATH, offers="file"), "FILE")] = None
     """a TOML file of flags, such as the config.toml of a result"""
     list: Annotated[str | None, HELP(Value(offers=LISTS), "WHAT")] = None
-    """say what there is: methods, patterns, allocations"""
+    """say what there is: methods, patterns, allocations; what zeros buy: gains"""
     completion: Annotated[str | None, HELP(Value(offers=SHELLS), "SHELL")] = None
     """a script for bash, zsh or tcsh"""
     version: Annotated[bool, HELP()] = False

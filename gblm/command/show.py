@@ -58,10 +58,22 @@ PATTERNS = [
     ("heads:0.25", "a quarter of the attention heads; those that share keys and values together"),
     ("neurons:0.25+2:4", "units of several kinds, and a pattern of what is left of the weights"),
 ]
+GAINS = [  # docs/what-zeros-buy.md has the whole table, measured by eval/zeros.py
+    ("0.5, 0.7", "no gain in memory, on a CPU or on a GPU; a smaller file by --format packed"),
+    (
+        "2:4",
+        "no gain on a CPU; on a GPU at many positions: --runtime semi-structured tries",
+    ),
+    ("structured", "smaller and quicker everywhere, in proportion to what is gone"),
+    ("--format packed", "linears on disk: 38 % of bfloat16 at 0.5, 37 % at 2:4, 24 % at 0.7"),
+    ("--also int8", "half the file and the memory; on a CPU quicker decoding under torch.compile"),
+    ("on your machine", "python -m gblm.gains PRUNED, or --measure speed"),
+]
 LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "methods": methods,
     "patterns": lambda: PATTERNS,
     "allocations": lambda: _first_sentences(ALLOCATIONS),
+    "gains": lambda: GAINS,
 }
 
 

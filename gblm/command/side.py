@@ -22,6 +22,7 @@ from gblm.command.job import Job, Opened, Run, compare, scratch, work_folder
 from gblm.command.measure import dense_copy
 from gblm.command.settings import S, Settings, completion, filled, keeps, make_app, parse, recipe
 from gblm.machine.device import DTYPES, find_compute_dtype, find_device
+from gblm.machine.export import check_export
 from gblm.machine.files import check_output, check_report
 from gblm.machine.processes import launched, rank, world
 from gblm.maths import patterns
@@ -165,8 +166,11 @@ def command(side: Side[S], settings: S) -> None:
     settings = filled(settings, **side.usual)
     if not settings.calibration:
         raise GblmError("nothing to calibrate on; give a folder or a data set by --calibration")
-    if settings.format == "packed" and not settings.output:
-        raise GblmError("--format packed is a form of the result; name a folder by --output")
+    if (settings.format == "packed" or settings.export) and not settings.output:
+        form = f"--export {settings.export}" if settings.export else "--format packed"
+        raise GblmError(f"{form} is a form of the result; name a folder by --output")
+    if settings.export:
+        check_export(settings.export)
     if settings.runtime != "dense" and not settings.measure:
         raise GblmError(f"--runtime {settings.runtime} is there to be measured; --measure speed")
     runs = find_runs(settings)
@@ -254,8 +258,11 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Path, title: st
     seconds: dict[str, float] = {}
     device = find_device(settings.device)
     opened = side.load(settings, device, scratch(work), seconds)
-    if settings.measure and opened.offload:
-        raise GblmError("--measure speed takes a model that is on the device as a whole")
+    if opened.offload and (settings.measure or settings.export):
+        flag = "--measure speed" if settings.measure else f"--export {settings.export}"
+        raise GblmError(f"{flag} takes a model that is on the device as a whole")
+    if settings.export:
+        opened.graph()  # raises where it cannot be had
     blocks = survey(opened.model, opened.batch, opened.adapter)
     dense = [text.removesuffix("=dense") for text in settings.pattern_for if "=dense" in text]
     choose(blocks, list(settings.include), [*settings.exclude, *dense])

@@ -45,6 +45,8 @@ def dense(dtype: torch.dtype, weight: Tensor, x: Tensor) -> Work:
 
 def int8(weight: Tensor, x: Tensor) -> Work:
     """Return the product with a weight of 8 bits, a scale for each output."""
+    if weight.shape[1] % 16:
+        raise ValueError("torch's kernel reads beyond the rows of such a weight")
     scale = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
     rounded = (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
     return partial(torch._weight_int8pack_mm, x.bfloat16(), rounded, scale)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor, nn
 
 from gblm import llm
 from gblm.base import Batch, GblmError
@@ -119,6 +120,14 @@ class Language(Opened):
             count = {"min_new_tokens": new, "max_new_tokens": new}
             found[f"{new} tokens"] = partial(model.generate, **given, **count, do_sample=False)
         return found
+
+    def graph(self) -> tuple[nn.Module, Tensor]:
+        """Return the model from ids to logits, and a window of 16 tokens."""
+        if self.settings.export == "coreml":
+            raise GblmError("--export coreml is for image classifiers; a language model has onnx")
+        if set(self.batch) != {"input_ids"}:
+            raise GblmError("--export onnx is for models of text alone; do without it")
+        return llm.adapters.Logits(self.model), self.batch["input_ids"][:1, :16].long()
 
     def some(self, count: int, length: int) -> dict[str, Any]:
         """Return so many calibration samples, plain windows cut to a length, as inputs."""

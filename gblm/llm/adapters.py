@@ -342,6 +342,19 @@ def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.sum(dim=1) / counts
 
 
+class Logits(nn.Module):
+    """A model of text from ids `[n, t]` to logits alone, without a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the logits."""
+        output: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return output
+
+
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return what the model takes of a batch; ids of any whole number, as torch's embedding not.
 

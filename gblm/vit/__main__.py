@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gblm import vit
 from gblm.base import Batch, GblmError
@@ -87,6 +87,10 @@ class Classifier(Opened):
         images, own = self.batch["images"], next(model.parameters())
         chosen = {count: images[torch.arange(count) % len(images)].to(own) for count in (1, 16)}
         return {f"forward of {count}": partial(model, some) for count, some in chosen.items()}
+
+    def graph(self) -> tuple[nn.Module, Tensor]:
+        """Return the model from images to logits, and an image."""
+        return vit.adapters.Logits(self.model), self.batch["images"][:1]
 
     def loading(self, folder: Path) -> str:
         return vit.models.loading(self.model, folder, self.settings.format == "packed")

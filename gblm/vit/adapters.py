@@ -106,6 +106,18 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+class Logits(nn.Module):
+    """An image classifier whose output is the logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits `[n, classes]`."""
+        return logits(self.model, images)
+
+
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks of a model by name: the modules of its lists that hold linears.
 

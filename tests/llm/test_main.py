@@ -42,6 +42,7 @@ FLAGS = [
     "--exact-match",
     "--exclude",
     "--experts",
+    "--export",
     "--format",
     "--gradient-dtype",
     "--gradients",
