@@ -92,6 +92,8 @@ def test_a_folder_comes_back_byte_for_byte(folder: Path, tmp_path: Path):
     assert json.loads((small / "config.json").read_text())["quantization_config"]
     gblm.unpack(small, again)
     assert contents(again) == contents(folder)
+    gblm.pack(again, tmp_path / "small again")
+    assert contents(tmp_path / "small again") == contents(small)
 
 
 def test_a_changed_byte_is_found_and_named(tmp_path: Path):

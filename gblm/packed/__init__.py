@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import zstandard
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gblm.base import GblmError
@@ -146,8 +145,23 @@ def pack_file(source: Path, target: Path) -> Sizes:
     with source.open("rb") as stream:
         header = stream.read(int.from_bytes(stream.read(8), "little"))
     metadata = {"format": "pt", "header": header.decode(), "crc32": str(zlib.crc32(header))}
-    save_file(packed, target, metadata=metadata)
+    _write(target, packed, metadata)
     return sizes
+
+
+def _write(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of bytes `[n]` by name; the same ones give the same file."""
+    header: dict[str, Any] = {"__metadata__": metadata}  # which safetensors writes in any order
+    end = 0
+    for name, own in packed.items():
+        offsets = [end, end := end + own.numel()]
+        header[name] = {"dtype": "U8", "shape": [own.numel()], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for own in packed.values():
+            stream.write(own.numpy().data)
 
 
 def read_packed(path: Path) -> dict[str, Tensor]:
