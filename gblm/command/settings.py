@@ -210,7 +210,7 @@ class Settings:
     format: Annotated[str, OUTPUT(Value(offers=FORMATS), "FORMAT")] = "safetensors"
     """of the output; packed is smaller on disk alone [safetensors]"""
     export: Annotated[str, OUTPUT(Value(offers=EXPORTS), "FORM")] = ""
-    """onnx, or coreml of image classifiers: the result for other runtimes, beside it"""
+    """onnx, or coreml of classifiers: the result for other runtimes, beside it"""
     report: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
     """write an HTML report to DIR"""
     overwrite: Annotated[bool, OUTPUT()] = False

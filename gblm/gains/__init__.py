@@ -30,7 +30,6 @@ POSITIONS = (1, 128)
 SECONDS = 0.02  # of each way
 INT4_GROUP = 32  # neighbours that share a scale
 BEST = 0.95  # of the dense time; above it there is no gain
-# Only on these devices; the others everywhere.
 ON_CUDA = ("2:4", "FP8 2:4")
 Work = Callable[[], Any]
 
@@ -112,11 +111,8 @@ def ways(weight: Tensor) -> dict[str, Callable[[Tensor, Tensor], Work]]:
     halves = [dtype for dtype in CPU_PRODUCTS if has_products(weight.device, dtype)]
     dtypes = dict.fromkeys([weight.dtype, torch.float32, *halves])
     found = {name(dtype): partial(dense, dtype) for dtype in dtypes}
-    fits = {way: way not in ON_CUDA or two_of_four(weight) for way in WAYS}
-    on_cuda = weight.device.type == "cuda"
-    return found | {
-        way: make for way, make in WAYS.items() if fits[way] and (on_cuda or way not in ON_CUDA)
-    }
+    fits = weight.device.type == "cuda" and two_of_four(weight)
+    return found | {way: make for way, make in WAYS.items() if fits or way not in ON_CUDA}
 
 
 def name(dtype: torch.dtype) -> str:
