@@ -34,6 +34,7 @@ OF_LANGUAGE = [
     "--evaluate-windows",
     "--also",
     "--exact-match",
+    "--experts",
     "--length",
     "--trust-remote-code",
     "--task-data",
