@@ -3,6 +3,7 @@
 import importlib
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -310,3 +311,10 @@ def test_an_interrupt_is_one_whatever_native_code_makes_of_it(capsys: pytest.Cap
     with pytest.raises(ValueError, match="a bug"):
         guarded(failing(ValueError("a bug")))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = f"{sys.executable} -m gblm.llm --list methods | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1

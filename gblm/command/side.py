@@ -1,6 +1,7 @@
 """A side: what a kind of models brings to the one command, and that command from flags to runs."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -96,6 +97,10 @@ def guarded(work: Callable[[], None]) -> int:
     try:
         with _Interrupts() as interrupts:
             work()
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read it, as `head` does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return _interrupted()
     except Exception as error:
