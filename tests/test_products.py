@@ -205,7 +205,7 @@ def test_the_masks_are_those_of_linear_layers(pair, method, pattern, monkeypatch
                 continue
             weight = found[f"layers.{i}.{part}"]
             assert torch.equal(weight == 0, linear.weight == 0), (i, part)
-            # Conjugate gradients on a few inputs make more of the rounding of sums in another order.
+            # Conjugate gradients on a few inputs make more of rounding in another order.
             torch.testing.assert_close(weight, linear.weight.detach(), rtol=1e-5, atol=1e-8)
 
 
