@@ -14,6 +14,7 @@ import gblm
 from gblm import methods, vit
 from gblm.base import Statistics
 from gblm.maths import admm, patterns, structure
+from gblm.walk.journal import Journal
 from gblm.walk.narrow import Narrowing
 from gblm.walk.units import find_units
 from gblm.walk.walk import Walk
@@ -286,6 +287,22 @@ def test_a_config_that_cannot_state_fewer_heads_is_refused_before_work():
         gblm.GblmError, match=r"heads:0.5: the config of OPTForCausalLM cannot state"
     ):
         gblm.prune(model, WORDS, methods.make("wanda"), "heads:0.5")
+
+
+def test_a_run_that_is_resumed_gives_the_same_narrow_model(make_llama, make_batch, prune, tmp_path):
+    method, key, found = methods.make("best"), {"run": "one"}, []
+    for resume in (False, True):
+        model = make_llama()
+        journal = Journal(tmp_path / "run", key, resume)
+        if resume:
+            assert journal.finished
+            journal.finished.pop()
+            journal.entries = journal.entries[: -len(journal.entries) // 3]
+        prune(model, make_batch(), method, "neurons:0.25", journal=journal)
+        found.append(model.state_dict())
+    assert found[0]["model.layers.2.mlp.down_proj.weight"].shape == (32, 36)
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
 
 
 def test_a_model_gets_its_blocks_back(llama, make_batch):

@@ -13,7 +13,7 @@ from gblm.base import GblmError, Pattern, one_of
 
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
-UNITS = ("neurons", "heads", "blocks")
+UNITS = ("neurons", "heads")
 UNIT = re.compile(r"([a-z]+):(\d*\.?\d+)")
 KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
 ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
@@ -66,7 +66,7 @@ def nm(n: int, m: int) -> Pattern:
 
 
 def structured(units: dict[str, float], then: Pattern | None = None) -> Pattern:
-    """Remove whole units, the share of each kind: "neurons", "heads", "blocks".
+    """Remove whole units, the share of each kind: "neurons", "heads".
 
     then: the pattern of what is left. Raises `GblmError` where a kind is unknown or a share is
     outside (0, 1).
