@@ -21,12 +21,13 @@ from gblm.gains import accelerate, gains
 from gblm.machine.bars import bars
 from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.export import export
-from gblm.machine.files import claimed, locked, weights_size, written_beside
+from gblm.machine.files import claimed, locked, weights_size, write_text, written_beside, zeros
 from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
 from gblm.maths import patterns
 from gblm.packed import pack_there, plain_share
 from gblm.report import Evaluation, Examples, Report, clock, merged
+from gblm.report.card import card, push
 from gblm.report.masks import pictures
 from gblm.walk.blocks import Block, Snapshot, by_name, choose
 from gblm.walk.gradients import first, sweep
@@ -96,6 +97,7 @@ class Opened(ABC):
     calibration: str = ""
     offload: Offload | None = None
     notes: list[str] = field(default_factory=list)
+    origin: Path | None = None  # the folder of the dense model
     stored: torch.dtype = torch.float32
 
     @abstractmethod
@@ -352,6 +354,7 @@ def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradi
         with written_beside(folder) as beside:
             with clock(report.seconds, "save"):
                 job.opened.save(beside)
+            report.file_zeros = zeros(beside)
             if settings.export:
                 exported = export(settings.export, *job.opened.graph(), beside)
                 report.notes = [*report.notes, exported]
@@ -362,8 +365,13 @@ def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradi
                 report.notes = [*report.notes, f"{note}; {loaded}"]
             if report.speed:
                 report.speed["file"]["pruned"] = weights_size(beside)
+            report.file_bytes = weights_size(beside)
             report.write(beside)
+            about = (job.opened.origin, job.recipe.program, folder, settings.push_to_hub)
+            write_text(beside / "README.md", card(report, *about))
             job.recipe.write(beside, **run.flags, **gradients.flags)
+        if settings.push_to_hub:
+            push(folder, settings.push_to_hub)
     if settings.report:
         from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
 

@@ -205,6 +205,8 @@ class Settings:
     """of a former run: the gradients in its --work-dir"""
     gradient_dtype: Annotated[str, SCALE(Value(offers=DTYPES), "DTYPE")] = "float32"
     """of gradients in a folder [float32]"""
+    push_to_hub: Annotated[str, OUTPUT(TEXT, "OWNER/NAME")] = ""
+    """upload the result, with its model card, to this repository of the hub"""
     output: Annotated[Path | None, OUTPUT(PATH, "DIR")] = None
     """for the pruned model and its report.json"""
     format: Annotated[str, OUTPUT(Value(offers=FORMATS), "FORMAT")] = "safetensors"
@@ -219,6 +221,12 @@ class Settings:
     """say what a run would do and take; nothing is run"""
     verbose: Annotated[int, OUTPUT(name=("-v", "--verbose"), count=True, allow_repeating=None)] = 0
     """a line for every block; twice for details"""
+
+    @property
+    def dense(self) -> list[str]:
+        """The names of the linears that stay dense."""
+        ends = (text.removesuffix("=dense") for text in self.pattern_for if text.endswith("=dense"))
+        return [*self.exclude, *ends]
 
 
 @dataclass(frozen=True, kw_only=True)

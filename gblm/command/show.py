@@ -137,8 +137,17 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
         print(f"{time(seconds)} in all, {size(memory)} of memory at the peak")
     for note in reports[-1].notes:
         print(note)
+    for report in reports:
+        for data, entry in report.evaluation.items():
+            if broken(entry):
+                print(
+                    f"warning: {report.method}, {report.pattern} has likely broken the model "
+                    f"({data} {shown(entry, 'dense')} → {shown(entry, 'pruned')}); try --method "
+                    "best, a lower sparsity, or more --samples of text or pictures like its own"
+                )
     if settings.output:
-        print(f"written to {settings.output}")
+        of = f"{size(reports[-1].file_bytes)} of weights, {reports[-1].file_zeros:.1%} of them 0"
+        print(f"written to {settings.output}: {of}{' each' if len(reports) > 1 else ''}")
     if settings.report:
         print(f"report in {settings.report / 'report.html'}")
 
@@ -146,16 +155,28 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
 def pruned_part(report: Report) -> Iterator[str]:
     """Yield which part of the model was pruned, and what was pruned otherwise or not at all."""
     whole, inside = (report.weights / max(1, n) for n in (report.parameters, report.block_weights))
-    yield f"sparsity is of {whole:.0%} of the model's weights, {inside:.0%} of those in its blocks"
+    share = report.sparsity * whole
+    yield (
+        f"sparsity is that of the pruned linears, {inside:.0%} of the weights in the blocks; "
+        f"{share:.1%} of all weights are 0"
+    )
     if report.narrower:
         left = report.left / report.parameters
         yield f"narrower: {report.left:,} of {report.parameters:,} parameters are left, {left:.1%}"
-    reasons = Counter(reason for reason in report.dense.values() if inside < 0.995)
+    reasons = Counter(reason for reason in report.dense.values() if inside < 0.95)
     for reason, count in reasons.most_common(3):
         name = next(name for name, own in report.dense.items() if own == reason)
         yield f"dense: {name}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
     if few := [linear for linear in report.linears if linear.note]:
         yield f"{few[0].name}{f' and {len(few) - 1} more' if few[1:] else ''}: {few[0].note}"
+
+
+def broken(entry: dict[str, Any]) -> bool:
+    """Say whether a model is likely of no use: twice the perplexity, or half of the answers."""
+    dense, pruned = entry["dense"], entry["pruned"]
+    if entry["metric"] == "perplexity":
+        return not pruned <= 2 * dense
+    return entry["metric"] in ("top1", "exact_match") and pruned < dense / 2
 
 
 def shown(entry: dict[str, Any], when: str) -> str:
@@ -175,7 +196,7 @@ def plan(
     Raises `GblmError` where a run cannot have its pattern, or no linear is left to prune.
     """
     settings = opened.settings
-    choose(footprint.blocks, list(settings.include), list(settings.exclude))
+    choose(footprint.blocks, list(settings.include), settings.dense)
     for run in runs:
         unfit(footprint.blocks, run.method, run.pattern)
     offload = find_offload(settings.offload, footprint.weights, device) != "none"

@@ -30,6 +30,7 @@ from gblm.maths import patterns
 from gblm.methods import make, options_of, refined
 from gblm.methods import parse as parse_method
 from gblm.report import check_pages, versions
+from gblm.report.card import check_hub
 from gblm.walk.blocks import choose
 from gblm.walk.footprint import Footprint, footprint
 from gblm.walk.survey import survey
@@ -179,6 +180,10 @@ def command(side: Side[S], settings: S) -> None:
     if settings.runtime != "dense" and not settings.measure:
         raise GblmError(f"--runtime {settings.runtime} is there to be measured; --measure speed")
     runs = find_runs(settings)
+    if settings.push_to_hub:
+        if not settings.output or len(runs) > 1:
+            raise GblmError("--push-to-hub takes the result of one run; name its --output")
+        check_hub(settings.push_to_hub)
     check_folders(settings)
     with launched(settings.device) as device:
         settings = replace(settings, device=device)
@@ -269,8 +274,7 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Path, title: st
     if settings.export:
         opened.graph()  # raises where it cannot be had
     blocks = survey(opened.model, opened.batch, opened.adapter)
-    dense = [text.removesuffix("=dense") for text in settings.pattern_for if "=dense" in text]
-    choose(blocks, list(settings.include), [*settings.exclude, *dense])
+    choose(blocks, list(settings.include), settings.dense)
     if not any((settings.output, settings.report, settings.evaluate)):
         log.warning("nothing of the result is kept or measured; add --output DIR or --evaluate")
     names = {dtype: name for name, dtype in DTYPES.items()}

@@ -175,6 +175,7 @@ def load(
         offload=offload,
         stored=checkpoint(settings).dtype() or next(model.parameters()).dtype,
         tasks=tasks,
+        origin=checkpoint(settings).folder(),
         **data,
     )
 

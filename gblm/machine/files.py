@@ -57,6 +57,16 @@ def weights_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def zeros(folder: Path) -> float:
+    """Return the share of the numbers in the safetensors of a folder that is exactly 0."""
+    found = whole = 0
+    for file in folder.glob("*.safetensors"):
+        for name in tensor_shapes(file):
+            tensor = read_tensors(file, [name])[name]
+            found, whole = found + int((tensor == 0).sum()), whole + tensor.numel()
+    return found / max(1, whole)
+
+
 def check_depth(model: str | Path, blocks: int, what: str, tensors: int) -> None:
     """Raise `GblmError` where a config names more blocks than its checkpoint can hold.
 

@@ -139,6 +139,8 @@ class Report:
     allocation: str = "uniform"
     parameters: int = 0  # numbers in the whole model,
     left: int = 0  # and in the pruned one, where it is known
+    file_bytes: int = 0  # of the weights that were written
+    file_zeros: float = 0.0  # the share of the numbers in them that is 0
     block_weights: int = 0  # numbers in the matrices of its blocks
     compute_dtype: str = ""  # of products in which fp32 blocks are computed
     calibration: str = ""  # what the samples are

@@ -136,6 +136,7 @@ def load(
         stored=source.dtype or torch.float32,
         sets=sets,
         source=source,
+        origin=source.folder,
     )
 
 
