@@ -23,6 +23,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -64,6 +65,9 @@ STAND_INS = {
     "openai/clip-vit-base-patch32": "tiny-clip",
     "vit_base_patch16_224": "tiny-vit",
     "google/vit-base-patch16-224": "tiny-vit-of-transformers",
+    "HuggingFaceTB/SmolLM2-135M": "tiny-llama",
+    "flowers/train": "images",
+    "flowers/val": "images",
     "c4": "notes.txt",
     "wikitext2": "notes.txt",
     "imagenet/train": "images",
@@ -144,6 +148,10 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     shutil.copytree(llama, tmp_path / "tiny-llama")
     tokenizer = AutoTokenizer.from_pretrained(llama, eos_token="Ā")  # zero-shot prompts begin so
     tokenizer.save_pretrained(tmp_path / "tiny-llama")
+    state = load_file(images.parent / "tiny" / "model.safetensors")
+    torch.save(state, tmp_path / "flowers.pth")
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers" / "train").symlink_to(images)
     save_moe(tmp_path / "tiny-moe", tokenizer)
     save_llava(tmp_path / "tiny-llava", tmp_path)
     save_clip(tmp_path / "tiny-clip")
@@ -308,6 +316,7 @@ def pip(words: list[str]) -> None:
 
 HEADS = {
     "python": python,
+    "gblm": lambda words: python(["-m", f"gblm.{words[0]}", *words[1:]]),
     "gblm-llm": lambda words: python(["-m", "gblm.llm", *words]),
     "gblm-vit": lambda words: python(["-m", "gblm.vit", *words]),
     "torchrun": torchrun,

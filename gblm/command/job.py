@@ -167,8 +167,8 @@ class Job:
     def own(self, run: Run) -> dict[str, Pattern]:
         """Return the patterns of single linears, which `--pattern-for` gives them by name."""
         given = dict(text.rpartition("=")[::2] for text in self.opened.settings.pattern_for)
-        found = by_name(self.blocks, {name: text for name, text in given.items() if name})
-        named = {name: text for name, text in found.items() if text not in (None, "dense")}
+        found = by_name(self.blocks, {n: text for n, text in given.items() if text != "dense"})
+        named = {name: text for name, text in found.items() if text is not None}
         return {name: patterns.parse(text, run.method.group) for name, text in named.items()}
 
     def weight(self, name: str) -> Tensor:
