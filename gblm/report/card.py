@@ -59,7 +59,7 @@ def check_hub(name: str) -> None:
     """Raise `GblmError` where a result cannot go to a repository of the hub: before any work."""
     if not REPOSITORY.fullmatch(name):
         raise GblmError(f"--push-to-hub {name} is no repository; give OWNER/NAME")
-    with explained("the hub does not know you", "log in by `hf auth login`, or set HF_TOKEN"):
+    with explained("the hub does not know you", "log in by `hf auth login`"):
         HfApi().whoami()
 
 

@@ -211,7 +211,7 @@ def test_a_dry_run_and_an_offloaded_one_work_alike(images: Path, tmp_path: Path)
     files = []
     for offload in ("none", "cpu", "disk"):
         output = tmp_path / offload
-        more = ["--offload", offload, "--output", str(output), "--unlabelled"]
+        more = ["--method", "gblm", "--offload", offload, "--output", str(output), "--unlabelled"]
         assert main(command(tmp_path / "tiny", images, *more)) == 0
         files.append((output / "model.safetensors").read_bytes())
     assert files[0] == files[1] == files[2]
