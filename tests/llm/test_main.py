@@ -61,6 +61,7 @@ FLAGS = [
     "--output",
     "--overwrite",
     "--pattern-for",
+    "--push-to-hub",
     "--refine",
     "--report",
     "--resume",
