@@ -1,11 +1,9 @@
 """Small models and batches that the tests share."""
 
 import gc
-import importlib
 import json
 import os
 import pickle
-import pkgutil
 import stat
 import sys
 import tempfile
@@ -17,11 +15,6 @@ from typing import Any
 # The tests run beside each other, and threads of one would wait for those of the others. Where a
 # test wants two, they wait asleep.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-# Coverage counts the lines of gblm/ where they run at import and in the calls of tests, and is
-# spared all else: the libraries, the collection, what comes between the tests.
-TRACER = sys.gettrace()
-sys.settrace(None)
 
 import torch
 
@@ -38,18 +31,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-sys.settrace(TRACER)
-
-import gblm
 from gblm import Method, Report, Statistics
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Journal
 from gblm.walk.prune import Pruning, method_pattern
 from gblm.walk.walk import Walk
-
-for module in pkgutil.walk_packages(gblm.__path__, "gblm."):
-    importlib.import_module(module.name)
-sys.settrace(None)
 
 VOCABULARY = 64
 
@@ -66,13 +52,17 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
-    """Count the lines that the call of a test runs, unless it is marked untraced."""
-    if pyfuncitem.get_closest_marker("untraced") is None:
-        sys.settrace(TRACER)
+    """Spare a test that is marked untraced the count of its lines, which takes time.
+
+    The mark no_cover of pytest-cov leaves a second tracer running in the processes of pytest-xdist.
+    """
+    tracer = sys.gettrace()
+    if pyfuncitem.get_closest_marker("untraced") is not None:
+        sys.settrace(None)
     try:
         return (yield)
     finally:
-        sys.settrace(None)
+        sys.settrace(tracer)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -64,7 +64,7 @@ def test_a_mask_and_dropout_are_left_to_torch(left, plain, monkeypatch):
     inputs = drawn(2, 1, 5, 5)
     assert (attention._Attention(*inputs, **left).plain() is not None) == plain
     assert attention._Attention(*(x.float() for x in inputs), **left).plain() is None
-    monkeypatch.setattr(attention, "SCORES", 2 * 5 * 5 - 1)
+    monkeypatch.setattr(attention, "SCORES", 5 * 5 - 1)
     assert attention._Attention(*inputs, **left).plain() is None
 
 

@@ -181,7 +181,7 @@ def swept(llm: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(llm: list[str]) -> list[str]:
     given = llm[1:]
     given[given.index("--windows")] = "--evaluate-windows"
-    return [*given, "--backward", "blocks"]
+    return [*given, "--method", "gblm", "--backward", "blocks"]
 
 
 @pytest.mark.parametrize("case", [*DAMAGES, *SWEEP_DAMAGES])

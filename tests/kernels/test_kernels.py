@@ -219,8 +219,9 @@ def test_statistics_are_summed_alike_with_and_without(names, x, dy, taken, monke
     found = summed()
     assert len(calls) == taken
     assert (found.samples, found.positions) == (expected.samples, expected.positions)
+    rtol = 2**-7 if dy == torch.bfloat16 else 1e-4  # one rounds the gradient of a sample to dY's
     for name in names:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["wanda", "gblm", "gradient"])

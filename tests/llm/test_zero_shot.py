@@ -196,7 +196,7 @@ def command(llm: list[str], *more: str) -> list[str]:
 
 def tasked(llm: list[str], data: Path, output: Path, *more: str) -> list[str]:
     tasks = ["--tasks", ",".join(ITEMS), "--task-data", str(data), "--task-limit", str(LIMIT)]
-    return command(llm, *tasks, "--output", str(output), *more)
+    return command(llm, *tasks, "--method", "gblm", "--output", str(output), *more)
 
 
 def evaluation(output: Path) -> dict[str, dict[str, Any]]:

@@ -70,7 +70,7 @@ def moe() -> nn.Module:
 
 def tokens(samples: int = SAMPLES) -> Batch:
     draw = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(64, (samples, 24), generator=draw)}
+    return {"input_ids": torch.randint(64, (samples, 96), generator=draw)}
 
 
 def classifier(make: Callable[..., nn.Module]) -> nn.Module:

@@ -72,7 +72,8 @@ def command(folder: Path, images: Path, *more: str) -> list[str]:
 
 def test_result_loads_in_timm_and_says_what_happened(folder: Path, images: Path, tmp_path: Path):
     output = tmp_path / "pruned"
-    assert main(command(folder, images, "--output", str(output), "--evaluate", str(images))) == 0
+    given = ["--method", "gblm", "--output", str(output), "--evaluate", str(images)]
+    assert main(command(folder, images, *given)) == 0
     model = timm.create_model(f"local-dir:{output}", pretrained=True)
     file = output / "model.safetensors"
     for name, weight in timm.models.load_state_dict(str(file)).items():
@@ -183,7 +184,7 @@ BAD = {
     "too few images": (["--samples", "13"], "12 images"),
     "unknown method": (["--method", "sparsegtp"], "did you mean 'sparsegpt'"),
     "m not dividing": (["--sparsity", "2:5"], "blocks.0.attn.qkv [96, 32]"),
-    "alpha": (["--alpha", "much"], "neither auto nor a number"),
+    "alpha": (["--method", "gblm", "--alpha", "much"], "neither auto nor a number"),
 }
 
 
