@@ -90,8 +90,9 @@ class Pattern:
     `keep(score [out, in])` returns the keep-mask `[out, in]` of the highest scores the pattern
     allows; `check(shape)` raises `GblmError` where a weight of that shape cannot have the pattern.
     `window` is the number of neighbouring inputs that must be chosen together (m of n:m), None
-    where a solver may choose; `kept` is how many of them stay (n). `patterns.parse(name)` gives the
-    pattern back.
+    where a solver may choose; `kept` is how many of them stay (n). `units` names the kinds of whole
+    units that go, with their shares, and `then` is the pattern of what they leave.
+    `patterns.parse(name)` gives the pattern back.
     """
 
     name: str
@@ -142,8 +143,9 @@ class Step(ABC):
     def cost(self, footprint: Any) -> Any:
         """Return the `Cost` of all blocks of a model, by its `gblm.walk.footprint.Footprint`."""
 
-    def check(self, pattern: Pattern) -> None:  # noqa: B027
+    def check(self, pattern: Pattern) -> None:
         """Raise `GblmError` where it cannot give a model a pattern."""
+        return
 
     def key(self) -> dict[str, str]:
         """Return what tells this step from another in the journal of a run: its options."""

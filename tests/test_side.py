@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from gblm import GblmError
 from gblm.command import settings as shell
-from gblm.command.side import guarded, main
+from gblm.command.side import main
+from gblm.machine.program import guarded
 
 MODELS = '''
 """Classifiers of sounds: load and save."""

@@ -1,15 +1,10 @@
 """A side: what a kind of models brings to the one command, and that command from flags to runs."""
 
 import logging
-import os
-import signal
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import current_thread, main_thread
-from types import FrameType
 from typing import Any, Generic
 
 import torch
@@ -26,6 +21,7 @@ from gblm.machine.device import DTYPES, find_compute_dtype, find_device
 from gblm.machine.export import check_export
 from gblm.machine.files import check_output, check_report
 from gblm.machine.processes import launched, rank, world
+from gblm.machine.program import guarded
 from gblm.maths import patterns
 from gblm.methods import make, options_of, refined
 from gblm.methods import parse as parse_method
@@ -36,6 +32,8 @@ from gblm.walk.footprint import Footprint, footprint
 from gblm.walk.survey import survey
 
 log = logging.getLogger(__name__)
+
+INTERRUPTED = "finished runs were kept, the unfinished one was discarded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ class Side(Generic[S]):
 
 def main(side: Side[S], argv: Sequence[str] | None = None) -> int:
     """Run the command of a side, by `sys.argv` where there is no `argv`; return its exit code."""
-    return guarded(lambda: answer(side, argv))
+    return guarded(lambda: answer(side, argv), INTERRUPTED)
 
 
 def answer(side: Side[S], argv: Sequence[str] | None) -> None:
@@ -91,53 +89,6 @@ def answer(side: Side[S], argv: Sequence[str] | None) -> None:
     else:
         with logged(settings.verbose):
             command(side, settings)
-
-
-def guarded(work: Callable[[], None]) -> int:
-    """Return the exit code of a command: 0, 2 for an error of the user's, 130 for Ctrl-C."""
-    try:
-        with _Interrupts() as interrupts:
-            work()
-            sys.stdout.flush()
-    except BrokenPipeError:  # who read it, as `head` does, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return _interrupted()
-    except Exception as error:
-        # Native code that Ctrl-C meets may turn it into an error of its own.
-        if interrupts.seen:
-            return _interrupted()
-        if not isinstance(error, GblmError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _interrupted() -> int:
-    print("interrupted: finished runs were kept, the unfinished one was discarded", file=sys.stderr)
-    return 130
-
-
-class _Interrupts:
-    """Remembers, while it is entered, whether Ctrl-C was pressed; it raises as it always does."""
-
-    seen = False
-
-    def __enter__(self) -> "_Interrupts":
-        self.before = signal.getsignal(signal.SIGINT)
-        if self.before is signal.default_int_handler and current_thread() is main_thread():
-            signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if signal.getsignal(signal.SIGINT) == self._note:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        signal.default_int_handler(number, frame)
 
 
 @contextmanager

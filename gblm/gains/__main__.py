@@ -1,6 +1,5 @@
 """`python -m gblm.gains`: what the zeros of a pruned folder buy on this machine, by trial."""
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from gblm.base import GblmError
 from gblm.gains import said, trial
 from gblm.machine.device import find_device
 from gblm.machine.files import read_tensors
+from gblm.machine.program import guarded, make_parser
 from gblm.packed import packed_files, read_packed, weight_files
 from gblm.report import Report
 
@@ -26,25 +26,23 @@ exit codes: 0 done, 2 something given is wrong (the message says what)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = make_parser(
         "python -m gblm.gains",
-        description="Try what the zeros of a pruned model buy on this machine.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "Try what the zeros of a pruned model buy on this machine.",
+        EXAMPLES,
     )
     parser.add_argument("folder", type=Path, help="a folder that --output wrote, packed or not")
     parser.add_argument("--device", default="auto", help="[a GPU where there is one]")
     args = parser.parse_args(argv)
-    try:
-        device = find_device(args.device)
-        weights = {name: own.to(device) for name, own in linears(args.folder).items()}
-        print(f"{args.folder} on {device}, {torch.get_num_threads()} threads; dense, and ratios:")
-        print("\n".join(said(trial(weights))))
-    except GblmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded(lambda: run(args.folder, args.device))
+
+
+def run(folder: Path, named: str) -> None:
+    """Try the linears of a folder on a device, and print what came out."""
+    device = find_device(named)
+    weights = {name: own.to(device) for name, own in linears(folder).items()}
+    print(f"{folder} on {device}, {torch.get_num_threads()} threads; dense, and ratios:")
+    print("\n".join(said(trial(weights))))
 
 
 def linears(folder: Path) -> dict[str, Tensor]:

@@ -1,11 +1,10 @@
 """`python -m gblm.packed`: write the packed form of a folder, or a packed one as it was."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gblm.base import GblmError
+from gblm.machine.program import guarded, make_parser
 from gblm.packed import pack, unpack
 
 EXAMPLES = """\
@@ -19,27 +18,23 @@ exit codes: 0 done, 2 something given is wrong (the message says what)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m gblm.packed",
-        description="Pack a folder of .safetensors, or unpack it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = make_parser(
+        "python -m gblm.packed", "Pack a folder of .safetensors, or unpack it.", EXAMPLES
     )
     parser.add_argument("what", choices=["pack", "unpack"])
     parser.add_argument("folder", type=Path, help="the folder of a model")
     parser.add_argument("out", type=Path, help="the folder to write, which is not there yet")
     args = parser.parse_args(argv)
-    try:
-        if args.what == "pack":
-            print(pack(args.folder, args.out))
-        else:
-            unpack(args.folder, args.out)
-    except GblmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"written to {args.out}")
-    return 0
+    return guarded(lambda: run(args.what, args.folder, args.out))
+
+
+def run(what: str, folder: Path, out: Path) -> None:
+    """Pack or unpack a folder into another, and say so."""
+    if what == "pack":
+        print(pack(folder, out))
+    else:
+        unpack(folder, out)
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

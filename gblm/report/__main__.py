@@ -1,6 +1,5 @@
 """`python -m gblm.report`: the page of a run, or of several side by side, from their folders."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from urllib.parse import quote
 
 from gblm.base import GblmError
 from gblm.machine.files import write_text
+from gblm.machine.program import guarded, make_parser
 from gblm.report import Report, check_pages
 
 EXAMPLES = """\
@@ -23,24 +23,15 @@ exit codes: 0 done, 2 something given is wrong (the message says what)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m gblm.report",
-        description="Show a run, or compare several, on one page.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = make_parser(
+        "python -m gblm.report", "Show a run, or compare several, on one page.", EXAMPLES
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of --output or --report")
     output = "the page to write [%(default)s]"
     parser.add_argument("--output", type=Path, default=Path("report.html"), help=output)
     parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
     args = parser.parse_args(argv)
-    try:
-        run(args.runs, args.output, args.overwrite)
-    except GblmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded(lambda: run(args.runs, args.output, args.overwrite))
 
 
 def run(paths: list[Path], output: Path, overwrite: bool) -> None:
