@@ -166,6 +166,7 @@ def load(
     side.check_folders(settings, model)
     llm.models.check_causal(model, data["batch"])
     count, length = size(data["batch"]), llm.models.length_of(data["batch"])
+    stored = checkpoint(settings).dtype() or next(model.parameters()).dtype
     what = "pairs" if "pixel_values" in data["batch"] else f"windows of {length} tokens"
     return Language(
         settings=replace(settings, length=length) if what != "pairs" else settings,
@@ -173,7 +174,8 @@ def load(
         adapter=llm.adapters.adapter(model, settings.experts),
         calibration=f"{count} {what} from {settings.calibration}",
         offload=offload,
-        stored=checkpoint(settings).dtype() or next(model.parameters()).dtype,
+        notes=llm.models.conversions(checkpoint(settings), stored),
+        stored=stored,
         tasks=tasks,
         origin=checkpoint(settings).folder(),
         **data,

@@ -6,10 +6,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -52,8 +54,9 @@ ERRORS = {
 class Checkpoint:
     """A model in a local folder or on the hub, by its name, there with `@revision` or without.
 
-    Its own code runs only with `trust_remote_code`, weights other than safetensors are read only
-    with `allow_pickle`. Raises `GblmError` for what is missing or damaged as it is asked for.
+    A name that ends in `/FILE.gguf` is that file of it, which transformers dequantises. Its own
+    code runs only with `trust_remote_code`, weights other than safetensors are read only with
+    `allow_pickle`. Raises `GblmError` for what is missing or damaged as it is asked for.
     """
 
     name: str
@@ -61,9 +64,15 @@ class Checkpoint:
     allow_pickle: bool = False
 
     @property
+    def gguf(self) -> str:
+        """The GGUF file that the name ends in, empty for none."""
+        return Path(self.name).name if self.name.endswith(".gguf") else ""
+
+    @property
     def local(self) -> Path:
         """The folder that the name would be locally."""
-        return Path(self.name).expanduser()
+        path = Path(self.name).expanduser()
+        return path.parent if self.gguf else path
 
     @property
     def options(self) -> dict[str, Any]:
@@ -71,24 +80,35 @@ class Checkpoint:
         if self.local.exists():
             place: dict[str, Any] = {"pretrained_model_name_or_path": str(self.local)}
         else:
-            name, _, revision = self.name.partition("@")
+            name, _, revision = self.name.removesuffix(f"/{self.gguf}").partition("@")
             place = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+        if self.gguf:
+            place["gguf_file"] = self.gguf
         return place | {"trust_remote_code": self.trust_remote_code}
 
     def check(self) -> None:
         """Raise `GblmError` where a local folder is missing, empty or damaged."""
         name, folder = self.name, self.local
+        if self.gguf and not (find_spec("gguf") and hasattr(transformers, "GgufConfig")):
+            way = "pip install 'gblm[gguf]', or give a folder of safetensors"
+            raise GblmError(f"model {name} is read with gguf, which is not installed; {way}")
         if not folder.exists():
             # The hub has models without an owner too, such as gpt2.
-            if name.count("/") > 1 or name.startswith((".", "/", "~")):
+            if name.count("/") > 1 + bool(self.gguf) or name.startswith((".", "/", "~")):
                 raise GblmError(f"model {name}: no such folder; give a folder or a hub name")
+            return
+        if self.gguf:
+            if not (folder / self.gguf).is_file():
+                raise GblmError(f"model {name}: no such file; give a GGUF file, or a folder")
             return
         if not folder.is_dir():
             raise GblmError(f"model {name} is a file; give the folder that holds config.json")
         if not any(folder.iterdir()):
             raise GblmError(f"model folder {name} is empty; give one that save_pretrained wrote")
         if not (folder / "config.json").is_file():
-            raise GblmError(f"model folder {name} has no config.json; give one of save_pretrained")
+            own = next(folder.glob("*.gguf"), None)
+            way = f"name {own}" if own else "give one of save_pretrained"
+            raise GblmError(f"model folder {name} has no config.json; {way}")
         if packed_files(folder):
             way = "python -m gblm.packed unpack writes its ordinary form; prune that"
             raise GblmError(f"model folder {name} is packed; {way}")
@@ -130,9 +150,12 @@ class Checkpoint:
         self, config: PreTrainedConfig, dtype: torch.dtype | str
     ) -> tuple[Any, dict[str, Any]]:
         """Return the model in main memory, and which of its weights were missing or others."""
+        options = self.options
+        if self.gguf:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with self._explained():
             return auto_class(config).from_pretrained(
-                **self.options,
+                **options,
                 dtype=dtype,
                 use_safetensors=None if self.allow_pickle else True,
                 output_loading_info=True,
@@ -159,6 +182,8 @@ class Checkpoint:
 
         Raises `GblmError` where some are quantised, or are those of an adapter.
         """
+        if self.gguf:
+            return Source()
         files = self.files()
         kept = {name for file in set(files.values()) for name in _narrow(file)}
         scales = {
@@ -184,6 +209,8 @@ class Checkpoint:
         Of a single file and an index the file is read, as transformers does; raises `GblmError`
         where they lie side by side in a local folder and name other files.
         """
+        if self.gguf:
+            return {}
         single = self._file(SAFE_WEIGHTS_NAME)
         shards = {} if single and not self.local.exists() else self.shards()
         if single and set(shards.values()) - {SAFE_WEIGHTS_NAME}:

@@ -137,6 +137,14 @@ def silence() -> None:
     logging.disable_progress_bar()
 
 
+def conversions(checkpoint: Checkpoint, dtype: torch.dtype) -> list[str]:
+    """Return what else a reader must know: that a result has another form than its source."""
+    if not (name := checkpoint.gguf):
+        return []
+    dtype_name = str(dtype).removeprefix("torch.")
+    return [f"{name} was dequantised: the result is a folder of safetensors in {dtype_name}"]
+
+
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     """Return the dtype that a config states for its checkpoint, float32 where it states none."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
