@@ -12,7 +12,8 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal --cov
+	$(BIN)/python -m slipcover --json --out .coverage.json -m pytest -n logical --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m slipcover --merge .coverage.json --out .coverage.json --skip-covered --fail-under 90
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -26,4 +27,4 @@ test: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info .coverage.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

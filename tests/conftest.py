@@ -5,9 +5,8 @@ import json
 import os
 import pickle
 import stat
-import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,21 +47,6 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what is there before the first test: the libraries."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
-    """Spare a test that is marked untraced the count of its lines, which takes time.
-
-    The mark no_cover of pytest-cov leaves a second tracer running in the processes of pytest-xdist.
-    """
-    tracer = sys.gettrace()
-    if pyfuncitem.get_closest_marker("untraced") is not None:
-        sys.settrace(None)
-    try:
-        return (yield)
-    finally:
-        sys.settrace(tracer)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -70,7 +70,6 @@ def check_count(linears: list[Weighed], pattern: str, counts: list[int]) -> None
     assert ":" in pattern or short <= 0.001 * total
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("pattern", ["0.42", "0.666", "0.4321/layer", "0.8/layer", "2:4", "3:16"])
 @pytest.mark.parametrize("name", allocation.ALLOCATIONS)
 def test_the_count_of_the_model_is_the_budget(name, pattern):

@@ -47,7 +47,7 @@ def test_it_is_the_attention_of_torch(heads, length, others, causal, scale, scor
         found = results(inputs, **options)
     for own, other in zip(found, (x.detach() for x in wanted), strict=True):
         assert own.dtype == torch.bfloat16
-        bound = 0.03 * other.abs().max().item() + 1e-3
+        bound = 0.05 * other.abs().max().item() + 1e-3
         torch.testing.assert_close(own.double(), other, rtol=0, atol=bound)
 
 

@@ -161,7 +161,6 @@ def test_gradients_are_those_of_each_sample(whole, backward, micro_batch):
         torch.testing.assert_close(found[name]["grad_abs"], total)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("micro_batch", [pytest.param(1, marks=pytest.mark.slow), 4])

@@ -357,7 +357,6 @@ def run(page: str) -> None:
             assert language == "text", f"no way is known to run a block of {language!r}"
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("page", [page for page in PAGES if "```" in page.read_text()], ids=named)
 def test_a_page_runs(page: Path, reader: Path):
     run(page.read_text())

@@ -207,7 +207,6 @@ def test_the_work_folder_is_sound_where_nothing_is_damaged(cut_folder, llm, seal
 # Degenerate models, from Python
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize(
     "pattern",

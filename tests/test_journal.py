@@ -57,7 +57,6 @@ def prune(model, batch, method, gradients=None, journal=None):
     return pruning.run()
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("name", "count"),
     [  # one method is cut off everywhere, the others once in the middle
@@ -163,7 +162,6 @@ def test_gradients_can_be_kept_in_half_precision(llama, batch, tmp_path):
         )
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("backward", "count"),
     [

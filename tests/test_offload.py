@@ -29,7 +29,6 @@ def offloaded(model, kind, tmp_path):
     return Offload(model, adapter(model).blocks(model), store, torch.device("cpu"))
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

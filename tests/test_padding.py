@@ -76,7 +76,6 @@ runs = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("micro_batch", [2, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @runs
@@ -89,7 +88,6 @@ def test_padding_changes_no_mask(name, backward, side, micro_batch, make_llama):
     check_same(prune(make_llama(torch.float64), batch, name, **options), expected)
 
 
-@pytest.mark.untraced
 @runs
 def test_samples_of_several_lengths_may_be_padded_on_either_side(name, backward, make_llama):
     masks = [

@@ -23,8 +23,6 @@ from gblm.walk.gradients import Gradients
 from gblm.walk.prune import Pruning, method_pattern
 from gblm.walk.walk import Walk
 
-pytestmark = pytest.mark.untraced
-
 # Every mask the published code left, by method and pattern; those of QUICK are compared by default.
 GRADIENT = [
     "gblm-l1_0.5",

@@ -186,7 +186,6 @@ def test_gradients_are_those_of_autograd(pair, backward, micro_batch):
             torch.testing.assert_close(sums["grad_sq"], total, **close)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("pattern", ["0.5", pytest.param("2:4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [*methods.METHODS, "gblm+repair"])
 def test_the_masks_are_those_of_linear_layers(pair, method, pattern, monkeypatch):

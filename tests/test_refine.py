@@ -135,7 +135,6 @@ def block_error(model: nn.Module, dense: nn.Module, batch: dict) -> float:
 QUICK = [("wanda", "2:4", False), ("sparsegpt", "0.5", False), ("best", "0.5", True)]
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("method", "pattern", "half"),
     [
@@ -172,7 +171,6 @@ def test_a_refinement_that_does_not_help_is_taken_back(llama, batch, beside):
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["uniform", "gradient", "global", "owl"])
 @pytest.mark.parametrize("pattern", ["0.5", "0.6/layer", "2:4"])
 def test_an_allocation_spends_the_budget_of_the_model(llama, batch, name, pattern):

@@ -158,7 +158,6 @@ def cases() -> list[Any]:
     return found
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(("name", "backward", "micro_batch"), cases())
 def test_a_block_has_its_own_state(name, backward, micro_batch, thread):
     model = Model(Own)
@@ -166,7 +165,6 @@ def test_a_block_has_its_own_state(name, backward, micro_batch, thread):
     assert model.faults == []
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(("name", "backward", "micro_batch"), cases())
 def test_what_a_model_sets_before_its_blocks_is_set_within(name, backward, micro_batch, thread):
     model = Model(Asking)

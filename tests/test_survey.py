@@ -286,7 +286,6 @@ def test_gradients_of_routed_linears_are_those_of_each_sample(backward, micro_ba
     assert found["layers.0.late"].positions == 8
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("micro_batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_micro_batches_change_nothing_for_routed_linears(method, micro_batch):

@@ -89,7 +89,6 @@ def test_the_checker_sees_a_lost_sample(llama64, batch):
         check_same(run_statistics(llama64, fewer, 3), run_statistics(llama64, batch, 7), 1e-3)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("backward", ["blocks", "model"])
 def test_micro_batch_never_changes_gradients(llama64, batch, backward, step):
@@ -106,7 +105,6 @@ def test_micro_batch_never_changes_gradients(llama64, batch, backward, step):
     check_same(run(step, backward), run(7, "model"), 1e-10)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("pattern", "step"),
     [
@@ -125,7 +123,6 @@ def test_micro_batch_never_changes_the_result(make_llama, batch, method, pattern
     check_same(weights(some), weights(whole), 1e-9)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_micro_batch_hardly_changes_a_refinement(make_llama, batch, step):
     # Adam's steps know no size: where a gradient is next to nothing, rounding decides on its sign.
@@ -135,7 +132,6 @@ def test_micro_batch_hardly_changes_a_refinement(make_llama, batch, step):
     check_same(weights(some), weights(whole), 1e-3)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("method", ["gblm", pytest.param("sparsegpt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("samples", "length"), [(1, 12), (8, 8), (4, 12), (3, 3), (12, 6)])
 def test_sizes_that_could_be_taken_for_one_another(make_llama, make_batch, method, samples, length):
@@ -414,7 +410,6 @@ def prune_in(
     return pruning.run()
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("place", ["memory", "file"])
 @pytest.mark.parametrize(
     ("method", "half"),

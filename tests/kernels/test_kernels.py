@@ -89,7 +89,6 @@ def test_kernels_are_for_gpus_and_at_most_32_bits():
         assert not kernels.usable(torch.ones(1).cuda().double())
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [
@@ -145,7 +144,6 @@ def test_score_mask_sees_what_is_not_finite(wrong):
     assert not score_mask.score_mask(weight, inputs, None, 1.0, 2, 4)[2]
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("rows", "size", "kept"), [(5, 100, 37), (3, 5000, 2500), (2, 4096, 1), (2, 9001, 9000)]
 )

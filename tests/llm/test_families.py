@@ -11,8 +11,6 @@ from gblm.llm.adapters import adapter
 from gblm.walk.blocks import Linear
 from gblm.walk.survey import survey
 
-pytestmark = pytest.mark.untraced
-
 SAMPLES, LENGTH, VOCABULARY = 7, 10, 96
 
 COMMON = {

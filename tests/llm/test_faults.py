@@ -298,7 +298,6 @@ def test_code_that_comes_with_a_model_is_never_run_unasked(which, model, run, se
 EVERY = ",".join([*METHODS, "gblm+repair", "wanda+sparsegpt"])
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     "zero",
     [
@@ -319,7 +318,6 @@ def test_weights_and_inputs_of_zeros_are_pruned_by_every_method(zero, model, run
             assert torch.isfinite(value).all()
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("sparsity", [0.999, pytest.param(0.001, marks=pytest.mark.slow)])
 def test_extreme_sparsities_leave_a_weight_of_each_row_or_drop_none(sparsity, model, run, sealed):
     assert run("--method", EVERY, "--sparsity", str(sparsity), "--group", "row")[0] == 0
@@ -332,7 +330,6 @@ def test_extreme_sparsities_leave_a_weight_of_each_row_or_drop_none(sparsity, mo
             assert all(k.max() <= 1 for k in kept)
 
 
-@pytest.mark.untraced
 def test_one_sample_is_enough(run):
     assert run("--samples", "1", "--method", EVERY)[0] == 0
 

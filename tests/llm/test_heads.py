@@ -17,8 +17,6 @@ from gblm.llm.adapters import adapter, unpad
 from gblm.llm.evaluate import perplexity
 from gblm.walk.survey import survey
 
-pytestmark = pytest.mark.untraced
-
 SAMPLES, LENGTH, VOCABULARY, IMAGE = 5, 8, 64, 3
 ENCODER = {
     "vocab_size": VOCABULARY,

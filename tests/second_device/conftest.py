@@ -44,11 +44,16 @@ class Process:
     def start(self) -> None:
         self.pipe, theirs = Pipe()
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        plugins = ["-p", "no:xdist", "-p", "no:cov", "-p", "no:cacheprovider"]
+        plugins = ["-p", "no:xdist", "-p", "no:cacheprovider"]
+        environment = {**os.environ, "GBLM_SECOND_DEVICE": str(theirs.fileno())}
+        if worker := os.environ.get(
+            "PYTEST_XDIST_WORKER"
+        ):  # the lines it reaches have a file of their own
+            environment["PYTEST_XDIST_WORKER"] = f"{worker}-device"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-m", "", *plugins],
             cwd=self.config.rootpath,
-            env={**os.environ, "GBLM_SECOND_DEVICE": str(theirs.fileno())},
+            env=environment,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
@@ -96,8 +101,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[PROCESS] = Process(config)
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[PROCESS].end()
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[PROCESS].end()
 
 
 @pytest.hookimpl(tryfirst=True)

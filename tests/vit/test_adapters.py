@@ -152,7 +152,6 @@ def batch_of(name: str) -> Batch:
     }
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_each_sample(name: str) -> None:
     model, batch = make(name), batch_of(name)
@@ -181,7 +180,6 @@ QUICK = ("gblm", "best")
 OTHERS = tuple(method for method in METHODS if method not in QUICK)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_prunes_all_linears_of_the_blocks(name: str, names: tuple[str, ...]) -> None:
@@ -229,7 +227,6 @@ def test_a_qkv_that_a_function_takes_is_a_linear(name: str) -> None:
     assert len(qkv) == sum(key.endswith("q_bias") for key in model.state_dict()) > 0
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["crossvit", "coat", "efficientvim"])
 def test_a_trunk_gives_several_tensors(name: str) -> None:
     model, batch = make(name), batch_of(name)

@@ -180,7 +180,6 @@ def test_a_hostile_pickle_is_never_loaded(plain, flag, model, run, hostile, seal
 # What is odd but sound
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     "zero",
     [
@@ -198,7 +197,6 @@ def test_weights_and_inputs_of_zeros_are_pruned_by_every_method(zero, model, run
         assert all(torch.isfinite(value).all() for value in load_file(result / WEIGHTS).values())
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("sparsity", ["0.999", pytest.param("0.001", marks=pytest.mark.slow)])
 def test_extreme_sparsities_run_with_every_method(sparsity, run, sealed):
     assert run("--method", EVERY, "--sparsity", sparsity)[0] == 0
@@ -207,7 +205,6 @@ def test_extreme_sparsities_run_with_every_method(sparsity, run, sealed):
         assert report["sparsity"] == pytest.approx(float(sparsity), abs=0.035)
 
 
-@pytest.mark.untraced
 def test_one_sample_and_one_class_are_enough(run, images):
     shutil.rmtree(images / "class1")
     shutil.rmtree(images / "class2")
@@ -216,7 +213,6 @@ def test_one_sample_and_one_class_are_enough(run, images):
     assert run("--samples", "1", "--overwrite")[0] == 0
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("value", [0, pytest.param(255, marks=pytest.mark.slow)])
 def test_pictures_of_one_colour_are_enough(value, run, images):
     for file in images.rglob("*.png"):
