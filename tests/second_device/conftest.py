@@ -46,9 +46,8 @@ class Process:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         plugins = ["-p", "no:xdist", "-p", "no:cacheprovider"]
         environment = {**os.environ, "GBLM_SECOND_DEVICE": str(theirs.fileno())}
-        if worker := os.environ.get(
-            "PYTEST_XDIST_WORKER"
-        ):  # the lines it reaches have a file of their own
+        # Its coverage goes into a file of its own.
+        if worker := os.environ.get("PYTEST_XDIST_WORKER"):
             environment["PYTEST_XDIST_WORKER"] = f"{worker}-device"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-m", "", *plugins],
