@@ -26,6 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -63,6 +65,7 @@ STAND_INS = {
     "Qwen/Qwen3-30B-A3B": "tiny-moe",
     "llava-hf/llava-1.5-7b-hf": "tiny-llava",
     "openai/clip-vit-base-patch32": "tiny-clip",
+    "distilbert/distilbert-base-uncased-finetuned-sst-2-english": "tiny-bert",
     "vit_base_patch16_224": "tiny-vit",
     "google/vit-base-patch16-224": "tiny-vit-of-transformers",
     "HuggingFaceTB/SmolLM2-135M": "tiny-llama",
@@ -155,6 +158,7 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     save_moe(tmp_path / "tiny-moe", tokenizer)
     save_llava(tmp_path / "tiny-llava", tmp_path)
     save_clip(tmp_path / "tiny-clip")
+    save_classifier(tmp_path / "tiny-bert", tokenizer)
     save_vit(tmp_path / "tiny-vit-of-transformers")
     (tmp_path / "tasks").mkdir()
     for task, item in TASKS.items():
@@ -183,6 +187,17 @@ def save_moe(folder: Path, tokenizer: Any) -> None:
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_classifier(folder: Path, tokenizer: Any) -> None:
+    """Save a classifier of texts, and beside it texts with labels."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    names = {"label2id": {"NEGATIVE": 0, "POSITIVE": 1}, "id2label": {0: "NEGATIVE", 1: "POSITIVE"}}
+    config = BertConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes, **names)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [{"text": f"review {i}", "label": ["POSITIVE", 0][i % 2]} for i in range(8)]
+    (folder.parent / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def save_vit(folder: Path) -> None:

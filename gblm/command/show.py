@@ -176,7 +176,7 @@ def broken(entry: dict[str, Any]) -> bool:
     dense, pruned = entry["dense"], entry["pruned"]
     if entry["metric"] == "perplexity":
         return not pruned <= 2 * dense
-    return entry["metric"] in ("top1", "exact_match") and pruned < dense / 2
+    return entry["metric"] in ("top1", "accuracy", "exact_match") and pruned < dense / 2
 
 
 def shown(entry: dict[str, Any], when: str) -> str:

@@ -1,4 +1,4 @@
-"""Causal language models of transformers: load, draw windows, measure perplexity, save."""
+"""Language models of transformers: load, draw samples, measure how good they are, save."""
 
 import sys
 from importlib import import_module
@@ -37,8 +37,10 @@ MODULES = (
     "examples",
     "heads",
     "int8",
+    "labelled",
     "models",
     "pairs",
+    "sources",
     "zero_shot",
     "training",
 )

@@ -55,6 +55,8 @@ class LanguageSettings(Settings):
     """read weights that are not safetensors"""
     length: Annotated[int | None, CALIBRATION(NUMBER, "N")] = None
     """tokens in a window [2048 at most]"""
+    unlabelled: Annotated[bool, CALIBRATION()] = False
+    """labels are the model's predictions, of a classifier"""
     experts: Annotated[str, CALIBRATION(Value(offers=["routed", "all"]), "WHICH")] = "routed"
     """statistics of an expert: of the tokens sent to it, or of all [routed]"""
     evaluate_windows: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
@@ -84,11 +86,10 @@ class Language(Opened):
     tasks: Any = None
 
     def evaluate(self, bars: Bars) -> Evaluation:
-        """Return the perplexity on every data set, the accuracy on every task and their mean."""
+        """Return how good it is on every data set, the accuracy on every task and their mean."""
         bar, metrics = partial(bars, "evaluate"), Evaluation()
         for name, windows in self.sets.items():
-            perplexity = llm.evaluate.perplexity(self.model, windows, progress=bar)
-            metrics[name] = {"perplexity": perplexity}
+            metrics[name] = llm.evaluate.metrics(self.model, windows, progress=bar)
             if own := self.pairs.get(name):
                 answered = llm.pairs.exact_match(self.model, own, self.tokenizer, progress=bar)
                 metrics[name]["exact_match"] = answered
@@ -167,14 +168,16 @@ def load(
     llm.models.check_causal(model, data["batch"])
     count, length = size(data["batch"]), llm.models.length_of(data["batch"])
     stored = checkpoint(settings).dtype() or next(model.parameters()).dtype
-    what = "pairs" if "pixel_values" in data["batch"] else f"windows of {length} tokens"
+    what = f"windows of {length} tokens"
+    if own := "attention_mask" in data["batch"] or "pixel_values" in data["batch"]:
+        what = "pairs" if "pixel_values" in data["batch"] else "texts"
     return Language(
-        settings=replace(settings, length=length) if what != "pairs" else settings,
+        settings=settings if own else replace(settings, length=length),
         model=model,
         adapter=llm.adapters.adapter(model, settings.experts),
         calibration=f"{count} {what} from {settings.calibration}",
         offload=offload,
-        notes=llm.models.conversions(checkpoint(settings), stored),
+        notes=[*llm.models.conversions(checkpoint(settings), stored), *data.pop("notes")],
         stored=stored,
         tasks=tasks,
         origin=checkpoint(settings).folder(),
@@ -191,9 +194,8 @@ def sketch(settings: LanguageSettings, device: torch.device) -> Iterator[Languag
             settings=settings,
             model=model,
             adapter=llm.adapters.adapter(model, settings.experts),
-            notes=["seconds are without --tasks"] if settings.tasks else [],
             stored=llm.models.stored_dtype(config),
-            **data,
+            **data | {"notes": ["seconds are without --tasks"] * bool(settings.tasks)},
         )
 
 
@@ -203,9 +205,11 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     config, tokenizer = llm.models.load_tokenizer(settings.model, settings.trust_remote_code)
     if hasattr(config, "vision_config"):
         tokenizer = checkpoint(settings).processor()
-    kind = llm.heads.head(config)
+    kind, classifies = llm.heads.head(config), llm.heads.classifies(config)
     if settings.evaluate and kind == llm.heads.BARE:
         raise GblmError(f"model {settings.model} has no head to judge it by; leave --evaluate out")
+    if settings.unlabelled and not classifies:
+        raise GblmError(f"--unlabelled is for classifiers, and {settings.model} is none")
     batch = samples(settings, settings.calibration, config, tokenizer)
     sets, pairs = {}, {}
     for source in settings.evaluate:
@@ -214,35 +218,56 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
             sets[source] = llm.pairs.batch(own, tokenizer)
             if settings.exact_match:
                 pairs[source] = [pair for pair in own if pair.answer]
-            continue
-        words, length = getattr(tokenizer, "tokenizer", tokenizer), settings.length
-        length = llm.models.window_length(config, length or llm.models.length_of(batch))
-        ids = llm.data.evaluation(source, words, length, settings.evaluate_windows)
-        llm.data.check_ids(ids, llm.models.vocabulary(config), source)
-        sets[source] = llm.heads.samples_of(ids, config, words, settings.seed)
+        elif classifies:
+            rows = llm.labelled.read(source, "evaluation")[: settings.evaluate_windows]
+            sets[source] = llm.labelled.batch(rows, config, tokenizer, settings.length)
+        else:
+            sets[source] = evaluated(settings, source, config, tokenizer, batch)
     if settings.exact_match and not pairs:
         raise GblmError("--exact-match goes with --evaluate PAIRS.jsonl that holds answers")
-    return config, {"batch": batch, "sets": sets, "pairs": pairs, "tokenizer": tokenizer}
+    notes = ["the calibration labels are the model's own predictions"] * settings.unlabelled
+    found = {"batch": batch, "sets": sets, "pairs": pairs, "tokenizer": tokenizer}
+    return config, {**found, "notes": notes}
 
 
 def samples(settings: LanguageSettings, source: str, config: Any, tokenizer: Any) -> Batch:
-    """Return the calibration samples of a source: pairs of pictures and text, or windows."""
+    """Return the calibration samples of a source: pairs, labelled texts, or windows."""
     if llm.pairs.is_pairs(source):
         if not hasattr(config, "vision_config"):
             raise GblmError(f"{source} holds pictures, which {settings.model} does not see")
-        found = llm.pairs.read(source)
-        if len(found) < settings.samples:
-            raise GblmError(
-                f"{source} holds {len(found)} pairs, {settings.samples} asked for; "
-                f"use --samples {len(found)} or less"
-            )
-        drawn = random.Random(settings.seed).sample(found, settings.samples)
-        return llm.pairs.batch(drawn, tokenizer)
+        return llm.pairs.batch(drawn(settings, llm.pairs.read(source), "pairs"), tokenizer)
+    if llm.heads.classifies(config):
+        labelled = not settings.unlabelled
+        find = llm.labelled.read if labelled else llm.sources.table
+        if rows := find(source, "calibration"):
+            some, length = drawn(settings, rows, "texts"), settings.length
+            return llm.labelled.batch(some, config, tokenizer, length, labelled)
     if hasattr(config, "vision_config"):
         log.warning("calibration on text alone: what sees the pictures stays dense")
     size_of = {"samples": settings.samples, "length": settings.length, "seed": settings.seed}
     words = getattr(tokenizer, "tokenizer", tokenizer)
     return llm.models.windows(source, config, words, **size_of)
+
+
+def drawn(settings: LanguageSettings, found: list[Any], what: str) -> list[Any]:
+    """Return as many as there are to be samples; raises `GblmError` where there are fewer."""
+    if len(found) < settings.samples:
+        raise GblmError(
+            f"{settings.calibration} holds {len(found)} {what}, {settings.samples} asked for; "
+            f"use --samples {len(found)} or less"
+        )
+    return random.Random(settings.seed).sample(found, settings.samples)
+
+
+def evaluated(
+    settings: LanguageSettings, source: str, config: Any, tokenizer: Any, batch: Batch
+) -> Batch:
+    """Return the windows of a source to evaluate on, as long as those of the calibration."""
+    words, length = getattr(tokenizer, "tokenizer", tokenizer), settings.length
+    length = llm.models.window_length(config, length or llm.models.length_of(batch))
+    ids = llm.data.evaluation(source, words, length, settings.evaluate_windows)
+    llm.data.check_ids(ids, llm.models.vocabulary(config), source)
+    return llm.heads.samples_of(ids, config, words, settings.seed)
 
 
 def checkpoint(settings: LanguageSettings) -> Any:

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations import moe
 
 from gblm.base import Adapter, Batch, GblmError
-from gblm.llm.heads import bare
+from gblm.llm.heads import REGRESSION, SEVERAL, bare, problem
 from gblm.maths.stats import wide
 from gblm.walk import products
 from gblm.walk.blocks import hooked, joined
@@ -222,6 +222,8 @@ def _cut(name: str, value: Tensor, keep: Tensor, batch: Batch, index: int) -> Te
     if "decoder_input_ids" in batch and (name == "labels" or name.startswith("decoder_")):
         target = batch.get("decoder_attention_mask")
         return value if target is None else value[:, target[index].bool()]
+    if name == "labels" and value.is_floating_point():  # one for each class, not for each token
+        return value
     return value[:, keep] if value.shape[1:2] == keep.shape else value
 
 
@@ -262,8 +264,8 @@ def loss(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
     """Return the mean loss `[n]` of every sample over its targets, from what the head takes.
 
     The targets are `labels`: of a causal model the next tokens, of a masked one and of an
-    encoder-decoder those in their place, of a classifier one for each sample. Without them they are
-    the window itself for a causal model, and for a classifier what it says.
+    encoder-decoder those in their place, of a classifier one for each sample or token. Without them
+    they are the window itself for a causal model, and for a classifier what it says.
     """
     return losses(model, logits(model, hidden, batch), batch)
 
@@ -292,22 +294,24 @@ def losses(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
         labels = batch["input_ids"] if labels is None else labels
         return window_loss(logits[:, -labels.shape[1] :], labels)
     if labels is None:
-        raise GblmError(f"a batch for {type(model).__name__} needs labels [n, t]; −100 is none")
+        if not type(model).__name__.endswith("ForTokenClassification"):
+            raise GblmError(f"a batch for {type(model).__name__} needs labels [n, t]; −100 is none")
+        labels = logits.argmax(dim=-1)
     return _mean_loss(logits, labels.long())
 
 
-def class_loss(model: nn.Module, logits: Tensor, labels: Tensor | None) -> Tensor:
+def class_loss(model: Any, logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return the loss `[n]` of logits `[n, classes]` by what config.json says they are.
 
     One class of several, several at once (binary cross-entropy) or numbers (squared error); without
     labels the classes that the model itself gives. Raises `GblmError` for numbers without labels.
     """
-    kind = getattr(model.config, "problem_type", None)
-    if kind == "multi_label_classification":
+    kind = problem(model.config)
+    if kind == SEVERAL:
         targets = (logits.detach() > 0 if labels is None else labels).to(logits.dtype)
         losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return losses.mean(dim=1)
-    if kind == "regression" or logits.shape[1] == 1:
+    if kind == REGRESSION:
         if labels is None:
             raise GblmError(
                 f"{type(model).__name__} gives numbers, not classes, and needs labels; give them, "

@@ -21,6 +21,11 @@ CAUSAL, PICTURES, TARGET, MASKED, CLASSES, TOKENS, BARE = (
     "tokens",
     "bare",
 )
+SINGLE, SEVERAL, REGRESSION = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
 MASKED_SHARE = 0.15  # of the tokens of a window, as published (arXiv 1810.04805)
 
 # The Auto class of each head, and the classes of the families that have it.
@@ -63,6 +68,17 @@ def bare(model: Any) -> bool:
     """Say whether a model is one without a head, such as a sentence encoder, CLIP or SigLIP."""
     name = type(model).__name__
     return name.endswith("Model") and name in CLASS[BARE][1].values()
+
+
+def classifies(config: PreTrainedConfig) -> bool:
+    """Say whether a model of this config gives classes, or numbers, of texts or of tokens."""
+    return head(config) in (CLASSES, TOKENS)
+
+
+def problem(config: PreTrainedConfig) -> str:
+    """Return the `problem_type` of a classifier, regression where it has a single output."""
+    named: str | None = getattr(config, "problem_type", None)
+    return named or (REGRESSION if config.num_labels == 1 else SINGLE)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -18,6 +18,7 @@ from gblm.machine.tables import Rows, check_there, dtype_and_shape, read_arrays
 Messages = list[dict[str, str]]  # of a chat: {"role": "user", "content": "Hello"}, …
 Document = str | Messages
 Content = str | Sequence[Document] | Tensor  # one text, documents, or ready windows [n, t]
+Row = tuple[str, Any]  # of a table: where it stands, and its cells by column
 
 WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 # One shard of a split: the sizes the data set states for the whole split cannot be checked.
@@ -54,6 +55,7 @@ TEXTS, CHATS = ("text", "content"), ("messages", "conversations", "conversation"
 ASKED, SAID = ("instruction", "prompt", "question"), ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
 ROLES = {"human": "user", "gpt": "assistant"}  # other words for them
+WAY = "check its rights, and that it is whole and what its ending says"
 DEMO_CHARACTERS = 1_000_000  # any first part of the demo's text is a sample of the whole
 
 
@@ -98,6 +100,12 @@ def _hub(source: str, split: str) -> Content:
 
 def _any(source: str, split: str) -> Content:
     """Load `owner/name` or `owner/name:split` from the hub: documents."""
+    table = _of_hub(source, split)
+    return rows_of(table, table.column_names, f"{split} text {source}")
+
+
+def _of_hub(source: str, split: str) -> Any:
+    """Load the table `owner/name` or `owner/name:split` from the hub."""
     way = "check its name and the connection, or give a local path"
     with explained(f"{split} text {source} is no local path, nor a data set to be had", way):
         import datasets
@@ -106,8 +114,22 @@ def _any(source: str, split: str) -> Content:
         if not part:
             parts = datasets.get_dataset_split_names(name)
             part = next((own for own in (*SPLITS[split], "train") if own in parts), parts[0])
-        rows = datasets.load_dataset(name, split=part)
-        return rows_of(rows, rows.column_names, f"{split} text {source}")
+        return datasets.load_dataset(name, split=part)
+
+
+def table(source: str, split: str) -> list[Row]:
+    """Return the rows of a source, each with where it stands; none where it is no table.
+
+    Tables are `.json`, `.jsonl`, `.csv` and `.tsv`, either `.gz`, `.parquet` and those of the hub.
+    """
+    path = Path(source).expanduser()
+    where = f"{split} text {source}"
+    if path.is_file() and source not in SOURCES:
+        with explained(f"{where} cannot be read", WAY):
+            return _rows(path, where)
+    if path.exists() or source in SOURCES or not ANY.fullmatch(source):
+        return []
+    return [(f"{where}, row {i}", row) for i, row in enumerate(_of_hub(source, split), 1)]
 
 
 def rows_of(rows: Any, names: Sequence[str], where: str) -> list[Document]:
@@ -160,8 +182,7 @@ def _local(path: Path, split: str) -> Content:
 def _file(path: Path, where: str) -> Content:
     """Read one file by its ending: texts, or windows `input_ids [n, t]` as int64."""
     name = path.name.lower()
-    way = "check its rights, and that it is whole and what its ending says"
-    with explained(f"{where} cannot be read", way):
+    with explained(f"{where} cannot be read", WAY):
         if name.endswith((".npz", ".safetensors")):
             (ids,) = read_arrays(path, ["input_ids"], where)
             no_integers = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
@@ -176,11 +197,30 @@ def _file(path: Path, where: str) -> Content:
             if name.removesuffix(".gz").endswith((".json", ".jsonl")):
                 return _json(handle, where)
             if name.removesuffix(".gz").endswith((".csv", ".tsv")):
-                text = _decode(handle.read(), where)
-                table = list(csv.DictReader(io.StringIO(text, ""), delimiter="\t,"["csv" in name]))
-                columns = {key: [row[key] for row in table] for key in table[0]} if table else {}
+                cells = _csv(handle, name, where)
+                columns = {key: [row[key] for row in cells] for key in cells[0]} if cells else {}
                 return rows_of(columns, list(columns), where)
             return _decode(handle.read(), where).replace("\r\n", "\n")
+
+
+def _rows(path: Path, where: str) -> list[Row]:
+    """Read the rows of one file by its ending, none of one that is no table."""
+    name = path.name.lower()
+    found: Any = ()
+    if name.endswith(".parquet"):
+        table = Rows([path])
+        found = map(table.__getitem__, range(len(table)))
+    with gzip.open(path) if name.endswith(".gz") else path.open("rb") as handle:
+        if name.removesuffix(".gz").endswith((".json", ".jsonl")):
+            return _values(handle, where)
+        if name.removesuffix(".gz").endswith((".csv", ".tsv")):
+            found = _csv(handle, name, where)
+    return [(f"{where}, row {i}", row) for i, row in enumerate(found, 1)]
+
+
+def _csv(handle: IO[bytes] | gzip.GzipFile, name: str, where: str) -> list[dict[str, str]]:
+    text = io.StringIO(_decode(handle.read(), where), "")
+    return list(csv.DictReader(text, delimiter="\t,"["csv" in name]))
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -195,6 +235,11 @@ def _decode(data: bytes, where: str) -> str:
 
 def _json(handle: IO[bytes] | gzip.GzipFile, where: str) -> list[Document]:
     """Read documents from JSON: a list, or one object or string a line."""
+    return [_document(value, place) for place, value in _values(handle, where)]
+
+
+def _values(handle: IO[bytes] | gzip.GzipFile, where: str) -> list[Row]:
+    """Read the values of JSON, a list or one a line, each with where it stands."""
     first = next((line for line in handle if line.strip()), b"null")
     handle.seek(0)
     try:
@@ -203,10 +248,10 @@ def _json(handle: IO[bytes] | gzip.GzipFile, where: str) -> list[Document]:
         one_a_line = False
     if one_a_line:
         rows = ((f"{where}, line {number}", line) for number, line in enumerate(handle, 1))
-        return [_document(_parse(line, place), place) for place, line in rows if line.strip()]
+        return [(place, _parse(line, place)) for place, line in rows if line.strip()]
     value = _parse(handle.read(), where)
     items = value if isinstance(value, list) else [value]
-    return [_document(item, f"{where}, item {number}") for number, item in enumerate(items, 1)]
+    return [(f"{where}, item {number}", item) for number, item in enumerate(items, 1)]
 
 
 def _parse(data: bytes, where: str) -> Any:

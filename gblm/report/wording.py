@@ -48,6 +48,8 @@ METRICS = {
     "exact_match": Metric(
         "exact match", "The share of answers that are right word by word.", 1, PERCENT
     ),
+    "accuracy": Metric("accuracy", "The share of labels that are right.", 1, PERCENT),
+    "squared_error": Metric("squared error", "The mean squared distance from the label.", -1),
     "acc": Metric("accuracy", "The share of questions answered correctly.", 1, PERCENT, 100),
     "acc_norm": Metric(
         "normalised accuracy",

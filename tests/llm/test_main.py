@@ -73,6 +73,7 @@ FLAGS = [
     "--task-limit",
     "--tasks",
     "--trust-remote-code",
+    "--unlabelled",
     "--verbose",
     "--version",
     "--work-dir",
