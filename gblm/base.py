@@ -218,6 +218,8 @@ class Adapter:
     config(model): the settings that its class makes it of, by name, and what makes one of changed
         settings, without values of its parameters; None where it cannot be made so.
     batch(model, data, **options): the calibration samples that a user's data are.
+    coupled(model, batch): the batch with what the loss of each sample takes of the others, of the
+        dense model; by default the batch as it is, for a loss of each sample by itself.
     """
 
     blocks: Callable[[nn.Module], dict[str, nn.Module]]
@@ -230,3 +232,4 @@ class Adapter:
     ) = None
     batch: Callable[..., Batch] = lambda model, data: data
     logits: Callable[[nn.Module, Any, Batch], Tensor] | None = None
+    coupled: Callable[[nn.Module, Batch], Batch] = lambda model, batch: batch

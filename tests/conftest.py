@@ -99,7 +99,7 @@ def prune_by(
     way = Walk.of(model, batch, folder=folder, **walk)
     pruning = Pruning(way, method, method_pattern(method, pattern), gradients or {}, journal)
     if pruning.needs and gradients is None:
-        share = first(batch, method.share)
+        share = first(model, batch, way.adapter, method.share)
         pruning.gradients = sweep(
             Walk.of(model, share, folder=folder, **walk), pruning.needs, backward
         )[0]

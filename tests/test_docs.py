@@ -229,6 +229,9 @@ def save_clip(folder: Path) -> None:
     config = CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 16})
     config.vision_config.patch_size = 8
     CLIPModel(config).save_pretrained(folder)
+    lines = (folder.parent / "pairs.jsonl").read_text().splitlines()
+    texts = [json.dumps({"image": json.loads(line)["image"], "text": "a digit"}) for line in lines]
+    (folder.parent / "captions.jsonl").write_text("\n".join(texts))
     square = {"height": 16, "width": 16}
     CLIPProcessor(CLIPImageProcessor(size=square, crop_size=square), words).save_pretrained(folder)
 

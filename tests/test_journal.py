@@ -52,7 +52,7 @@ def prune(model, batch, method, gradients=None, journal=None):
     walk = Walk.of(model, batch)
     pruning = Pruning(walk, method, method_pattern(method, "0.5"), gradients or {}, journal)
     if pruning.needs and gradients is None:
-        share = first(batch, method.share)
+        share = first(model, batch, walk.adapter, method.share)
         pruning.gradients = sweep(Walk.of(model, share, blocks=walk.blocks), pruning.needs)[0]
     return pruning.run()
 

@@ -149,12 +149,13 @@ class Job:
     def device(self) -> torch.device:
         return next(self.opened.model.parameters()).device
 
-    def walk(self, progress: Bars, share: float = 1.0) -> Walk:
-        """Return the walk of a share of the samples through the model."""
+    def walk(self, progress: Bars, share: float | None = None) -> Walk:
+        """Return the walk of the samples, or of the share whose gradients are taken."""
         opened = self.opened
+        whole = opened.model, opened.batch, opened.adapter
         walk = Walk.of(
             opened.model,
-            opened.batch if share == 1 else first(opened.batch, share),
+            opened.batch if share is None else first(*whole, share),
             opened.adapter,
             blocks=self.blocks,
             micro_batch=opened.settings.micro_batch,

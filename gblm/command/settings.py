@@ -179,6 +179,8 @@ class Settings:
     """number of calibration samples"""
     seed: Annotated[int, CALIBRATION(NUMBER, "N")] = 0
     """of the calibration samples [0]"""
+    unlabelled: Annotated[bool, CALIBRATION()] = False
+    """labels are the predictions of the model, a classifier"""
     evaluate: Annotated[tuple[str, ...], EVALUATION(FILES, "SOURCES")] = ()
     """data sets or local paths, with commas"""
     measure: Annotated[str, EVALUATION(Value(offers=MEASURES), "WHAT")] = ""

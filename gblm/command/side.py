@@ -11,6 +11,7 @@ import torch
 from cyclopts import App
 from rich.logging import RichHandler
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from gblm.base import GblmError
 from gblm.command import show
@@ -27,7 +28,7 @@ from gblm.methods import make, options_of, refined
 from gblm.methods import parse as parse_method
 from gblm.report import check_pages, versions
 from gblm.report.card import check_hub
-from gblm.walk.blocks import choose
+from gblm.walk.blocks import choose, micro_batches
 from gblm.walk.footprint import Footprint, footprint
 from gblm.walk.survey import survey
 
@@ -205,11 +206,14 @@ def dry_run(side: Side[S], settings: S, runs: list[Run], title: str) -> None:
 
 
 def footprint_of(opened: Opened) -> Footprint:
-    """Return what one sample of zeros tells of a model."""
+    """Return what a sample of zeros, as long as the longest, tells of a model."""
     device = next(opened.model.parameters()).device
+    with unset_fake_temporarily():
+        singles = [part.batch for part in micro_batches(opened.batch, 1, opened.adapter)]
+    longest = max(singles, key=lambda one: sum(value.numel() for value in one.values()))
     zeros = {
-        name: torch.zeros(1, *value.shape[1:], dtype=value.dtype, device=device)
-        for name, value in opened.batch.items()
+        name: torch.zeros(value.shape, dtype=value.dtype, device=device)
+        for name, value in longest.items()
     }
     return footprint(opened.model, zeros, opened.adapter)
 

@@ -32,6 +32,7 @@ else:
 
 MODULES = (
     "adapters",
+    "contrast",
     "data",
     "evaluate",
     "examples",
@@ -40,6 +41,7 @@ MODULES = (
     "labelled",
     "models",
     "pairs",
+    "replay",
     "sources",
     "zero_shot",
     "training",

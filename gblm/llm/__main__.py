@@ -24,6 +24,7 @@ from gblm.command.settings import (
     OUTPUT,
     PATH,
     SEVERAL,
+    TEXT,
     WHAT,
     Settings,
     Value,
@@ -55,8 +56,6 @@ class LanguageSettings(Settings):
     """read weights that are not safetensors"""
     length: Annotated[int | None, CALIBRATION(NUMBER, "N")] = None
     """tokens in a window [2048 at most]"""
-    unlabelled: Annotated[bool, CALIBRATION()] = False
-    """labels are the model's predictions, of a classifier"""
     experts: Annotated[str, CALIBRATION(Value(offers=["routed", "all"]), "WHICH")] = "routed"
     """statistics of an expert: of the tokens sent to it, or of all [routed]"""
     evaluate_windows: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
@@ -67,6 +66,8 @@ class LanguageSettings(Settings):
     """their items, TASK_….jsonl [from the hub]"""
     task_limit: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
     """the first items of each task alone"""
+    template: Annotated[str, EVALUATION(TEXT, "TEXT")] = "a photo of a {}."
+    """what CLIP is told of a class, with {} for its name ['a photo of a {}.']"""
     exact_match: Annotated[bool, EVALUATION()] = False
     """answers given word by word, of pairs of pictures and text"""
     also: Annotated[str, OUTPUT(Value(offers=("int8",)), "FORM")] = ""
@@ -77,12 +78,14 @@ class LanguageSettings(Settings):
 class Language(Opened):
     """A language model with its tokenizer, its windows by data set and its zero-shot tasks.
 
-    tokenizer: a processor for a model that sees; pairs: by data set, those to be answered.
+    tokenizer: a processor for a model that sees. By data set, pairs: those to be answered; classes:
+    of pictures, for CLIP.
     """
 
     tokenizer: Any
     sets: dict[str, Batch]
     pairs: dict[str, list[Any]] = field(default_factory=dict)
+    classes: dict[str, Any] = field(default_factory=dict)
     tasks: Any = None
 
     def evaluate(self, bars: Bars) -> Evaluation:
@@ -93,6 +96,9 @@ class Language(Opened):
             if own := self.pairs.get(name):
                 answered = llm.pairs.exact_match(self.model, own, self.tokenizer, progress=bar)
                 metrics[name]["exact_match"] = answered
+        for name, classes in self.classes.items():
+            inputs = self.model, classes, self.tokenizer
+            metrics[name] = {"top1": llm.contrast.top1(*inputs, progress=bar)}
         if self.tasks:
             inputs, bar = (self.model, self.tokenizer, self.tasks), partial(bars, "zero-shot")
             metrics |= llm.zero_shot.entries(llm.zero_shot.accuracy(*inputs, progress=bar))
@@ -100,7 +106,10 @@ class Language(Opened):
 
     def evaluated(self) -> tuple[int, int]:
         length = llm.models.length_of(self.batch)
-        return sum(map(size, self.sets.values())), max(1, llm.evaluate.POSITIONS // length)
+        pictures = sum(len(own.images) for own in self.classes.values())
+        return sum(map(size, self.sets.values())) + pictures, max(
+            1, llm.evaluate.POSITIONS // length
+        )
 
     def save(self, folder: Path) -> None:
         like = checkpoint(self.settings)  # type: ignore[arg-type]
@@ -136,7 +145,7 @@ class Language(Opened):
         batch = {name: value[chosen] for name, value in self.batch.items()}
         if set(batch) == {"input_ids"}:
             batch = {"input_ids": batch["input_ids"][:, :length]}
-        return llm.adapters.inputs_of(
+        return llm.replay.inputs_of(
             self.model, to_device(batch, next(self.model.parameters()).device)
         )
 
@@ -206,14 +215,17 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     if hasattr(config, "vision_config"):
         tokenizer = checkpoint(settings).processor()
     kind, classifies = llm.heads.head(config), llm.heads.classifies(config)
-    if settings.evaluate and kind == llm.heads.BARE:
+    compares = kind == llm.heads.BARE and hasattr(config, "vision_config")
+    if settings.evaluate and kind == llm.heads.BARE and not compares:
         raise GblmError(f"model {settings.model} has no head to judge it by; leave --evaluate out")
     if settings.unlabelled and not classifies:
         raise GblmError(f"--unlabelled is for classifiers, and {settings.model} is none")
     batch = samples(settings, settings.calibration, config, tokenizer)
-    sets, pairs = {}, {}
+    sets, pairs, classes = {}, {}, {}
     for source in settings.evaluate:
-        if llm.pairs.is_pairs(source):
+        if compares:
+            classes[source] = llm.contrast.classes(source, settings.template)
+        elif llm.pairs.is_pairs(source):
             own = llm.pairs.read(source)[: settings.evaluate_windows]
             sets[source] = llm.pairs.batch(own, tokenizer)
             if settings.exact_match:
@@ -227,7 +239,7 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
         raise GblmError("--exact-match goes with --evaluate PAIRS.jsonl that holds answers")
     notes = ["the calibration labels are the model's own predictions"] * settings.unlabelled
     found = {"batch": batch, "sets": sets, "pairs": pairs, "tokenizer": tokenizer}
-    return config, {**found, "notes": notes}
+    return config, {**found, "classes": classes, "notes": notes}
 
 
 def samples(settings: LanguageSettings, source: str, config: Any, tokenizer: Any) -> Batch:
@@ -235,7 +247,10 @@ def samples(settings: LanguageSettings, source: str, config: Any, tokenizer: Any
     if llm.pairs.is_pairs(source):
         if not hasattr(config, "vision_config"):
             raise GblmError(f"{source} holds pictures, which {settings.model} does not see")
-        return llm.pairs.batch(drawn(settings, llm.pairs.read(source), "pairs"), tokenizer)
+        pairs = drawn(settings, llm.pairs.read(source), "pairs")
+        if llm.heads.head(config) == llm.heads.BARE:
+            return llm.pairs.contrasted(pairs, tokenizer, config, settings.template)
+        return llm.pairs.batch(pairs, tokenizer)
     if llm.heads.classifies(config):
         labelled = not settings.unlabelled
         find = llm.labelled.read if labelled else llm.sources.table

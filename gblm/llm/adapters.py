@@ -6,7 +6,8 @@ Causal models, encoder-decoders, masked models, classifiers, and models of pictu
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import moe
 
 from gblm.base import Adapter, Batch, GblmError
+from gblm.llm import contrast
 from gblm.llm.heads import REGRESSION, SEVERAL, bare, problem
+from gblm.llm.replay import inputs_of, replayed, restore
 from gblm.maths.stats import wide
 from gblm.walk import products
 from gblm.walk.blocks import hooked, joined
@@ -51,14 +54,16 @@ def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
         "grouped_mm",
     ):
         model.set_experts_implementation("eager")  # the others hide which expert a product is of
-    if experts == "all":
-        if not any(map(_sends, model.modules())):
-            raise GblmError(
-                f"{type(model).__name__} has no experts that all tokens could be sent to; leave "
-                "--experts all out"
-            )
-        return Adapter(blocks, trunk, loss, unpad, everywhere, config, batch_of, logits)
-    return Adapter(blocks, trunk, loss, unpad, config=config, batch=batch_of, logits=logits)
+    if experts == "all" and not any(map(_sends, model.modules())):
+        raise GblmError(
+            f"{type(model).__name__} has no experts that all tokens could be sent to; leave "
+            "--experts all out"
+        )
+    seeing = everywhere if experts == "all" else nullcontext
+    if contrast.contrasts(model):
+        given = Adapter(blocks, contrast.trunk, contrast.loss, unpad, seeing, config, batch_of)
+        return replace(given, coupled=partial(contrast.coupled, given))
+    return Adapter(blocks, trunk, loss, unpad, seeing, config, batch_of, logits)
 
 
 def config(model: nn.Module) -> tuple[dict[str, Any], Any]:
@@ -129,7 +134,7 @@ def everywhere(block: nn.Module) -> Iterator[None]:
     """Let every expert see all tokens for a time; what the block gives is of those sent to it."""
     with ExitStack() as stack:
         for module in filter(_sends, block.modules()):
-            stack.callback(_restore, module, vars(module).get("forward"))
+            stack.callback(restore, module, vars(module).get("forward"))
             module.forward = partial(_sent_everywhere, module.forward, vars(module)["num_experts"])
         yield
 
@@ -222,7 +227,7 @@ def _cut(name: str, value: Tensor, keep: Tensor, batch: Batch, index: int) -> Te
     if "decoder_input_ids" in batch and (name == "labels" or name.startswith("decoder_")):
         target = batch.get("decoder_attention_mask")
         return value if target is None else value[:, target[index].bool()]
-    if name == "labels" and value.is_floating_point():  # one for each class, not for each token
+    if value.is_floating_point() and name != "inputs_embeds":  # pictures, labels of classes
         return value
     return value[:, keep] if value.shape[1:2] == keep.shape else value
 
@@ -279,7 +284,7 @@ def logits(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         )
     encoder = model.get_encoder()  # type: ignore[operator]
     below = _ends(model) + [encoder] * (encoder is not model)
-    with _replay(below, hidden):
+    with replayed(dict.fromkeys(below, hidden)):
         output = model(**inputs_of(model, batch))
     found: Tensor = output.logits if hasattr(output, "logits") else output.prediction_logits
     return found
@@ -359,37 +364,6 @@ class Logits(nn.Module):
         return output
 
 
-def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Return what the model takes of a batch; ids of any whole number, as torch's embedding not.
-
-    Patches of pictures stand one after the other where a model counts them by `image_grid_thw`.
-    """
-    inputs: dict[str, Any] = {
-        name: value.long() if name.endswith("input_ids") else value
-        for name, value in batch.items()
-        if name != "labels"
-    }
-    if "image_grid_thw" in batch:
-        inputs["pixel_values"] = batch["pixel_values"].flatten(0, 1)
-        inputs["image_grid_thw"] = batch["image_grid_thw"].view(-1, 3)
-    parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters or any(own.kind is own.VAR_KEYWORD for own in parameters.values()):
-        inputs["use_cache"] = False
-    if "lengths" in parameters:  # XLM and FlauBERT: they fill a cache unasked, and count ids
-        ids = inputs["input_ids"]
-        inputs |= {"cache": _Passing(), "lengths": torch.full_like(ids[:, 0], ids.shape[1])}
-    return inputs
-
-
-class _Passing(DynamicCache):
-    """A cache that keeps nothing, so that a block can run again."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *rest: Any, **more: Any
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-
 def _ends(model: nn.Module) -> list[nn.Module]:
     """Return the modules of which one gives what the head takes: whichever is entered first.
 
@@ -407,31 +381,3 @@ def _hidden(output: Any) -> dict[str, Tensor]:
         return {"last_hidden_state": output if isinstance(output, Tensor) else output[0]}
     names = ("last_hidden_state", "last_hidden_state_ngram", "logits", "pooler_output")
     return {name: x for name in names if isinstance(x := getattr(output, name, None), Tensor)}
-
-
-class _Replayed(dict):
-    """The output of a base model: what it has given, and None for caches and attentions."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self.get(name)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, int | slice):
-            return super().__getitem__(index)
-        return tuple(self.values())[index]
-
-
-@contextmanager
-def _replay(ends: list[nn.Module], hidden: dict[str, Tensor]) -> Iterator[None]:
-    """Let modules give this hidden state instead of computing it."""
-    with ExitStack() as stack:
-        for module in dict.fromkeys(ends):
-            stack.callback(_restore, module, vars(module).get("forward"))
-            module.forward = lambda *args, **kwargs: _Replayed(hidden)
-        yield
-
-
-def _restore(module: Any, before: Any) -> None:
-    del module.forward
-    if before is not None:
-        module.forward = before

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from gblm.base import GblmError, explained
@@ -164,9 +165,11 @@ class Checkpoint:
     def empty(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """Return the model by its config alone, in evaluation mode."""
         trust = self.trust_remote_code
-        with self._explained():
+        with self._explained(), no_init_weights():
             auto = auto_class(config)
-            return auto.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
+            model.tie_weights()  # a part of what is left out
+            return model
 
     def folder(self) -> Path:
         """Return the folder of its files beside the weights, fetched where need be."""

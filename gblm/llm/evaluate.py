@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gblm.base import Batch
-from gblm.llm.adapters import adapter, inputs_of, losses
+from gblm.llm.adapters import adapter, losses
 from gblm.llm.heads import REGRESSION, SEVERAL, classifies, problem
 from gblm.llm.models import vocabulary
+from gblm.llm.replay import inputs_of
 from gblm.machine import processes
 from gblm.machine.device import BatchSize
 from gblm.walk.blocks import micro_batches, size, to_device

@@ -18,11 +18,12 @@ WORDS = ("text", "question", "prompt")
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture, what is asked of it or said, and the answer, empty for none."""
+    """A picture, what is asked of it or said, the answer and its class, empty for none."""
 
     image: Path
     text: str
     answer: str = ""
+    label: str = ""
 
 
 def is_pairs(source: str) -> bool:
@@ -48,7 +49,8 @@ def read(source: str) -> list[Pair]:
         with explained(f"{path}, line {number} is no pair", "give an image and a text, as JSON"):
             row = json.loads(line)
             text = next((row[word] for word in WORDS if word in row), "")
-            pairs.append(Pair(path.parent / row["image"], str(text), str(row.get("answer", ""))))
+            rest = (str(row.get(name, "")) for name in ("answer", "label"))
+            pairs.append(Pair(path.parent / row["image"], str(text), *rest))
     if missing := [pair.image for pair in pairs if not pair.image.is_file()]:
         raise GblmError(f"{path}: {missing[0]} is not there; paths are relative to that file")
     if not pairs:
@@ -65,17 +67,47 @@ def prompt(pair: Pair, processor: Any) -> str:
         )
         return asked
     token = getattr(processor, "image_token", None) or "<image>"
-    if token not in processor.tokenizer.get_vocab():  # CLIP and SigLIP take each by itself
-        token = ""
     return f"{token}{pair.text} " if pair.answer else f"{token}{pair.text}"
 
 
 def inputs(pair: Pair, processor: Any, text: str) -> dict[str, Tensor]:
     """Return what the processor makes of a picture and a text, `[1, …]` each."""
+    return dict(processor(images=[_opened(pair.image)], text=[text], return_tensors="pt"))
+
+
+def _opened(path: Path) -> Any:
     from PIL import Image
 
-    with explained(f"{pair.image} is no picture", "save it anew"), Image.open(pair.image) as image:
-        return dict(processor(images=[image.convert("RGB")], text=[text], return_tensors="pt"))
+    with explained(f"{path} is no picture", "save it anew"), Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def pictures(paths: list[Path], processor: Any) -> Batch:
+    """Return the `pixel_values [n, …]` of pictures alone."""
+    images = [_opened(path) for path in paths]
+    return dict(processor.image_processor(images=images, return_tensors="pt"))
+
+
+def words(texts: list[str], processor: Any, config: Any) -> Batch:
+    """Return the `input_ids [n, t]` of texts alone, cut to what the model can take, and their mask.
+
+    Texts of SigLIP are filled up to that without a mask, as it was trained.
+    """
+    whole = config.model_type.startswith("siglip")
+    options = {"padding": "max_length" if whole else True, "truncation": True}
+    most = config.get_text_config().max_position_embeddings
+    found = dict(processor.tokenizer(texts, max_length=most, return_tensors="pt", **options))
+    return {"input_ids": found["input_ids"]} if whole else found
+
+
+def contrasted(pairs: list[Pair], processor: Any, config: Any, template: str) -> Batch:
+    """Return pairs as samples of a model that compares pictures with texts.
+
+    template: the text of a pair that has a label alone, with {} for that.
+    """
+    texts = [pair.text or template.format(pair.label) for pair in pairs]
+    said = words(texts, processor, config)
+    return said | pictures([pair.image for pair in pairs], processor)
 
 
 def batch(pairs: list[Pair], processor: Any) -> Batch:

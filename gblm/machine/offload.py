@@ -181,6 +181,8 @@ class Offload:
         self.store, self.device = store, device
         names = {value: name for name, value in model.named_parameters()}  # one of tied weights
         inside = {module for block in blocks.values() for module in block.modules()}
+        attentions = [own for own in model.modules() if isinstance(own, nn.MultiheadAttention)]
+        inside |= {own.out_proj for own in attentions}  # whose weight they read by themselves
         self.units = [
             Unit(name, module, {names[value]: value for value in module.parameters()}, self)
             for name, module in model.named_modules()

@@ -70,7 +70,7 @@ def prune(
     with bars(True) if progress else nullcontext(no_progress) as walk.progress:
         if needs := pruning.needs:
             with clock(pruning.report.seconds, "gradients"):
-                samples = first(batch, method.share)
+                samples = first(model, batch, adapter, method.share)
                 share = Walk.of(model, samples, adapter, blocks=walk.blocks, micro_batch=micro)
                 share.progress = walk.progress
                 pruning.gradients = sweep(share, needs, own.get("backward", "auto"))[0]

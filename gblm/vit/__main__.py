@@ -48,8 +48,6 @@ class ImageSettings(shell.Settings):
     """side of the images, for models of timm that take others than their own"""
     class_map: Annotated[Path | None, shell.CALIBRATION(CLASSES, "FILE")] = None
     """names of the class folders in the order of the classes, a line each, or JSON"""
-    unlabelled: Annotated[bool, shell.CALIBRATION()] = False
-    """labels are the model's predictions"""
     evaluate_images: Annotated[int | None, shell.EVALUATION(shell.NUMBER, "N")] = None
     """a choice of this many"""
     workers: Annotated[int | None, shell.MEMORY(shell.WHOLE, "N")] = None

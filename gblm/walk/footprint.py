@@ -61,6 +61,7 @@ def footprint(model: nn.Module, one: Batch, adapter: Adapter) -> Footprint:
     counter = FlopCounterMode(display=False)
     kept = kept_head = 0
     with suppress(GblmError):  # of a model that has no loss
+        one = adapter.coupled(model, one)
         with frozen(model), torch.no_grad(), hooked(hooks), counter:
             hidden = adapter.trunk(model, one)
             trunk = counter.get_total_flops()

@@ -32,6 +32,7 @@ from gblm.walk.call import Call, part, place
 from gblm.walk.head import differentiate, finite, loss_scales, saved
 from gblm.walk.inputs import NotFinite, check
 from gblm.walk.products import Products, Use
+from gblm.walk.survey import find_adapter
 from gblm.walk.walk import Run, Walk
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,14 @@ def gradient_sums(
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
-    walk = Walk.of(model, first(batch, share), adapter, micro_batch=micro_batch)
-    return sweep(walk, needs, backward)[0]
+    adapter = adapter or find_adapter(model)
+    samples = first(model, batch, adapter, share)
+    return sweep(Walk.of(model, samples, adapter, micro_batch=micro_batch), needs, backward)[0]
 
 
-def first(batch: Batch, share: float) -> Batch:
-    """Return the share of the samples whose gradients are taken."""
+def first(model: nn.Module, batch: Batch, adapter: Adapter, share: float) -> Batch:
+    """Return the share of the samples whose gradients are taken, with what their losses need."""
+    batch = adapter.coupled(model, batch)
     return take(batch, slice(0, max(FEWEST, math.ceil(share * size(batch)))))
 
 

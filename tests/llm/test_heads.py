@@ -213,21 +213,9 @@ def test_every_matrix_of_the_blocks_is_pruned(name, method):
     assert all(own.isfinite().all() for own in model.parameters())
 
 
-def encoder() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    return transformers.BertModel(transformers.BertConfig(**ENCODER)), batch_of("causal")
-
-
-def clip() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    text, vision = ENCODER | {"eos_token_id": 2}, {**ENCODER, "image_size": 8, "patch_size": 4}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    batch = {"input_ids": batch_of("llava")["input_ids"]}
-    return transformers.CLIPModel(config), batch | {"pixel_values": torch.randn(SAMPLES, 3, 8, 8)}
-
-
-@pytest.mark.parametrize("make", [encoder, clip])
-def test_a_model_without_a_head_is_pruned_by_what_its_blocks_see(make):
+def test_a_model_without_a_head_is_pruned_by_what_its_blocks_see():
     torch.manual_seed(0)
-    model, batch = make()
+    model, batch = transformers.BertModel(transformers.BertConfig(**ENCODER)), batch_of("causal")
     report = gblm.prune(model.eval(), batch, methods.make("sparsegpt"), "0.5")
     assert report.weights >= 0.95 * report.block_weights
     for backward in ("blocks", "auto"):

@@ -72,6 +72,7 @@ FLAGS = [
     "--task-data",
     "--task-limit",
     "--tasks",
+    "--template",
     "--trust-remote-code",
     "--unlabelled",
     "--verbose",

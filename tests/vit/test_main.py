@@ -26,7 +26,6 @@ OWN = [
     "--num-classes",
     "--checkpoint",
     "--evaluate-images",
-    "--unlabelled",
     "--workers",
 ]
 OF_LANGUAGE = [
@@ -40,6 +39,7 @@ OF_LANGUAGE = [
     "--task-data",
     "--task-limit",
     "--tasks",
+    "--template",
 ]
 
 
