@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 import tomllib
+import wave
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
 )
 
 from gblm.command.settings import parse
@@ -65,6 +71,7 @@ STAND_INS = {
     "Qwen/Qwen3-30B-A3B": "tiny-moe",
     "llava-hf/llava-1.5-7b-hf": "tiny-llava",
     "openai/clip-vit-base-patch32": "tiny-clip",
+    "openai/whisper-tiny.en": "tiny-whisper",
     "distilbert/distilbert-base-uncased-finetuned-sst-2-english": "tiny-bert",
     "vit_base_patch16_224": "tiny-vit",
     "google/vit-base-patch16-224": "tiny-vit-of-transformers",
@@ -158,6 +165,7 @@ def reader(llm: list[str], vit: list[str], tmp_path: Path, monkeypatch) -> Path:
     save_moe(tmp_path / "tiny-moe", tokenizer)
     save_llava(tmp_path / "tiny-llava", tmp_path)
     save_clip(tmp_path / "tiny-clip")
+    save_whisper(tmp_path / "tiny-whisper", tokenizer)
     save_classifier(tmp_path / "tiny-bert", tokenizer)
     save_vit(tmp_path / "tiny-vit-of-transformers")
     (tmp_path / "tasks").mkdir()
@@ -187,6 +195,28 @@ def save_moe(folder: Path, tokenizer: Any) -> None:
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_whisper(folder: Path, tokenizer: Any) -> None:
+    """Save a model that hears a second, and beside it recordings with what is said there."""
+    sides = ("encoder", "decoder")
+    sizes = {f"{side}_{name}": 1 for side in sides for name in ("layers", "attention_heads")}
+    sizes |= {f"{side}_ffn_dim": 16 for side in sides} | {"num_mel_bins": 8, "d_model": 16}
+    marks = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    numbers = {mark: len(tokenizer) + i for i, mark in enumerate(marks)}
+    end, start, last = numbers.values()
+    ids = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end}
+    ids |= {"decoder_start_token_id": start, "vocab_size": last + 1}
+    config = WhisperConfig(max_source_positions=50, max_target_positions=32, **sizes, **ids)
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    words = WhisperTokenizer(tokenizer.get_vocab() | numbers, [], pad_token=marks[0])
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    WhisperProcessor(extractor, words).save_pretrained(folder)
+    with wave.open(str(folder.parent / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(range(250)) * 80)
+    lines = [json.dumps({"audio": "a.wav", "text": f"text {i}"}) for i in range(8)]
+    (folder.parent / "said.jsonl").write_text("\n".join(lines))
 
 
 def save_classifier(folder: Path, tokenizer: Any) -> None:

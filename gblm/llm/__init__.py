@@ -43,6 +43,7 @@ MODULES = (
     "pairs",
     "replay",
     "sources",
+    "speech",
     "zero_shot",
     "training",
 )

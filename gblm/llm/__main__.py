@@ -78,8 +78,8 @@ class LanguageSettings(Settings):
 class Language(Opened):
     """A language model with its tokenizer, its windows by data set and its zero-shot tasks.
 
-    tokenizer: a processor for a model that sees. By data set, pairs: those to be answered; classes:
-    of pictures, for CLIP.
+    tokenizer: a processor for a model that sees or hears. By data set, pairs: those to be answered;
+    classes: of pictures, for CLIP.
     """
 
     tokenizer: Any
@@ -125,7 +125,7 @@ class Language(Opened):
         }
         if model.can_generate():
             given = self.some(1, 16)
-            given.pop("decoder_input_ids", None)
+            given = {name: x for name, x in given.items() if not name.startswith("decoder_")}
             new = min(64, (llm.models.positions(model.config) or 80) - 16)
             count = {"min_new_tokens": new, "max_new_tokens": new}
             found[f"{new} tokens"] = partial(model.generate, **given, **count, do_sample=False)
@@ -177,9 +177,9 @@ def load(
     llm.models.check_causal(model, data["batch"])
     count, length = size(data["batch"]), llm.models.length_of(data["batch"])
     stored = checkpoint(settings).dtype() or next(model.parameters()).dtype
-    what = f"windows of {length} tokens"
-    if own := "attention_mask" in data["batch"] or "pixel_values" in data["batch"]:
-        what = "pairs" if "pixel_values" in data["batch"] else "texts"
+    what, held = f"windows of {length} tokens", set(data["batch"])
+    if own := bool(held & {"attention_mask", "pixel_values"}):
+        what = "pairs" if held & {"pixel_values", "input_features"} else "texts"
     return Language(
         settings=settings if own else replace(settings, length=length),
         model=model,
@@ -212,7 +212,7 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     """Return the config, and what a `Language` has beside its model, by name."""
     llm.models.silence()
     config, tokenizer = llm.models.load_tokenizer(settings.model, settings.trust_remote_code)
-    if hasattr(config, "vision_config"):
+    if llm.heads.processed(config):
         tokenizer = checkpoint(settings).processor()
     kind, classifies = llm.heads.head(config), llm.heads.classifies(config)
     compares = kind == llm.heads.BARE and hasattr(config, "vision_config")
@@ -225,6 +225,9 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     for source in settings.evaluate:
         if compares:
             classes[source] = llm.contrast.classes(source, settings.template)
+        elif kind == llm.heads.SPEECH:
+            own = llm.pairs.read(source, "audio")[: settings.evaluate_windows]
+            sets[source] = llm.speech.batch(own, tokenizer, config)
         elif llm.pairs.is_pairs(source):
             own = llm.pairs.read(source)[: settings.evaluate_windows]
             sets[source] = llm.pairs.batch(own, tokenizer)
@@ -244,9 +247,15 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
 
 def samples(settings: LanguageSettings, source: str, config: Any, tokenizer: Any) -> Batch:
     """Return the calibration samples of a source: pairs, labelled texts, or windows."""
+    if llm.heads.head(config) == llm.heads.SPEECH:
+        pairs = drawn(settings, llm.pairs.read(source, "audio"), "pairs")
+        return llm.speech.batch(pairs, tokenizer, config)
     if llm.pairs.is_pairs(source):
         if not hasattr(config, "vision_config"):
-            raise GblmError(f"{source} holds pictures, which {settings.model} does not see")
+            what = "pictures or recordings"
+            raise GblmError(
+                f"{source} holds {what}, which {settings.model} does not take; give text"
+            )
         pairs = drawn(settings, llm.pairs.read(source), "pairs")
         if llm.heads.head(config) == llm.heads.BARE:
             return llm.pairs.contrasted(pairs, tokenizer, config, settings.template)

@@ -119,7 +119,7 @@ def classes(source: str, template: str) -> Classes:
         names = [template.format(file.parent.name) for file in images]
     elif pairs.is_pairs(source):
         found = pairs.read(source)
-        images = [pair.image for pair in found]
+        images = [pair.file for pair in found]
         names = [template.format(pair.label) if pair.label else pair.text for pair in found]
     else:
         raise GblmError(

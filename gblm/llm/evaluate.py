@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from gblm.base import Batch
 from gblm.llm.adapters import adapter, losses
 from gblm.llm.heads import REGRESSION, SEVERAL, classifies, problem
-from gblm.llm.models import vocabulary
+from gblm.llm.models import length_of, vocabulary
 from gblm.llm.replay import inputs_of
 from gblm.machine import processes
 from gblm.machine.device import BatchSize
@@ -101,7 +101,7 @@ def measured(
     if total >= processes.world():
         batch = processes.share(batch)
         total = size(batch)
-    step = max(1, min(total, positions // batch["input_ids"].shape[1]))
+    step = max(1, min(total, positions // length_of(batch)))
     with torch.no_grad():
         values = torch.cat(BatchSize(step, auto=True).run(run)).cpu()
     return torch.cat(processes.gathered(values))

@@ -12,10 +12,11 @@ from transformers.models.auto import modeling_auto as auto
 
 from gblm.base import Batch, GblmError
 
-CAUSAL, PICTURES, TARGET, MASKED, CLASSES, TOKENS, BARE = (
+CAUSAL, PICTURES, TARGET, SPEECH, MASKED, CLASSES, TOKENS, BARE = (
     "causal",
     "pictures",
     "target",
+    "speech",
     "masked",
     "classes",
     "tokens",
@@ -33,6 +34,7 @@ CLASS: dict[str, tuple[str, Any]] = {
     CAUSAL: ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     PICTURES: ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     TARGET: ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    SPEECH: ("AutoModelForSpeechSeq2Seq", {"whisper": "WhisperForConditionalGeneration"}),
     MASKED: ("AutoModelForMaskedLM", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     CLASSES: (
         "AutoModelForSequenceClassification",
@@ -86,6 +88,23 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return getattr(transformers, CLASS[head(config)][0])
 
 
+def processed(config: PreTrainedConfig) -> bool:
+    """Say whether a model takes what a processor makes of pictures, or of recordings."""
+    return hasattr(config, "vision_config") or head(config) == SPEECH
+
+
+def shifted(labels: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Return what a decoder is given for targets `[n, t]`: its first token, then those before.
+
+    Raises `GblmError` where the config has no first token.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
+    first = start if start is not None else config.pad_token_id
+    if first is None:
+        raise GblmError("config.json has no decoder_start_token_id; add it")
+    return torch.cat([torch.full_like(labels[:, :1], first), labels[:, :-1]], dim=1)
+
+
 def samples_of(ids: Tensor, config: PreTrainedConfig, tokenizer: Any, seed: int = 0) -> Batch:
     """Return windows `[n, t]` as a model of this config takes them, with `labels`.
 
@@ -99,12 +118,8 @@ def samples_of(ids: Tensor, config: PreTrainedConfig, tokenizer: Any, seed: int 
     if kind == TARGET:
         half = ids.shape[1] // 2
         labels = ids[:, half:]
-        start = getattr(config, "decoder_start_token_id", None)
-        first = start if start is not None else config.pad_token_id
-        if first is None:
-            raise GblmError("config.json has no decoder_start_token_id; add it")
-        shifted = torch.cat([torch.full_like(labels[:, :1], first), labels[:, :-1]], dim=1)
-        return {"input_ids": ids[:, :half], "decoder_input_ids": shifted, "labels": labels}
+        given = shifted(labels, config)
+        return {"input_ids": ids[:, :half], "decoder_input_ids": given, "labels": labels}
     if kind == MASKED:
         if tokenizer.mask_token_id is None:
             raise GblmError("the tokenizer has no mask token, which a masked model needs; add one")

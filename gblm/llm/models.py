@@ -17,7 +17,7 @@ from gblm.llm import data
 from gblm.llm.adapters import blocks
 from gblm.llm.checkpoint import ONE_MODEL, Checkpoint
 from gblm.llm.conversion import Places, places
-from gblm.llm.heads import CAUSAL, CLASS, head, samples_of
+from gblm.llm.heads import CAUSAL, CLASS, head, processed, samples_of
 from gblm.machine.carry import copy_files
 from gblm.machine.device import find_device, find_dtype
 from gblm.machine.files import check_depth, write_shards, written_into
@@ -221,15 +221,13 @@ def check_causal(model: PreTrainedModel, batch: Batch) -> None:
 
 def length_of(batch: Batch) -> int:
     """Return the tokens of a sample, those of its target among them."""
-    target = batch["labels"].shape[1] if "decoder_input_ids" in batch else 0
-    return batch["input_ids"].shape[1] + target
+    names = ("input_ids", "decoder_input_ids")
+    return sum(batch[name].shape[1] for name in names if name in batch)
 
 
 def loading(folder: Path, config: PreTrainedConfig, packed: bool = False) -> str:
     """Return the Python that loads a saved model."""
-    auto, other = CLASS[head(config)][0], "tokenizer"
-    if hasattr(config, "vision_config"):
-        other = "processor"
+    auto, other = CLASS[head(config)][0], "processor" if processed(config) else "tokenizer"
     first, variant = ("import gblm.llm\n", ', variant="packed"') if packed else ("", "")
     return (
         f"{first}from transformers import {auto}, Auto{other.title()}\n\n"

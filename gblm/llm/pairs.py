@@ -1,4 +1,4 @@
-"""Pictures with text, for models that see and speak: samples of them, and exact answers."""
+"""Pictures or recordings with text, for models that see or hear: samples, and exact answers."""
 
 from __future__ import annotations
 
@@ -18,43 +18,49 @@ WORDS = ("text", "question", "prompt")
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture, what is asked of it or said, the answer and its class, empty for none."""
+    """A picture, what is asked of it or said, the answer and its class, empty for none.
 
-    image: Path
+    Or a recording, and what is said there.
+    """
+
+    file: Path
     text: str
     answer: str = ""
     label: str = ""
 
 
 def is_pairs(source: str) -> bool:
-    """Say whether a source is a local file of pairs: lines of JSON with an `image`."""
+    """Say whether a source is a local file of pairs: lines of JSON, `image` or `audio` in each."""
     path = Path(source).expanduser()
     if path.suffix != ".jsonl" or not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as lines:
-        return '"image"' in next(lines, "")
+        first = next(lines, "")
+    return '"image"' in first or '"audio"' in first
 
 
-def read(source: str) -> list[Pair]:
-    """Return the pairs of a file, whose images lie relative to it.
+def read(source: str, kind: str = "image") -> list[Pair]:
+    """Return the pairs of a file, whose images lie relative to it, or recordings ("audio").
 
     A line is `{"image": "x.png", "text": "What is it?", "answer": "a cat"}`, or without an answer.
     Raises `GblmError` with the line that is none.
     """
     path = Path(source).expanduser()
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise GblmError(f"{source} is no .jsonl file of lines of an {kind} and a text; give one")
     pairs = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if not line.strip():
             continue
-        with explained(f"{path}, line {number} is no pair", "give an image and a text, as JSON"):
+        with explained(f"{path}, line {number} is no pair", f"give an {kind} and a text, as JSON"):
             row = json.loads(line)
             text = next((row[word] for word in WORDS if word in row), "")
             rest = (str(row.get(name, "")) for name in ("answer", "label"))
-            pairs.append(Pair(path.parent / row["image"], str(text), *rest))
-    if missing := [pair.image for pair in pairs if not pair.image.is_file()]:
+            pairs.append(Pair(path.parent / row[kind], str(text), *rest))
+    if missing := [pair.file for pair in pairs if not pair.file.is_file()]:
         raise GblmError(f"{path}: {missing[0]} is not there; paths are relative to that file")
     if not pairs:
-        raise GblmError(f"{path} holds no pair; give lines of an image and a text")
+        raise GblmError(f"{path} holds no pair; give lines of an {kind} and a text")
     return pairs
 
 
@@ -72,7 +78,7 @@ def prompt(pair: Pair, processor: Any) -> str:
 
 def inputs(pair: Pair, processor: Any, text: str) -> dict[str, Tensor]:
     """Return what the processor makes of a picture and a text, `[1, …]` each."""
-    return dict(processor(images=[_opened(pair.image)], text=[text], return_tensors="pt"))
+    return dict(processor(images=[_opened(pair.file)], text=[text], return_tensors="pt"))
 
 
 def _opened(path: Path) -> Any:
@@ -107,7 +113,7 @@ def contrasted(pairs: list[Pair], processor: Any, config: Any, template: str) ->
     """
     texts = [pair.text or template.format(pair.label) for pair in pairs]
     said = words(texts, processor, config)
-    return said | pictures([pair.image for pair in pairs], processor)
+    return said | pictures([pair.file for pair in pairs], processor)
 
 
 def batch(pairs: list[Pair], processor: Any) -> Batch:

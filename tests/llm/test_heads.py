@@ -224,8 +224,8 @@ def test_a_model_without_a_head_is_pruned_by_what_its_blocks_see():
 
 
 def test_a_class_that_does_something_else_is_refused():
-    config = transformers.PreTrainedConfig(architectures=["WhisperForConditionalGeneration"])
-    with pytest.raises(GblmError, match="does not know what a WhisperForConditionalGeneration"):
+    config = transformers.PreTrainedConfig(architectures=["Speech2TextForConditionalGeneration"])
+    with pytest.raises(GblmError, match="does not know what a Speech2TextForConditionalGeneration"):
         heads.head(config)
 
 
@@ -302,7 +302,7 @@ def test_pairs_are_read(source):
     assert pairs.is_pairs(str(source))
     first, second = pairs.read(str(source))
     assert (first.text, first.answer, second.answer) == ("what", "x", "")
-    assert first.image.is_file()
+    assert first.file.is_file()
 
 
 @pytest.mark.parametrize(
