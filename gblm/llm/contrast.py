@@ -74,7 +74,10 @@ def coupled(adapter: Adapter, model: Any, batch: Batch) -> Batch:
 
 
 def _pooled(model: Any, parts: list[MicroBatch]) -> dict[nn.Module, dict[str, Tensor]]:
-    """Return what each tower gives of all samples, in their order: its `pooler_output [n, …]`."""
+    """Return what each tower gives of all samples, in their order: its `pooler_output [n, …]`.
+
+    Some heads take it as the second of the outputs: another stands before it.
+    """
     found: dict[nn.Module, list[Tensor]] = {model.get_submodule(name): [] for name in TOWERS}
 
     def note(tower: nn.Module, args: Any, output: Any) -> None:
@@ -89,7 +92,11 @@ def _pooled(model: Any, parts: list[MicroBatch]) -> dict[nn.Module, dict[str, Te
         for part in parts:
             model(**inputs_of(model, to_device(part.batch, model.device)))
     order = torch.tensor([number for part in parts for number in part.numbers]).argsort()
-    return {tower: {"pooler_output": torch.cat(own)[order]} for tower, own in found.items()}
+    whole = {tower: torch.cat(own)[order] for tower, own in found.items()}
+    return {
+        tower: {"last_hidden_state": own[:, None], "pooler_output": own}
+        for tower, own in whole.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ from gblm.llm.__main__ import main
 from gblm.llm.adapters import adapter
 from gblm.walk.survey import survey
 
-pytestmark = pytest.mark.untraced
-
 SAMPLES, LENGTH = 6, 9
 END = 2  # the id whose position CLIP reads
 SIZES = {
@@ -51,12 +49,18 @@ def siglip() -> nn.Module:
     return model
 
 
+def altclip() -> nn.Module:
+    text = TEXT | {"project_dim": 16, "pad_token_id": 0}
+    config = transformers.AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
+    return transformers.AltCLIPModel(config)
+
+
 MODELS = {"clip": clip, "siglip": siglip}
 
 
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return MODELS[name]().eval()
+    return (MODELS | {"altclip": altclip})[name]().eval()
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
@@ -124,6 +128,18 @@ def test_a_samples_gradient_is_what_goes_through_its_own_activations(name):
         found = gblm.gradient_sums(model, batch, ["grad_abs"], **options)
         for own in linears:
             close(found[own.name]["grad_abs"], sum(one[own.name].abs() for one in samples))
+
+
+@pytest.mark.parametrize("name", [*MODELS, "altclip"])
+def test_the_batch_of_the_loss_is_the_whole_one(name, monkeypatch):
+    monkeypatch.setattr(contrast, "TOGETHER", 2)
+    model, batch = make(name), batch_of(name)
+    output = model(**batch, return_loss=True)
+    embeddings = [output.text_embeds, output.image_embeds]
+    expected = torch.autograd.grad(SAMPLES * output.loss, embeddings)
+    found = adapter(model).coupled(model, batch)
+    torch.testing.assert_close(found["gradient_of_text_embeds"], expected[0])
+    torch.testing.assert_close(found["gradient_of_image_embeds"], expected[1])
 
 
 @pytest.mark.parametrize("name", MODELS)

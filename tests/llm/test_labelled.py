@@ -13,8 +13,6 @@ from gblm.base import GblmError
 from gblm.llm import evaluate, labelled
 from gblm.llm.__main__ import main
 
-pytestmark = pytest.mark.untraced
-
 NAMES = ["low", "middle", "high"]
 METHODS = "wanda,gblm,sparsegpt,best"
 SIZES = {

@@ -14,8 +14,6 @@ from gblm.llm import evaluate, pairs, speech
 from gblm.llm.__main__ import main
 from gblm.llm.adapters import adapter
 
-pytestmark = pytest.mark.untraced
-
 RATE = 16000
 MARKS = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
 FIRST = 256  # the number of the first mark
