@@ -59,7 +59,7 @@ class LanguageSettings(Settings):
     experts: Annotated[str, CALIBRATION(Value(offers=["routed", "all"]), "WHICH")] = "routed"
     """statistics of an expert: of the tokens sent to it, or of all [routed]"""
     evaluate_windows: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
-    """the first windows alone"""
+    """the first windows, texts or pairs alone; of classes of pictures a choice of so many"""
     tasks: Annotated[tuple[str, ...], EVALUATION(SEVERAL, "TASKS")] = ()
     """zero-shot tasks of lm-evaluation-harness, with commas; paper: its six"""
     task_data: Annotated[Path | None, EVALUATION(PATH, "DIR")] = None
@@ -224,7 +224,8 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     sets, pairs, classes = {}, {}, {}
     for source in settings.evaluate:
         if compares:
-            classes[source] = llm.contrast.classes(source, settings.template)
+            limit = settings.evaluate_windows
+            classes[source] = llm.contrast.classes(source, settings.template, limit)
         elif kind == llm.heads.SPEECH:
             own = llm.pairs.read(source, "audio")[: settings.evaluate_windows]
             sets[source] = llm.speech.batch(own, tokenizer, config)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,8 @@ class Classes:
     texts: list[str]
 
 
-def classes(source: str, template: str) -> Classes:
-    """Return the pictures of a source and their classes.
+def classes(source: str, template: str, limit: int | None = None) -> Classes:
+    """Return the pictures of a source, a choice of so many, and their classes.
 
     source: a folder with a folder for each class, or a file of lines of an `image` and a `label`,
     the name of its class, or a `text`, which is taken as it is. template: the text of a class,
@@ -136,7 +137,10 @@ def classes(source: str, template: str) -> Classes:
     texts = sorted(set(names))
     if len(texts) < 2:
         raise GblmError(f"{source} holds {len(texts)} classes of pictures; give 2 or more")
-    return Classes(images, list(map(texts.index, names)), texts)
+    picks: Sequence[int] = range(len(images))
+    if limit is not None and limit < len(images):
+        picks = sorted(random.Random(0).sample(picks, max(1, limit)))
+    return Classes([images[i] for i in picks], [texts.index(names[i]) for i in picks], texts)
 
 
 def top1(

@@ -262,6 +262,13 @@ def test_top1_is_by_the_models_own_logits(square, tokenizer, tmp_path):
     assert contrast.top1(model, known, processor) == pytest.approx(100 * right.float().mean())
 
 
+def test_a_choice_of_pictures_keeps_all_classes(square):
+    some = contrast.classes(str(square / "shown"), "{}", limit=5)
+    assert len(set(some.images)) == len(some.labels) == 5
+    assert some.texts == sorted(COLOURS)
+    assert [some.texts[i] for i in some.labels] == [path.parent.name for path in some.images]
+
+
 def test_what_has_no_classes_is_refused(square, tmp_path):
     with pytest.raises(GblmError, match="no place for a name"):
         contrast.classes(str(square / "shown"), "a photo")
