@@ -1,6 +1,8 @@
 """What every command of the package shares: how it ends, and the flags of the small ones."""
 
 import argparse
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -9,6 +11,8 @@ from threading import current_thread, main_thread
 from types import FrameType
 
 from gblm.base import GblmError
+
+atexit.register(gc.freeze)  # a process that ends need not look for garbage, which takes 0.3 s
 
 
 def make_parser(program: str, about: str, examples: str) -> argparse.ArgumentParser:

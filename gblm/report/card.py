@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, metadata_load
-
 from gblm.base import GblmError, explained
 from gblm.report import Report
 from gblm.report.wording import changes, percent, short, size
@@ -20,6 +18,8 @@ def card(report: Report, source: Path | None, program: str, folder: Path, name: 
     source: the folder of the dense model, whose card says its licence. program: the command that
     repeats the run. name: its repository on the hub, empty for none.
     """
+    from huggingface_hub import ModelCardData, metadata_load  # as below: its import takes 0.1 s
+
     readme = source / "README.md" if source else Path()
     found: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
     kept = {key: found[key] for key in KEPT if key in found}
@@ -61,6 +61,8 @@ def check_hub(name: str) -> None:
     if not REPOSITORY.fullmatch(name):
         raise GblmError(f"--push-to-hub {name} is no repository; give OWNER/NAME")
     with explained("the hub does not know you", "log in by `hf auth login`"):
+        from huggingface_hub import HfApi
+
         HfApi().whoami()
 
 
@@ -68,6 +70,8 @@ def push(folder: Path, name: str) -> None:
     """Upload a result to a repository of the hub, new where there is none."""
     way = f"the result is in {folder}; upload it by `hf upload {name} {folder}`"
     with explained(f"{name} cannot be uploaded to the hub", way):
+        from huggingface_hub import HfApi
+
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Pruned by gblm")
