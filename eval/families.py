@@ -34,7 +34,7 @@ from gblm.llm import heads
 from gblm.walk.survey import find_adapter
 
 VOCABULARY, LENGTH, SAMPLES, IMAGE = 128, 16, 4, 32
-SECONDS = 120  # for one method, at most
+SECONDS = 600  # for one method, at most
 
 TASKS = {
     "causal": heads.CLASS[heads.CAUSAL][1],
@@ -150,6 +150,10 @@ def timm_model(name: str) -> nn.Module:
     return timm.create_model(name, num_classes=5).eval()
 
 
+# Those of modules that hold several kinds of models, beside the smallest of each module.
+BESIDE = ("botnet26t_256", "halonet26t", "mobilevit_xxs", "mobilevitv2_050", "twins_pcpvt_small")
+
+
 def timm_names() -> list[str]:
     """Return the smallest model of every module of timm that holds attention or token mixing."""
     import timm
@@ -169,7 +173,7 @@ def timm_names() -> list[str]:
                     sizes[name] = sum(own.numel() for own in model.parameters())
         if sizes:
             names.append(min(sizes, key=lambda name: sizes[name]))
-    return names
+    return [*names, *BESIDE]
 
 
 def batch_of(task: str, model: Any) -> dict[str, Tensor]:

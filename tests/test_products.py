@@ -36,6 +36,9 @@ class Functional(nn.Module):
         self.routed = nn.Parameter(torch.randn(EXPERTS, WIDE, WIDE) / 3)
         self.pointwise = nn.Parameter(torch.randn(WIDE, WIDE, 1) / 3)
         self.kernel = nn.Parameter(torch.randn(WIDE, 1, 3) / 3)
+        self.window = nn.Parameter(torch.randn(2, WIDE, 3) / 9)
+        self.grouped = nn.Parameter(torch.randn(WIDE, WIDE // 2, 3) / 6)
+        self.spread = nn.Parameter(torch.randn(WIDE, WIDE, 3) / 9)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (F.linear(x, part) for part in self.fused.chunk(3))
@@ -47,11 +50,19 @@ class Functional(nn.Module):
         x = x + (x[:, None] @ self.batched).sum(dim=1).tanh()
         x = x + F.conv1d(x.mT, self.pointwise).mT
         x = x + F.conv1d(x.mT, self.kernel, padding=1, groups=WIDE).mT
+        x = x + F.conv1d(x.mT, self.window, stride=2, padding=1).mean(dim=(1, 2))[:, None, None]
+        x = x + F.conv1d(x.mT, self.grouped, padding="same", groups=2).mT
+        x = x + F.conv_transpose1d(x.mT, self.spread, padding=1).mT
         rows, y = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
         to = rows[:, :2].argmax(dim=1)  # nobody is sent to the last
         for i in to.unique():
             y[to == i] = F.linear(rows[to == i], self.routed[i])
         return x + y.view_as(x)
+
+
+def patches(x: Tensor) -> Tensor:
+    """Return three neighbours `[n, t, channels·3]` of every position of `x [n, t, channels]`."""
+    return F.pad(x.mT, (1, 1)).unfold(2, 3, 1).movedim(1, 2).flatten(2)
 
 
 class Modular(nn.Module):
@@ -69,6 +80,11 @@ class Modular(nn.Module):
             for _ in range(2)
         )
         self.kernel = nn.Parameter(torch.empty(WIDE, 1, 3))
+        self.window = nn.Linear(3 * WIDE, 2, bias=False)
+        self.grouped = nn.ModuleList(
+            nn.Linear(3 * WIDE // 2, WIDE // 2, bias=False) for _ in range(2)
+        )
+        self.spread = nn.Linear(WIDE, 3 * WIDE, bias=False)
 
     def matrices(self) -> dict[str, nn.Linear]:
         """Return the linears by the names they have in the other."""
@@ -81,6 +97,10 @@ class Modular(nn.Module):
             **{f"batched[{i}]": linear for i, linear in enumerate(self.batched)},
             "pointwise": self.pointwise,
             **{f"routed[{i}]": linear for i, linear in enumerate(self.routed)},
+            "window": self.window,
+            "grouped[0:4]": self.grouped[0],
+            "grouped[4:8]": self.grouped[1],
+            "spread": self.spread,
         }
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +111,11 @@ class Modular(nn.Module):
         x = x + sum(linear(x) for linear in self.batched).tanh()
         x = x + self.pointwise(x)
         x = x + F.conv1d(x.mT, self.kernel, padding=1, groups=WIDE).mT
+        x = x + self.window(patches(x)[:, ::2]).mean(dim=(1, 2))[:, None, None]
+        halves = zip(self.grouped, x.chunk(2, dim=-1), strict=True)
+        x = x + torch.cat([linear(patches(half)) for linear, half in halves], dim=-1)
+        parts = self.spread(x).mT  # which overlap
+        x = x + F.fold(parts, (1, LENGTH), (1, 3), padding=(0, 1)).squeeze(2).mT
         rows, y = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
         to = rows[:, :2].argmax(dim=1)
         for i in to.unique():
@@ -159,7 +184,7 @@ def test_the_linears_are_the_parts_of_the_parameters(pair):
 
 def test_what_is_no_product_is_named_as_dense(pair):
     report = gblm.prune(pair[0], batch(), methods.wanda(), "0.5", adapter=ADAPTER)
-    reason = "used by conv1d, not in a product"
+    reason = "a depthwise kernel"
     assert report.dense == {f"layers.{i}.kernel": reason for i in range(2)}
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from gblm.base import Adapter, Batch, GblmError
 from gblm.walk.blocks import frozen, hooked, joined
+from gblm.walk.products import depthwise
 
 HEADS = ("cls_logits", "distillation_logits")  # of a distilled model of transformers
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -187,9 +188,9 @@ def heads_loss(model: nn.Module, logits: tuple[Tensor, ...], batch: Batch) -> Te
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Say whether a module is a linear layer or a pointwise convolution."""
-    pointwise = isinstance(module, nn.Conv2d) and module.weight.shape[2:].numel() == 1
-    return pointwise or isinstance(module, nn.Linear)
+    """Say whether a module is a linear layer, or a convolution that is not depthwise."""
+    convolution = isinstance(module, nn.Conv2d) and not depthwise(module.weight)
+    return convolution or isinstance(module, nn.Linear)
 
 
 def _within(name: str, module: nn.Module) -> dict[str, nn.Module]:

@@ -21,10 +21,19 @@ from gblm.walk.products import Products, Use
 
 @dataclass
 class _Waiting:
-    """Where a piece waits: before which group, with which inputs `[positions, in]`."""
+    """Where a piece waits: before which group, and which use of its first linear."""
 
     index: int
-    x: Tensor
+    use: Use
+
+    @property
+    def x(self) -> Tensor:
+        """The inputs `[positions, in]`."""
+        return self.use.x.flatten(0, -2)
+
+    def alike(self, other: _Waiting) -> bool:
+        """Say whether another has as many inputs."""
+        return self.use.input.shape == other.use.input.shape
 
 
 @dataclass
@@ -122,7 +131,7 @@ class TwoStreams:
             if own.waits(index):
                 # What is routed sees other positions of each stream, which make no pair.
                 scattered = inputs.group[0].routed and not inputs.group[0].everywhere
-                paired = not scattered and other.waits(index) and other.at.x.shape == own.at.x.shape
+                paired = not scattered and other.waits(index) and other.at.alike(own.at)
                 dense = other.at.x if paired else None
                 inputs.add(own.at.x, own.piece.stop - own.piece.start, dense)
         inputs.finish(sum(piece.piece.stop - piece.piece.start for piece in self.pruned.pieces))
@@ -138,4 +147,4 @@ class _Pausing(Products):
         self.index = {inputs.group[0].name: i for i, inputs in enumerate(groups)}
 
     def before(self, linear: Linear, use: Use) -> None:
-        wait(_Waiting(self.index[linear.name], use.x.flatten(0, -2)))
+        wait(_Waiting(self.index[linear.name], use))

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -399,15 +399,13 @@ class PerSample(Products):
     def after(self, seen: list[tuple[Linear, Use]], output: Tensor) -> Tensor:
         leaf = not output.requires_grad  # nothing before this product needs a gradient
         output.requires_grad_()
-        uses = [(linear, self._by_sample(linear, use.x.detach()), use.rows) for linear, use in seen]
+        uses = [(linear, replace(use, input=use.input.detach())) for linear, use in seen]
         output.register_hook(partial(self._add, uses))
         return output.clone() if leaf else output  # a leaf could not be changed in place
 
-    def _add(
-        self, uses: list[tuple[Linear, Tensor, Callable[[Tensor], Tensor]]], gradient: Tensor
-    ) -> None:
-        for linear, x, rows in uses:
-            dy = self._by_sample(linear, rows(gradient))
+    def _add(self, uses: list[tuple[Linear, Use]], gradient: Tensor) -> None:
+        for linear, use in uses:
+            x, dy = (self._by_sample(linear, own) for own in (use.x, use.rows(gradient)))
             if linear.repeated:
                 self.repeated[linear.name].append((x, dy))
             else:

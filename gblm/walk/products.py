@@ -2,8 +2,9 @@
 
 A linear is a matrix W `[out, in]`, a view of a parameter, in a product y = x·Wᵀ, whichever module
 or function computes it and however the parameter stores it: whole, transposed, a slice of a fused
-or of a three-dimensional one. A function mode of torch stands above autograd and autocast, and so
-sees the operands of every product, and its output with its gradient.
+or of a three-dimensional one, a kernel of a convolution, which meets patches of its input. A
+function mode of torch stands above autograd and autocast, and so sees the operands of every
+product, and its output with its gradient.
 """
 
 from __future__ import annotations
@@ -68,22 +69,79 @@ class Matrix:
         return f"[{', '.join(ranges)}]" if ranges else ""
 
 
+@dataclass(frozen=True)
+class Patches:
+    """The patches that a kernel of a convolution meets, by the dimensions of its pictures.
+
+    padding: before and after.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> Patches:
+        """Return the patches by the arguments of a convolution of torch."""
+        every, gaps = _each(stride, kernel), _each(dilation, kernel)
+        if padding == "same":
+            whole = [gap * (size - 1) for gap, size in zip(gaps, kernel, strict=True)]
+            sides = tuple((size // 2, size - size // 2) for size in whole)
+        else:
+            sides = tuple((n, n) for n in _each(0 if padding == "valid" else padding, kernel))
+        return cls(tuple(kernel), every, sides, gaps)
+
+    @property
+    def single(self) -> bool:
+        """Whether each is one position, and every position one of them."""
+        return {*self.kernel, *self.stride} == {1} and not any(map(any, self.padding))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the patches `[n, …, channels·k]` of `x [n, channels, …]`."""
+        if self.single:
+            return x.movedim(1, -1)
+        x = F.pad(x, [n for sides in reversed(self.padding) for n in sides])
+        for i, (size, every, gap) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, strict=True)
+        ):
+            x = x.unfold(2 + i, gap * (size - 1) + 1, every)[..., ::gap]
+        return x.movedim(1, 1 + len(self.kernel)).flatten(1 + len(self.kernel))
+
+
+def _each(value: Any, kernel: Sequence[int]) -> tuple[int, ...]:
+    """Return an argument of a convolution for each dimension of its kernel."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    return values * len(kernel) if len(values) == 1 else values
+
+
+def _same(y: Tensor) -> Tensor:
+    return y
+
+
 @dataclass
 class Use:
-    """One product y = x·Wᵀ: W `weight [out, in]`, `x [..., in]`.
+    """One product y = x·Wᵀ: W `weight [out, in]`, x `[..., in]` of the `input` of a function.
 
     rows(y), of the product's output or of its gradient, is `[..., out]`, in the order of x.
+    columns(input) is x, where the function takes it in another form.
     """
 
     weight: Tensor
-    x: Tensor
-    rows: Callable[[Tensor], Tensor]
+    input: Tensor
+    rows: Callable[[Tensor], Tensor] = _same
+    columns: Callable[[Tensor], Tensor] = _same
+
+    @property
+    def x(self) -> Tensor:
+        """The input vectors `[..., in]`, made of the input whenever they are asked for."""
+        return self.columns(self.input)
 
     def input_key(self) -> tuple:
         """Return what is equal for linears that see the same input, while that is kept."""
-        x = self.x
-        storage = x.untyped_storage()._cdata
-        return storage, x.storage_offset(), x.shape, x.stride(), x._version
+        own = self.input
+        place = own.untyped_storage()._cdata, own.storage_offset(), own.shape, own.stride()
+        return *place, own._version, self.columns
 
 
 Known = Callable[[Any], bool]  # whether something is a view of a parameter that is watched
@@ -159,13 +217,9 @@ def unseen() -> Iterator[None]:
         UNSEEN.pop()
 
 
-def _same(y: Tensor) -> Tensor:
-    return y
-
-
 def _linear(known: Known, input: Tensor, weight: Tensor, bias: Any = None) -> Iterator[Use]:
     if known(weight):
-        yield Use(weight, input, _same)
+        yield Use(weight, input)
 
 
 def _matmul(known: Known, a: Tensor, b: Tensor, **out: Any) -> Iterator[Use]:
@@ -175,13 +229,13 @@ def _matmul(known: Known, a: Tensor, b: Tensor, **out: Any) -> Iterator[Use]:
         yield Use(a, b[None], _as_row)
     elif known(a):  # yᵀ = bᵀaᵀ
         for use in _right(b.mT, a.mT):
-            yield Use(use.weight, use.x, partial(_transposed, use.rows))
+            yield Use(use.weight, use.input, partial(_transposed, use.rows))
 
 
 def _right(x: Tensor, w: Tensor) -> Iterator[Use]:
     """Yield the uses of x @ w for w `[in, out]`, or `[experts, in, out]`."""
     if w.ndim == 2:
-        yield Use(w.mT, x, _same) if x.ndim > 1 else Use(w.mT, x[None], _as_row)
+        yield Use(w.mT, x) if x.ndim > 1 else Use(w.mT, x[None], _as_row)
     elif w.ndim == 3:
         for i, own in enumerate(w):  # x is of all experts, or of each
             many = x.ndim > 2 and x.shape[-3] == len(w)
@@ -216,17 +270,47 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Iterator[Use]:
-    pointwise = weight.shape[2:].numel() == 1 and groups == 1 and input.ndim == weight.ndim
-    if pointwise and known(weight) and _all(stride, 1) and _all(padding, 0):
-        yield Use(weight.flatten(1), input.movedim(1, -1), _features_last)
+    """Yield the use of a kernel `[out, in, …]` as the matrix `[out, in·k]` of each group."""
+    if known(weight) and input.ndim == weight.ndim and not depthwise(weight):
+        patches = Patches.of(weight.shape[2:], stride, padding, dilation)
+        parts = zip(weight.chunk(groups), input.chunk(groups, dim=1), strict=True)
+        for i, (own, x) in enumerate(parts):
+            yield Use(own.flatten(1), x, partial(_features_last, i, groups), patches)
 
 
-def _features_last(y: Tensor) -> Tensor:
-    return y.movedim(1, -1)
+def depthwise(kernel: Tensor) -> bool:
+    """Say whether each output of a kernel has a single input, so that it is a matrix of none."""
+    return kernel.ndim > 2 and kernel.shape[1] == 1
 
 
-def _all(value: Any, number: int) -> bool:
-    return all(x == number for x in (value if isinstance(value, Sequence) else [value]))
+def _features_last(group: int, groups: int, y: Tensor) -> Tensor:
+    return y.chunk(groups, dim=1)[group].movedim(1, -1)
+
+
+def _conv_transpose(
+    known: Known,
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Iterator[Use]:
+    """Yield the use of a kernel `[in, out, …]` as the matrix `[out·k, in]` of each group.
+
+    The output adds up what each input gives to a patch of it.
+    """
+    if known(weight) and input.ndim == weight.ndim and not depthwise(weight):
+        patches = Patches.of(weight.shape[2:], stride, padding, dilation)
+        parts = zip(weight.chunk(groups), input.chunk(groups, dim=1), strict=True)
+        for i, (own, x) in enumerate(parts):
+            yield Use(own.flatten(1).mT, x.movedim(1, -1), partial(_patches_of, patches, i, groups))
+
+
+def _patches_of(patches: Patches, group: int, groups: int, y: Tensor) -> Tensor:
+    return patches(y.chunk(groups, dim=1)[group])
 
 
 def grouped(
@@ -284,7 +368,10 @@ FORMS |= dict.fromkeys(
 )
 FORMS[Tensor.__rmatmul__] = _swapped
 FORMS |= dict.fromkeys([torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm], _addmm)
-FORMS |= dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _conv)
+CONVOLUTIONS: dict[Any, Form] = dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _conv)
+for _transpose in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
+    CONVOLUTIONS[_transpose] = _conv_transpose
+FORMS |= CONVOLUTIONS
 for _name, _place in (("grouped_mm", F), ("_grouped_mm", torch)):
     if hasattr(_place, _name):
         FORMS[getattr(_place, _name)] = grouped

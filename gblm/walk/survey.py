@@ -31,7 +31,7 @@ from gblm.walk.blocks import (
     parameters,
     to_device,
 )
-from gblm.walk.products import Matrix, Products, Use, valueless
+from gblm.walk.products import CONVOLUTIONS, Matrix, Products, Use, depthwise, valueless
 
 OTHERS = 16  # samples at most that are tried until every linear of a block has been used,
 FRUITLESS = 3  # and the fewest before one that brings nothing new is the last
@@ -123,7 +123,7 @@ class Found:
     def __init__(self, block: Block) -> None:
         self.block = block
         self.linears: dict[tuple[str, Matrix], Linear] = {}
-        self.others: dict[str, str] = {}  # by parameter, the function
+        self.others: dict[str, str] = {}  # by parameter, what they are
         self.names = {own: name for name, own in block.module.named_parameters()}
 
     def linear(self, parameter: nn.Parameter, matrix: Matrix) -> Linear:
@@ -152,8 +152,7 @@ class Found:
             seen = [matrix for known, matrix in self.linears if known == name]
             title = self._title(name)
             if not seen:
-                other = self.others.get(name)
-                why = f"used by {other}, not in a product" if other else "not used by its block"
+                why = self.others.get(name, "not used by its block")
                 self.block.dense[title] = _unfit(parameter) or why
             elif why := (
                 _unfit(parameter)
@@ -241,14 +240,17 @@ class _Watch(Products):
 
     def _note_other(self, func: Any, arguments: Any, output: Any) -> None:
         """Note a function that makes something else of a parameter."""
-        if not isinstance(output, Tensor) or self.knows(output) or not output.is_floating_point():
+        made = [own for own in tree_flatten(output)[0] if isinstance(own, Tensor)]
+        if not any(own.is_floating_point() and not self.knows(own) for own in made):
             return
         found = self.found[self.visits[-1].module]
         for leaf in filter(self.knows, tree_flatten(arguments)[0]):
             parameter = self.tensors[leaf.untyped_storage()._cdata]
             assert isinstance(parameter, nn.Parameter)
             name = found.names[parameter]
-            found.others.setdefault(name, getattr(func, "__name__", str(func)))
+            alone = func in CONVOLUTIONS and depthwise(parameter)
+            other = f"used by {getattr(func, '__name__', func)}, not in a product"
+            found.others.setdefault(name, "a depthwise kernel" if alone else other)
 
     def linear(self, weight: Tensor) -> Linear | None:
         parameter = self.tensors.get(weight.untyped_storage()._cdata)
@@ -263,7 +265,7 @@ class _Watch(Products):
         if visit.uses[name] == 1:
             visit.rows[name] = use.x.shape[:-1]
             visit.groups.setdefault(use.input_key(), []).append(linear)
-            visit.inputs.append(use.x)  # so that no other input takes its place in memory
+            visit.inputs.append(use.input)  # so that no other input takes its place in memory
 
 
 def _attributes(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:

@@ -52,6 +52,8 @@ def units_of(block: Block, call: Call) -> list[Units]:
         reader = group[0]
         if len(group) > 1 or reader.name not in probe.inputs:
             continue
+        if reader.shape[1] not in reader.parameter.shape:  # a kernel that meets patches
+            continue
         if any(own.reader.parameter is reader.parameter for own in found):  # another expert
             continue
         units = probe.single_inputs(reader) or probe.components(reader)
@@ -253,6 +255,8 @@ class _MadeUp(Products):
         made = torch.empty_like(output)
         for linear, use in seen:
             part = use.rows(made)
+            if part.untyped_storage()._cdata != made.untyped_storage()._cdata:
+                return output  # its rows overlap: it is code between the others
             values = 0.5 + torch.rand(part.shape, generator=self.draw)
             if (rows := self.rows.get(linear.name)) is not None:
                 others = 0.5 + torch.rand(part.shape, generator=self.other)
