@@ -23,6 +23,7 @@ from gblm.machine.export import check_export
 from gblm.machine.files import check_output, check_report
 from gblm.machine.processes import launched, rank, world
 from gblm.machine.program import guarded
+from gblm.machine.tables import NONE
 from gblm.maths import patterns
 from gblm.methods import make, options_of, refined
 from gblm.methods import parse as parse_method
@@ -30,6 +31,7 @@ from gblm.report import check_pages, versions
 from gblm.report.card import check_hub
 from gblm.walk.blocks import choose, micro_batches
 from gblm.walk.footprint import Footprint, footprint
+from gblm.walk.prune import allocated
 from gblm.walk.survey import survey
 
 log = logging.getLogger(__name__)
@@ -121,9 +123,7 @@ def command(side: Side[S], settings: S) -> None:
             raise GblmError(f"--{flag} goes with --model; without a model the demo brings its own")
         settings = filled(settings, **side.demo)
     check_options(settings, side)
-    settings = filled(settings, **side.usual)
-    if not settings.calibration:
-        raise GblmError("nothing to calibrate on; give a folder or a data set by --calibration")
+    given, settings = settings.calibration, filled(settings, **side.usual)
     if (settings.format == "packed" or settings.export) and not settings.output:
         form = f"--export {settings.export}" if settings.export else "--format packed"
         raise GblmError(f"{form} is a form of the result; name a folder by --output")
@@ -132,6 +132,13 @@ def command(side: Side[S], settings: S) -> None:
     if settings.runtime != "dense" and not settings.measure:
         raise GblmError(f"--runtime {settings.runtime} is there to be measured; --measure speed")
     runs = find_runs(settings)
+    blind = not any(
+        run.method.needs or allocated(run.method, run.pattern) or run.pattern.units for run in runs
+    )
+    if blind and given in ("", NONE):
+        settings = replace(settings, calibration=NONE, samples=1)
+    elif settings.calibration in ("", NONE):
+        raise GblmError("nothing to calibrate on; give a folder or a data set by --calibration")
     if settings.push_to_hub:
         if not settings.output or len(runs) > 1:
             raise GblmError("--push-to-hub takes the result of one run; name its --output")
@@ -228,6 +235,9 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Path, title: st
         raise GblmError(f"{flag} takes a model that is on the device as a whole")
     if settings.export:
         opened.graph()  # raises where it cannot be had
+    if settings.calibration == NONE:
+        opened.calibration = "no data"
+        opened.notes.append("relative errors are those of one sample without meaning")
     blocks = survey(opened.model, opened.batch, opened.adapter)
     choose(blocks, list(settings.include), settings.dense)
     if not any((settings.output, settings.report, settings.evaluate)):

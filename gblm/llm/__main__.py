@@ -31,6 +31,7 @@ from gblm.command.settings import (
 )
 from gblm.llm import demo
 from gblm.llm.sources import SOURCES
+from gblm.machine.tables import NONE
 from gblm.report import Evaluation, Examples, clock
 from gblm.report.wording import short
 from gblm.walk.blocks import size, to_device
@@ -247,7 +248,14 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
 
 
 def samples(settings: LanguageSettings, source: str, config: Any, tokenizer: Any) -> Batch:
-    """Return the calibration samples of a source: pairs, labelled texts, or windows."""
+    """Return the calibration samples of a source: pairs, labelled texts, or windows.
+
+    Of no source it is one window of ids in their order.
+    """
+    if source == NONE:
+        length = llm.models.window_length(config, settings.length)
+        ids = torch.arange(length)[None] % llm.models.vocabulary(config)
+        return llm.heads.samples_of(ids, config, tokenizer, settings.seed)
     if llm.heads.head(config) == llm.heads.SPEECH:
         pairs = drawn(settings, llm.pairs.read(source, "audio"), "pairs")
         return llm.speech.batch(pairs, tokenizer, config)

@@ -1,5 +1,6 @@
 """Text that a language model writes before and after pruning."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,14 +38,20 @@ class Continuations:
     def written(self, model: Any) -> list[str]:
         """Return the most likely next token over and over, as text, for each prompt.
 
-        The whole window runs each time: so few tokens need no cache, and every family can do it.
+        The whole window runs each time where a family gives no cache of keys and values.
         """
         ids = self.prompts.to(model.device)
         limit = positions(model.config) or ids.shape[1] + WRITTEN
+        taken = inspect.signature(model.forward).parameters
+        name = "cache" if "cache" in taken else "past_key_values"  # as transformers had it first
+        new, cache = ids, dict[str, Any]()
         with torch.no_grad():
             for _ in range(min(WRITTEN, limit - ids.shape[1])):
-                logits = model(input_ids=ids, use_cache=False).logits[:, -1]
-                ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+                found = model(input_ids=new if cache else ids, use_cache=True, **cache)
+                new = found.logits[:, -1:].argmax(dim=-1)
+                ids = torch.cat([ids, new], dim=1)
+                past = getattr(found, name, None)
+                cache = {name: past} if past is not None else {}
         return [self._text(row[self.prompts.shape[1] :]) for row in ids]
 
     def _text(self, ids: Tensor) -> str:

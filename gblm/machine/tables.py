@@ -14,6 +14,8 @@ from torch import Tensor
 
 from gblm.base import GblmError, nearest
 
+NONE = "none"  # the source of methods that look at weights alone
+
 
 def check_there(path: Path, where: str, way: str, names: Collection[str] = ()) -> None:
     """Raise `GblmError` where a path is not there, with the nearest of its neighbours and names."""

@@ -16,7 +16,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 
 from gblm.base import GblmError, explained, nearest
-from gblm.machine.tables import Rows, check_there, dtype_and_shape, read_arrays
+from gblm.machine.tables import NONE, Rows, check_there, dtype_and_shape, read_arrays
 
 ENDINGS = (
     ".jpg",
@@ -167,6 +167,9 @@ def _open(source: str, split: str, where: str, classes: Classes, labelled: bool)
 
         pictures, digit = digits(split)
         return _pixels(where, pictures, digit.tolist() if labelled else None)
+    if source == NONE:  # one picture of noise
+        noise = torch.randint(256, (1, 224, 224, 3), generator=torch.Generator().manual_seed(0))
+        return _pixels(where, noise.byte(), [0] if labelled else None)
     if not path.exists() and HUB.fullmatch(source) and not source.endswith(FILES):
         return _table(_hub(source, split), where, classes, labelled)
     check_there(path, where, f"{way}, or a data set of the hub")

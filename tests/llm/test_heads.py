@@ -15,6 +15,7 @@ from gblm.base import GblmError
 from gblm.llm import heads, pairs
 from gblm.llm.adapters import adapter, unpad
 from gblm.llm.evaluate import perplexity
+from gblm.llm.models import check_causal
 from gblm.walk.survey import survey
 
 SAMPLES, LENGTH, VOCABULARY, IMAGE = 5, 8, 64, 3
@@ -323,3 +324,16 @@ def test_a_text_file_holds_no_pairs(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "an image"}\n')
     assert not pairs.is_pairs(str(tmp_path / "text.jsonl"))
     assert not pairs.is_pairs("c4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_looks_at_later_tokens_is_no_causal_model(dtype, make_llama):
+    """A masked model whose config names no class is loaded as a causal one."""
+    torch.manual_seed(0)
+    looks = transformers.BertLMHeadModel(
+        transformers.BertConfig(**ENCODER, is_decoder=False, initializer_range=0.2)
+    )
+    batch = {"input_ids": torch.arange(LENGTH)[None]}
+    with pytest.raises(GblmError, match="depends on later ones"):
+        check_causal(looks.eval().to(dtype), batch)
+    check_causal(make_llama(dtype), batch)
