@@ -73,9 +73,9 @@ def alps(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tens
             break
         if step >= 30 and share < 0.0003:
             break
-    problem = admm.Problem(start, hessian, target, scale)
+    problem = admm.Problem(start, hessian, target, scale, scale == 0)
     keep = pattern.keep(free.abs())
-    return admm.refit(problem, keep, 10) / scale, keep
+    return admm.refit(problem, start * keep, keep, 10) / scale, keep
 
 
 def admm_grad(weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:

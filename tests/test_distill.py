@@ -89,3 +89,31 @@ def test_what_cannot_be_distilled_is_refused_before_work(llama, batch):
     with pytest.raises(gblm.GblmError, match="is no number of passes"):
         methods.make("best", distill=-1)
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+
+
+def test_products_in_bfloat16_feed_a_head_in_float32():
+    """The trunk may end with a product, whose dtype is then the narrow one."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(2))
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[1](self.blocks[0](x).relu())
+
+    sides = gblm.Adapter(
+        blocks=lambda model: {f"blocks.{i}": block for i, block in enumerate(model.blocks)},
+        trunk=lambda model, batch: model(batch["x"]),
+        loss=lambda model, hidden, batch: model.head(hidden).square().mean(dim=1),
+        logits=lambda model, hidden, batch: model.head(hidden),
+    )
+    x = torch.randn(32, 16)
+    dense, pruned, distilled = Model(), Model(), Model()
+    gblm.prune(pruned, {"x": x}, methods.make("wanda"), "0.5", adapter=sides)
+    gblm.prune(distilled, {"x": x}, DISTILLED, "0.5", adapter=sides, compute_dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = [model.head(model(x)) for model in (dense, pruned, distilled)]
+    assert divergence(logits[0], logits[2]) < divergence(logits[0], logits[1])

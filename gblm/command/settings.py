@@ -21,6 +21,7 @@ from cyclopts.config import Dict
 from cyclopts.help import HelpPanel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gblm.base import GblmError, one_of
 from gblm.machine.device import COMPUTE_DTYPES, DTYPES
@@ -316,8 +317,9 @@ def _panel(usual: Mapping[str, Any], console: Console, options: Any, panel: Help
         names = entry.all_options
         value = usual.get(names[-1].lstrip("-").replace("-", "_"))
         shown = ",".join(value) if isinstance(value, tuple) else value
-        text = f"{entry.description} [{shown}]" if value else entry.description
-        table.add_row(f"  {', '.join(names)} {entry.metavar or ''}", text)
+        if value:
+            entry.description.append(Text(f"[{shown}]"))
+        table.add_row(f"  {', '.join(names)} {entry.metavar or ''}", entry.description)
     console.print(f"{panel.title}:", table, "", highlight=False)
 
 

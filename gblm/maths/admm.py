@@ -23,7 +23,7 @@ DAMPING = 0.01
 # The penalty of ADMM, where the diagonal of H is 1 + damping: it rises as the mask settles.
 PENALTIES = tuple(0.2 * 1.44**k for k in range(5))
 STEPS = 4  # with each of them
-REFITS = 10  # steps of conjugate gradients after them, which start near the end
+REFITS = 3  # steps of conjugate gradients from what they end with
 EXACT = 500  # at most so many where the mask is given
 
 
@@ -31,13 +31,15 @@ EXACT = 500  # at most so many where the mask is given
 class Problem:
     """The problem of a linear with its columns scaled: minimise tr Z(HZᵀ − 2Bᵀ) over Z = ŴD.
 
-    start: W·D [out, in]; hessian: H [in, in]; target: B [out, in]; scale: the diagonal of D [in].
+    start: W·D [out, in]; hessian: H [in, in]; target: B [out, in]; scale: the diagonal of D [in];
+    dead: which inputs are all 0 [in].
     """
 
     start: Tensor
     hessian: Tensor
     target: Tensor
     scale: Tensor
+    dead: Tensor
 
     @classmethod
     def of(
@@ -64,7 +66,7 @@ class Problem:
             lowest = torch.linalg.eigvalsh(hessian)[0]
             hessian.diagonal().add_((damping - lowest).clamp_min(0))
         target = torch.where(dead, start, target / scale) + damping * start
-        return cls(start, hessian, target, scale)
+        return cls(start, hessian, target, scale, dead)
 
 
 def solve(
@@ -90,12 +92,15 @@ def solve(
     for dtype in (weight.dtype, torch.float64):
         problem = Problem.of(weight, statistics, damping, mix, dtype)
         narrow = dtype == torch.float32 and products != dtype
-        mask, steps = keep, EXACT
         if keep is None:
-            mask, steps = _mask(problem, pattern, products if narrow else dtype), REFITS
-        if mask is None:
-            continue
-        new = refit(problem, mask, steps) / problem.scale
+            found = _search(problem, pattern, products if narrow else dtype)
+            if found is None:
+                continue
+            start, mask, steps = *found, REFITS
+            start = torch.where(problem.dead, problem.start * mask, start)
+        else:
+            start, mask, steps = problem.start * keep, keep, EXACT
+        new = refit(problem, start, mask, steps) / problem.scale
         if torch.isfinite(new).all():
             return new.to(weight.dtype), mask
     raise GblmError("input_gram is too badly conditioned to factor; use more calibration samples")
@@ -108,8 +113,10 @@ def repair(
     return solve(weight, statistics, pattern, keep)
 
 
-def _mask(problem: Problem, pattern: Pattern, products: torch.dtype) -> Tensor | None:
-    """Return the mask that ADMM ends with, None where H cannot be factored.
+def _search(
+    problem: Problem, pattern: Pattern, products: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Return the weights Z and the mask that ADMM ends with, None where H cannot be factored.
 
     products: the dtype of those in its steps. After the refit, masks found in bfloat16 are as good
     as those found in fp32, to 0.01 % of their error.
@@ -134,16 +141,16 @@ def _mask(problem: Problem, pattern: Pattern, products: torch.dtype) -> Tensor |
             keep = pattern.keep(free.abs())
             kept = free * keep
             dual = free.sub_(kept)  # what the pattern refuses of Z + U
-    return keep
+    return kept, keep
 
 
-def refit(problem: Problem, keep: Tensor, steps: int) -> Tensor:
+def refit(problem: Problem, start: Tensor, keep: Tensor, steps: int) -> Tensor:
     """Return the least-squares Z `[out, in]` of a mask, by conjugate gradients on every row.
 
-    Starts from the dense weights of the mask; ends after so many steps, or where every row's
+    start: Z to begin with, 0 outside of the mask. Ends after so many steps, or where every row's
     residual is down to rounding.
     """
-    new = problem.start * keep
+    new = start.clone()
     residual = (problem.target - new @ problem.hessian) * keep
     direction = residual.clone()
     norm = residual.square().sum(dim=1, keepdim=True)

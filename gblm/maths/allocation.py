@@ -174,7 +174,7 @@ def loss_curve(linear: Weighed, norm: str, width: int) -> Tensor:
     falls. Beyond `STEPS` steps it is read at as many points, evenly.
     """
     score = scores.gradient(*linear.values(), norm)
-    lowest = scores.finite(score, "score").reshape(-1, width).sort(dim=1).values
+    lowest = patterns.ascending(scores.finite(score, "score").reshape(-1, width))
     loss = lowest if norm == "l1" else lowest.square()
     steps = min(width, STEPS)
     middles = (torch.arange(steps, dtype=torch.float64) + 0.5) * (width / steps)

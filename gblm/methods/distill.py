@@ -103,9 +103,11 @@ class Distill(Step):
 
 
 def trunk(walk: Walk, some: MicroBatch) -> Any:
-    """Return what the head takes of some samples."""
+    """Return what the head takes of some samples, in the dtype of the model."""
+    dtype = next(walk.model.parameters()).dtype
     with halved(walk.model, walk.compute_dtype):
-        return walk.adapter.trunk(walk.model, to_device(some.batch, walk.device))
+        given = walk.adapter.trunk(walk.model, to_device(some.batch, walk.device))
+    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, given)
 
 
 def loss(walk: Walk, part: Part) -> Tensor:
