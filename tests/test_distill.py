@@ -91,8 +91,9 @@ def test_what_cannot_be_distilled_is_refused_before_work(llama, batch):
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
 
 
-def test_products_in_bfloat16_feed_a_head_in_float32():
+def test_products_in_bfloat16_feed_a_head_in_float32(monkeypatch):
     """The trunk may end with a product, whose dtype is then the narrow one."""
+    monkeypatch.setattr("gblm.walk.walk.find_compute_dtype", lambda *_: torch.bfloat16)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -113,7 +114,7 @@ def test_products_in_bfloat16_feed_a_head_in_float32():
     x = torch.randn(32, 16)
     dense, pruned, distilled = Model(), Model(), Model()
     gblm.prune(pruned, {"x": x}, methods.make("wanda"), "0.5", adapter=sides)
-    gblm.prune(distilled, {"x": x}, DISTILLED, "0.5", adapter=sides, compute_dtype=torch.bfloat16)
+    gblm.prune(distilled, {"x": x}, DISTILLED, "0.5", adapter=sides)
     with torch.no_grad():
         logits = [model.head(model(x)) for model in (dense, pruned, distilled)]
     assert divergence(logits[0], logits[2]) < divergence(logits[0], logits[1])
