@@ -1,17 +1,19 @@
 """Structured pruning side by side with others, without training: what is left of a model.
 
     python eval/structure.py llm --model DIR --calibration FILE --evaluate FILE --length 256 \\
-        --share 0.2 --neurons 0.3 [--heads 0.25]
+        --share 0.2 --neurons 0.3 [--heads 0.25] | --blocks 0.17
     python eval/structure.py vit --checkpoint FILE --calibration DIR --evaluate DIR \\
         --share 0.2 --neurons 0.3
 
-share: of the weights in the blocks that the others remove; neurons, heads: what gblm does. The
-others of a language model are written here by their formulas, on the same windows:
+share: of the weights in the blocks that the others remove; neurons, heads, blocks: what gblm
+does. The others of a language model are written here by their formulas, on the same windows:
 
     taylor   Σ |w·g| of each unit, g the gradient of the mean loss (LLM-Pruner, arXiv 2305.11627),
              the same share of every layer; the first-order term of its elements
     flap     Var(x_j)·‖W_j‖² of the reader's inputs, standardised in each layer, one threshold for
              the model, mean inputs put into a bias (FLAP, arXiv 2312.11983)
+    shortgpt the blocks f of the lowest mean 1 − cos(x, f(x)) go, as many as by gblm (ShortGPT,
+             arXiv 2403.03853); with --blocks alone
 
 and of an image classifier the Taylor importance of Torch-Pruning (pip install torch-pruning), in
 each layer alike, global, and isomorphic. Each prunes neurons alone, and all that it can.
@@ -33,8 +35,11 @@ from torch import Tensor, nn
 import gblm
 from gblm import llm, methods, vit
 from gblm.base import Batch
+from gblm.maths import patterns
 from gblm.walk.blocks import Units
+from gblm.walk.depth import Depth
 from gblm.walk.units import find_units
+from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
 TOGETHER = 4
@@ -44,8 +49,8 @@ def block_weights(walk: Walk, model: nn.Module) -> int:
     """Return how many numbers the matrices of the blocks of a model hold."""
     return sum(
         own.numel()
-        for block in walk.blocks
-        for own in model.get_submodule(block.name).parameters()
+        for block in walk.adapter.blocks(model).values()
+        for own in block.parameters()
         if own.ndim > 1
     )
 
@@ -108,6 +113,20 @@ def fluctuation(
     return scores, means
 
 
+def influences(walk: Walk, depth: Depth) -> dict[str, float]:
+    """Return the mean 1 − cos(x, f(x)) over positions of each block that can go, by its name."""
+    found = {}
+
+    def add(visit: Visit) -> None:
+        visit.outputs = list(visit.finished())
+        pairs = zip(depth.outputs(visit), visit.outputs, strict=True)
+        each = [1 - torch.cosine_similarity(x, y, dim=-1).flatten() for x, y in pairs]
+        found[visit.block.name] = float(torch.cat(each).mean())
+
+    forward(walk, add)
+    return found
+
+
 def alike(scores: list[Tensor], every: list[Units], share: float) -> list[Tensor]:
     """Return which units go: the lowest of each layer, the same share of all."""
     return [score.argsort().argsort() < round(share * len(score)) for score in scores]
@@ -130,7 +149,14 @@ def language(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     batch = llm.models.windows(args.calibration, model.config, tokenizer, **windows)
     ids = llm.data.evaluation(args.evaluate, tokenizer, args.length, args.windows)
     yield "dense", 0.0, llm.evaluate.perplexity(model, ids)
-    for kinds in (("neurons",), ("neurons", "heads")):
+    if args.blocks:
+        depth = Depth.of(walk := Walk.of(model, batch), patterns.parse(f"blocks:{args.blocks}"))
+        influence = influences(walk, depth)
+        depth.gone = sorted(influence, key=lambda name: influence[name])[: depth.number]
+        with depth.passing(depth.gone):
+            removed = depth.number / len(walk.blocks)
+            yield "ShortGPT, blocks", removed, llm.evaluate.perplexity(model, ids)
+    for kinds in () if args.blocks else (("neurons",), ("neurons", "heads")):
         for name in ("taylor", "flap"):
             own = copy.deepcopy(model)
             walk = Walk.of(own, batch)
@@ -231,7 +257,9 @@ def ours(
     """Return a method of gblm, the share it removed, and what is measured of the result."""
     own, start = copy.deepcopy(model), time.process_time()
     parts = [
-        f"{kind}:{getattr(args, kind)}" for kind in ("neurons", "heads") if getattr(args, kind)
+        f"{kind}:{getattr(args, kind)}"
+        for kind in ("blocks", "neurons", "heads")
+        if getattr(args, kind)
     ]
     whole = block_weights(walk := Walk.of(own, batch), own)
     name, options = methods.parse(method)
@@ -253,6 +281,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--share", type=float, default=0.2)
+    parser.add_argument("--blocks", type=float, default=0.0)
     parser.add_argument("--neurons", type=float, default=0.0)
     parser.add_argument("--heads", type=float, default=0.0)
     parser.add_argument("--methods", default="best")

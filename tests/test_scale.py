@@ -311,6 +311,26 @@ def test_processes_share_the_samples_and_get_the_masks_of_one(side, processes, r
             assert reports[1][key]["pruned"] == pytest.approx(value["pruned"], rel=1e-4)
 
 
+def test_processes_remove_the_blocks_and_neurons_of_one(llm, tmp_path):
+    flags = [*arguments(llm), "--method", "best", "--sparsity", "blocks:0.5+neurons:0.25"]
+    flags[flags.index("--samples") + 1] = "7"  # shared unevenly
+    assert prune_llm([*flags, "--output", str(tmp_path / "one")]) == 0
+    flags += ["--output", str(tmp_path / "two"), "--work-dir", str(tmp_path / "work")]
+    codes = together(2, COMMAND.format(side="llm"), flags, tmp_path / "said")
+    assert codes == [0, 0], (tmp_path / "said").read_text()
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert {name: own.shape for name, own in one.items()} == {n: x.shape for n, x in two.items()}
+    perplexities = [
+        next(iter(json.loads((tmp_path / name / "report.json").read_text())["evaluation"].values()))
+        for name in ("one", "two")
+    ]
+    assert perplexities[1]["pruned"] == pytest.approx(perplexities[0]["pruned"], rel=0.05)
+    again = [*flags, "--resume", "--overwrite"]
+    codes = together(2, COMMAND.format(side="llm"), again, tmp_path / "said")
+    assert codes == [0, 0], (tmp_path / "said").read_text()
+    assert all(torch.equal(own, two[name]) for name, own in weights(tmp_path / "two").items())
+
+
 FAILING = """
 import sys
 from gblm.methods.solve import Solve

@@ -29,9 +29,10 @@ from gblm.machine.device import peak_memory, resident
 from gblm.machine.speed import Cost, Machine, seconds
 from gblm.maths import stats
 from gblm.walk.blocks import Linear
+from gblm.walk.depth import SHARE, evaluations
 from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import FEWEST
-from gblm.walk.prune import allocated, needed
+from gblm.walk.prune import allocated, at_work, needed, shortens
 
 # Of the memory that work takes, what an allocator holds for it; of the head, logits beside losses.
 HELD, HEAD = 1.5, 3
@@ -71,7 +72,24 @@ class Estimate:
 def estimate(
     footprint: Footprint, task: Task, method: Method, pattern: Pattern, machine: Machine, free: int
 ) -> Estimate:
-    """Return what a run takes, on a machine with so much memory free: see the formulas above."""
+    """Return what a run takes, on a machine with so much memory free: see the formulas above.
+
+    A pattern after units is counted as one of the model that had them.
+    """
+    found = _of_pattern(footprint, task, method, pattern, machine, free)
+    if pattern.then:
+        task = replace(task, evaluated=0)
+        after = estimate(footprint, task, method, pattern.then, machine, free)
+        for phase, seconds in after.seconds.items():
+            found.seconds[phase] = found.seconds.get(phase, 0.0) + seconds
+        found.memory = max(found.memory, after.memory)
+    return found
+
+
+def _of_pattern(
+    footprint: Footprint, task: Task, method: Method, pattern: Pattern, machine: Machine, free: int
+) -> Estimate:
+    """Return what a run takes but for the pattern after its units."""
     probe = torch.rand(512, 512, device=machine.device)
     keep = seconds(lambda: pattern.keep(probe), machine.device, 0.02) / probe.numel()
     run = replace(footprint, samples=task.samples, micro=task.micro, keep=keep)
@@ -82,8 +100,8 @@ def estimate(
     if backward == "auto":
         by_model = (run.kept + run.kept_head) * max(1, task.micro // 4) + sums
         backward = "model" if by_model <= (free - run.weights) / 2 else "blocks"
-    steps = (step.cost(run) for step in method.steps)
-    pruning = reduce(add, steps, _allocation(run, method, pattern))
+    steps = (step.cost(run) for step in at_work(method, pattern).steps)
+    pruning = reduce(add, steps, _allocation(run, method, pattern) + _choice(run, pattern))
     by_phase = {"prune": pruning.on(machine)}
     if needs:
         passes = 4 if backward == "blocks" else 3
@@ -118,6 +136,16 @@ def _allocation(run: Footprint, method: Method, pattern: Pattern) -> Cost:
     weights = sum(linear.weight.numel() for linear in run.linears)
     passes = run.samples if allocation.needs & stats.INPUT.keys() else 0
     return Cost(passes * run.trunk, 400 * weights)
+
+
+def _choice(run: Footprint, pattern: Pattern) -> Cost:
+    """Return the cost of choosing the blocks that go, and of the stream through the others."""
+    if not shortens(pattern):
+        return Cost()
+    count, samples = len(run.blocks), min(run.samples, max(FEWEST, round(SHARE * run.samples)))
+    losses = evaluations(count, round(dict(pattern.units)["blocks"] * count))
+    passes = losses * samples * (run.trunk + run.head) + 2 * run.samples * run.trunk
+    return Cost(passes, memory=run.micro * (run.kept // count) + HEAD * run.kept_head)
 
 
 def _resting_bytes(run: Footprint, task: Task) -> int:

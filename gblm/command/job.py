@@ -32,8 +32,7 @@ from gblm.report.masks import pictures
 from gblm.walk.blocks import Block, Snapshot, by_name, choose
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Fingerprint, GradientFolder, Journal, fingerprint
-from gblm.walk.narrow import Narrowing
-from gblm.walk.prune import Pruning, needed, unfit
+from gblm.walk.prune import Pruning, needed, rebuilt, unfit
 from gblm.walk.survey import survey
 from gblm.walk.walk import Walk, no_progress
 
@@ -186,7 +185,7 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
     """
     for run in runs:
         unfit(job.blocks, run.method, run.pattern, job.own(run))
-    narrowings = [Narrowing.of(job.walk(no_progress), x.pattern) for x in runs if x.pattern.units]
+    smaller = [rebuilt(job.walk(no_progress), x.pattern) for x in runs if x.pattern.units]
     opened, settings = job.opened, job.opened.settings
     # A single run needs no way back to the dense model, and an offloaded one has its own.
     several = len(runs) > 1 and not opened.offload
@@ -218,22 +217,22 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
                     snapshot.write()
             share = run.method.share if needed(run.method, run.pattern) else 0
             shared = gradients.get(share, DenseGradients())
-            narrowing = narrowings.pop(0) if run.pattern.units else None
+            own = smaller.pop(0) if run.pattern.units else None
             pruning = Pruning(
                 job.walk(show),
                 run.method,
                 run.pattern,
                 shared.sums,
                 journal,
-                narrowing,
+                own,
                 own=job.own(run),
                 zeros=ZEROS[settings.keep_zeros],
             )
             reports.append(perform(job, pruning, shared, before))
             if not rank():
                 keep(job, runs, reports, shared)
-            if narrowing and len(runs) > 1:
-                narrowing.undo()
+            if own and len(runs) > 1:
+                own.undo()
     return reports
 
 
@@ -296,7 +295,7 @@ def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evalu
     """Prune the dense model, and evaluate it: the run's report, but for its saving."""
     report, settings, opened = pruning.run(), job.opened.settings, job.opened
     if pruning.pattern.then:
-        report.add(follow(job, pruning))
+        report.add(follow(job, pruning), pruning.renamed)
     report.seconds = {**job.seconds, **gradients.seconds, **report.seconds}
     with clock(report.seconds, "evaluate"):
         after = opened.evaluate(pruning.walk.progress)
@@ -327,10 +326,10 @@ def measure(job: Job, report: Report) -> None:
 
 
 def follow(job: Job, first: Pruning) -> Report:
-    """Prune the narrower model by the pattern after its units; return the report of that alone."""
+    """Prune the smaller model by the pattern after its units; return the report of that."""
     opened, settings, show = job.opened, job.opened.settings, first.walk.progress
     blocks = survey(opened.model, opened.batch, opened.adapter)
-    choose(blocks, list(settings.include), list(settings.exclude))
+    choose(blocks, [], first.excluded)
     after, pattern, journal = replace(job, blocks=blocks), first.pattern.then, None
     assert pattern is not None
     if first.journal:
@@ -341,7 +340,10 @@ def follow(job: Job, first: Pruning) -> Report:
         with clock(second.report.seconds, "gradients"):
             walk = after.walk(show, first.method.share)
             second.gradients = sweep(walk, second.needs, settings.backward)[0]
-    return second.run()
+    report = second.run()
+    if pattern.then:
+        report.add(follow(after, second), second.renamed)
+    return report
 
 
 def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradients) -> None:

@@ -54,6 +54,7 @@ PATTERNS = [
     ("0.5/row", "half of the weights of every output"),
     ("0.5/layer", "half of the weights of every linear"),
     ("2:4", "two of every four neighbouring weights stay; any n:m"),
+    ("blocks:0.2", "a fifth of the blocks goes: a model of fewer layers"),
     ("neurons:0.25", "a quarter of the neurons of every MLP goes: a narrower model"),
     ("heads:0.25", "a quarter of the attention heads; those that share keys and values together"),
     ("neurons:0.25+2:4", "units of several kinds, and a pattern of what is left of the weights"),
@@ -160,9 +161,9 @@ def pruned_part(report: Report) -> Iterator[str]:
         f"sparsity is that of the pruned linears, {inside:.0%} of the weights in the blocks; "
         f"{share:.1%} of all weights are 0"
     )
-    if report.narrower:
+    if report.smaller:
         left = report.left / report.parameters
-        yield f"narrower: {report.left:,} of {report.parameters:,} parameters are left, {left:.1%}"
+        yield f"smaller: {report.left:,} of {report.parameters:,} parameters are left, {left:.1%}"
     reasons = Counter(reason for reason in report.dense.values() if inside < 0.95)
     for reason, count in reasons.most_common(3):
         name = next(name for name, own in report.dense.items() if own == reason)

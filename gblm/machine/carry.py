@@ -27,6 +27,7 @@ WEIGHTS: tuple[str, ...] = (
 )
 WEIGHTS += (".onnx_data", ".ot", ".npz", ".index.json")
 SINGLE = "model.safetensors"
+SHORTER = "_gblm_shorter"  # a model has, whose source holds blocks that are no longer in it
 OWN = ("README.md", "report.json", "config.toml")  # a result has these of its own
 
 
@@ -76,7 +77,8 @@ class Source:
 
     def holds(self, model: nn.Module) -> bool:
         """Say whether the files hold all of a model: see `lacks`."""
-        return bool(self.files) and not self.lacks(model)
+        shorter = vars(model).get(SHORTER)
+        return bool(self.files) and not shorter and not self.lacks(model)
 
     def write(self, model: nn.Module, blocks: Collection[str], folder: Path) -> None:
         """Write the files into a folder, with the weights of the model where they are others.

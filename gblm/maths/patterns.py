@@ -13,7 +13,7 @@ from gblm.base import GblmError, Pattern, one_of
 
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
-UNITS = ("neurons", "heads")
+UNITS = ("blocks", "neurons", "heads")
 UNIT = re.compile(r"([a-z]+):(\d*\.?\d+)")
 KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
 ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
@@ -66,7 +66,7 @@ def nm(n: int, m: int) -> Pattern:
 
 
 def structured(units: dict[str, float], then: Pattern | None = None) -> Pattern:
-    """Remove whole units, the share of each kind: "neurons", "heads".
+    """Remove whole units, the share of each kind: "blocks", which go first, "neurons", "heads".
 
     then: the pattern of what is left. Raises `GblmError` where a kind is unknown or a share is
     outside (0, 1).
@@ -75,6 +75,9 @@ def structured(units: dict[str, float], then: Pattern | None = None) -> Pattern:
         one_of(kind, UNITS, "kind of units")
         if not 0 < share < 1:
             raise GblmError(f"{kind}:{share:g} is outside (0, 1); {kind}:0.25 removes a quarter")
+    if "blocks" in units and len(units) > 1:
+        then = structured({kind: units[kind] for kind in units if kind != "blocks"}, then)
+        units = {"blocks": units["blocks"]}
     name = "+".join([*(f"{kind}:{share:g}" for kind, share in units.items())])
     name += f"+{then.name}" if then else ""
     whole = partial(torch.ones_like, dtype=torch.bool)

@@ -47,7 +47,7 @@ def prune(
     where None. progress: show bars. options: include and exclude, names of linears; micro_batch,
     samples at a time; backward: see `gradient_sums`.
 
-    A pattern of units makes the model narrower; one named after it is for what is left.
+    A pattern of units makes the model smaller; one named after it is for what is left.
 
     Raises `GblmError` where model, data, method and pattern do not go together, and where a
     statistic, a score or a loss holds a NaN or an Inf: the block it names, and every block after
@@ -76,7 +76,9 @@ def prune(
                 pruning.gradients = sweep(share, needs, own.get("backward", "auto"))[0]
         report = pruning.run()
     if then := usual.then:
-        report.add(prune(model, batch, method, then, adapter=adapter, progress=progress, **own))
+        own = {**own, "include": None, "exclude": pruning.excluded}
+        after = prune(model, batch, method, then, adapter=adapter, progress=progress, **own)
+        report.add(after, pruning.renamed)
     return report
 
 

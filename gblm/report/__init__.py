@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -177,14 +177,20 @@ class Report:
         return sum(linear.sparsity * linear.size for linear in self.linears) / self.weights
 
     @property
-    def narrower(self) -> bool:
+    def smaller(self) -> bool:
         """Whether whole units are gone from the model."""
         return 0 < self.left < self.parameters
 
-    def add(self, other: "Report") -> None:
-        """Take what became of a narrower model that was pruned after this one, linear by linear."""
+    def add(self, other: "Report", renamed: Mapping[str, str]) -> None:
+        """Take what became of a smaller model that was pruned after this one, linear by linear.
+
+        renamed: the names of its blocks by those of the larger one, where they are others.
+        """
         known = {linear.name: linear for linear in self.linears}
+        names = {new: old for old, new in renamed.items()}
         for linear in other.linears:
+            block, place = other.place(linear.name)
+            linear.name = f"{names.get(block, block)}.{place}" if block else linear.name
             before = known.setdefault(linear.name, linear)
             if before is linear:
                 self.linears.append(linear)
@@ -193,6 +199,7 @@ class Report:
             before.sparsity = 1 - stays * (1 - linear.sparsity)
             before.relative_error = max(before.relative_error, linear.relative_error)
             before.seconds += linear.seconds
+        self.left = other.left or self.left
         for phase, seconds in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 

@@ -44,7 +44,7 @@ def card(report: Report, source: Path | None, program: str, folder: Path, name: 
         f"layers set to zero, {percent(whole)} of all its weights. gblm pruned it without "
         f"retraining: method `{report.method}`, pattern `{report.pattern}`, "
         f"{samples}{of}{short(place)}."
-        f"{'' if report.narrower else ' All else is that of the original.'}\n",
+        f"{'' if report.smaller else ' All else is that of the original.'}\n",
         *(table if rows else []),
         f"The weights take {size(report.file_bytes)}: zeros are stored like any other weight.\n",
         "## Load it\n",

@@ -10,37 +10,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gblm.base import Adapter, GblmError, Pattern
-from gblm.machine.offload import offload_of
 from gblm.maths.structure import MULTIPLE, kept
 from gblm.walk.blocks import Block, Linear, Units
+from gblm.walk.rebuilt import Rebuilt, fill, settings_of
 from gblm.walk.units import find_units
 from gblm.walk.walk import Walk
 
-STATED = ("config", "_model_args")  # where models of transformers and timm keep what made them
 Shapes = dict[str, tuple[int, ...]]
 # Where a unit lies in a parameter: the expert, None for all, and the dimension.
 Place = tuple[int | None, int]
 
 
 @dataclass
-class Narrowing:
-    """Which units a model has by block, how many stay, and an empty model of the narrow shapes.
-
-    `undo` gives the model its blocks back, whose weights `apply` leaves as they are.
-    """
-
-    model: nn.Module
-    blocks: list[Block]
-    units: dict[str, list[Units]]
-    empty: nn.Module
-    before: list[tuple[Any, str, Any]] = field(default_factory=list)
+class Narrowing(Rebuilt):
+    """Which units a model has by block, how many stay, and an empty model of the narrow shapes."""
 
     @classmethod
     def of(cls, walk: Walk, pattern: Pattern) -> Narrowing:
@@ -49,8 +39,6 @@ class Narrowing:
         Raises `GblmError` where it has no such units, none of them would go, or its config cannot
         state what is left.
         """
-        if offload_of(walk.model):
-            raise GblmError(f"{pattern.name} needs all weights at hand; use --offload none")
         found = find_units(walk)
         units: dict[str, list[Units]] = {name: [] for name in found}
         for kind, share in pattern.units:
@@ -62,16 +50,14 @@ class Narrowing:
                     for one in parts
                     if one.kind == kind
                 ]
-        narrowing = cls(walk.model, walk.blocks, units, nn.Module())
+        narrowing = cls(walk.model, walk.blocks, units=units)
         narrowing.empty = narrowing.stated(walk.adapter, pattern)
         return narrowing
 
     def stated(self, adapter: Adapter, pattern: Pattern) -> nn.Module:
         """Return an empty model of the narrow shapes, made of settings that are found by trial."""
         what = f"{pattern.name}: the config of {type(self.model).__name__}"
-        if adapter.config is None:
-            raise GblmError(f"{what} is not known; give its adapter a config(model)")
-        settings, make = adapter.config(self.model)
+        settings, make = settings_of(self.model, adapter, pattern)
         kinds = [[*_changes(kind, self._of_kind(kind), settings)] for kind, _ in pattern.units]
         wanted, error = self._shapes(), "no setting has such a width"
         for parts in itertools.product(*kinds):
@@ -123,39 +109,12 @@ class Narrowing:
         """Give the model the blocks of the empty one, with the weights of the units that stay."""
         for block in self.blocks:
             new = self.empty.get_submodule(block.name)
-            values = self._cut(block, {name: own.shape for name, own in new.named_parameters()})
-            device = next(block.module.parameters()).device
-            for name, value in values.items():
-                owner, _, last = name.rpartition(".")
-                old = block.module.get_parameter(name)
-                parameter = nn.Parameter(value, requires_grad=old.requires_grad)
-                setattr(new.get_submodule(owner), last, parameter)
-            known = dict(block.module.named_buffers())
-            for name, buffer in list(new.named_buffers()):
-                owner, _, last = name.rpartition(".")
-                same = name in known and known[name].shape == buffer.shape
-                value = known[name].clone() if same else buffer.to(device)
-                new.get_submodule(owner)._buffers[last] = value
-            new.train(block.module.training)
-            self.before.append((self.model, block.name, block.module))
-            self.model.set_submodule(block.name, new)
-        for name, module in self.empty.named_modules():
-            own = self.model.get_submodule(name)
-            for key in STATED:
-                if key in vars(module) and vars(own).get(key) is not vars(module)[key]:
-                    self.before.append((own, key, vars(own).get(key)))
-                    setattr(own, key, vars(module)[key])
+            shapes = {name: own.shape for name, own in new.named_parameters()}
+            fill(new, block.module, self._cut(block, shapes))
+            self.put(block.name, new)
+        self.state()
 
-    def undo(self) -> None:
-        """Give the model back what it had."""
-        for owner, name, value in reversed(self.before):
-            if isinstance(value, nn.Module):
-                owner.set_submodule(name, value)
-            else:
-                setattr(owner, name, value)
-        self.before.clear()
-
-    def _cut(self, block: Block, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    def _cut(self, block: Block, shapes: dict[str, torch.Size]) -> dict[str, nn.Parameter]:
         """Return what is left of the parameters of a block, by their names in it."""
         values = {name: own.detach() for name, own in block.module.named_parameters()}
         gone: dict[tuple[str, Place], Tensor] = {}
@@ -175,7 +134,10 @@ class Narrowing:
                 places = units.channels[mask].flatten().sort().values
                 index = places if size == units.channels.numel() else mask.nonzero().flatten()
                 values[name] = value.index_select(dim, index.to(value.device))
-        return {name: value.contiguous().clone() for name, value in values.items()}
+        return {
+            name: nn.Parameter(values[name].contiguous().clone(), old.requires_grad)
+            for name, old in block.module.named_parameters()
+        }
 
 
 def remaining(counts: list[int], kind: str, share: float) -> dict[int, int]:

@@ -6,23 +6,26 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from gblm.base import DENSE_OUTPUTS, GblmError, Method, Pattern, Statistics
+from gblm.base import DENSE_OUTPUTS, GblmError, Method, Pattern, Statistics, Step
 from gblm.machine import processes
 from gblm.machine.device import memory_errors
-from gblm.machine.offload import onload
+from gblm.machine.offload import offload_of, onload
 from gblm.maths import allocation, patterns, stats
 from gblm.maths.allocation import Allocation, Weighed
-from gblm.report import Report, clock
+from gblm.report import LinearReport, Report, clock
 from gblm.walk.blocks import Block, Linear
+from gblm.walk.depth import Depth
 from gblm.walk.inputs import with_gradients
 from gblm.walk.journal import Journal
 from gblm.walk.narrow import Narrowing
+from gblm.walk.rebuilt import Rebuilt
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 from gblm.walk.zeros import SHARE
@@ -50,7 +53,7 @@ class Pruning:
     pattern: Pattern
     gradients: Mapping[str, Statistics] = field(default_factory=dict)
     journal: Journal | None = None
-    narrowing: Narrowing | None = None
+    rebuilt: Rebuilt | None = None
     own: Mapping[str, Pattern] = field(default_factory=dict)
     zeros: float = SHARE
 
@@ -59,7 +62,8 @@ class Pruning:
 
         And where a step cannot work on the model.
         """
-        for step in self.method.steps:
+        self.work = at_work(self.method, self.pattern)
+        for step in self.work.steps:
             step.check_model(self.walk)
         self.unfit = unfit(self.walk.blocks, self.method, self.pattern, self.own)
         blocks = [block.name for block in self.walk.blocks]
@@ -78,15 +82,15 @@ class Pruning:
 
     def check(self) -> None:
         """Find the units that can go, where the pattern is of some; `GblmError` for none."""
-        if self.pattern.units and not self.narrowing:
-            self.narrowing = Narrowing.of(self.walk, self.pattern)
+        if self.pattern.units and not self.rebuilt:
+            self.rebuilt = rebuilt(self.walk, self.pattern)
 
     def run(self) -> Report:
         """Prune the model, and return what became of it."""
         self.check()
         report, blocks = self.report, self.walk.blocks
         for block in blocks:
-            block.units = self.narrowing.units[block.name] if self.narrowing else []
+            block.units = self.rebuilt.units.get(block.name, []) if self.rebuilt else []
         if self.journal:
             self.journal.begin(report, blocks)
         fit = [x for block in blocks for x in block.linears if x.name not in self.unfit]
@@ -101,14 +105,18 @@ class Pruning:
         chosen |= {x.name: self.own[x.name] for x in fit if x.name in self.own}
         micro = self.walk.micro.samples
         log.debug("%s, %s, micro-batches of %d", self.method.name, self.pattern.name, micro)
-        beside = "cross_gram" in self.method.needs
         with clock(report.seconds, "prune"), memory_errors():
-            known = [step.begin(self.walk) for step in self.method.steps]
+            if self.rebuilt:
+                self.rebuilt.choose(self.walk)
+            beside = (DENSE_OUTPUTS if self.gone else "cross_gram") in self.work.needs
+            known = [step.begin(self.walk) for step in self.work.steps]
             forward(self.walk, self.visit, chosen, self.gradients, beside)
-            for step, own in zip(self.method.steps, known, strict=True):
-                step.end(self.walk, own)
-            if self.narrowing:
-                self.narrowing.apply()
+            left = [block for block in blocks if block.name not in self.gone]
+            with self.rebuilt.passing(self.gone) if self.rebuilt else nullcontext():
+                for step, own in zip(self.work.steps, known, strict=True):
+                    step.end(replace(self.walk, blocks=left), own)
+            if self.rebuilt:
+                self.rebuilt.apply()
         report.left = sum(own.numel() for own in self.walk.model.parameters())
         vars(report)["keeps"] = self.masks
         if processes.world() > 1:
@@ -127,6 +135,8 @@ class Pruning:
             self.report.linears += [own for own in visit.reports if own.name not in self.unfit]
             if self.journal:
                 self.journal.finish(block)
+        if isinstance(self.rebuilt, Depth) and block.name in self.gone:
+            visit.outputs = self.rebuilt.outputs(visit)
         errors = [entry.relative_error for entry in visit.reports]
         mean = sum(errors) / max(1, len(errors))
         seconds = time.perf_counter() - start
@@ -144,12 +154,41 @@ class Pruning:
                         found[linear.name] = linear.weight != 0
         return found
 
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The names that blocks have once others are gone, by those that they had."""
+        return self.rebuilt.renamed if self.rebuilt else {}
+
+    @property
+    def gone(self) -> list[str]:
+        """The names of the blocks that go."""
+        return self.rebuilt.gone if self.rebuilt else []
+
+    @property
+    def excluded(self) -> list[str]:
+        """The names of linears that are left out by the user, as the pruned model has them."""
+        return [
+            self.renamed.get(block.name, block.name) + name.removeprefix(block.name)
+            for block in self.walk.blocks
+            for name, reason in block.dense.items()
+            if reason == "excluded" and block.name not in self.gone
+        ]
+
+    def _steps(self, block: Block) -> tuple[Step, ...]:
+        """Return the steps for a block: none where it goes, or none before it does."""
+        before = self.walk.blocks[: self.walk.blocks.index(block)]
+        idle = block.name in self.gone or not any(own.name in self.gone for own in before)
+        return () if not block.groups or (self.gone and idle) else self.work.steps
+
     def _work(self, visit: Visit) -> None:
+        steps = self._steps(visit.block)
         try:
-            for step in self.method.steps if visit.block.groups else ():
+            if self.gone:
+                visit.reports += self._without(visit.block)
+            for step in steps:
                 if DENSE_OUTPUTS in step.needs and not visit.dense_calls:
                     visit.dense_outputs()  # while they are at hand
-                visit.last = step is self.method.steps[-1]
+                visit.last = step is steps[-1]
                 visit.outputs = None
                 step.visit(visit)
             if not self.pattern.units:
@@ -157,6 +196,17 @@ class Pruning:
         except BaseException:
             visit.before.write()
             raise
+
+    def _without(self, block: Block) -> list[LinearReport]:
+        """Zero the linears of a block that goes; return what became of those of any block."""
+        gone = float(block.name in self.gone)
+        for linear in block.linears:
+            linear.weight.mul_(1 - gone)
+        note = "its block is gone" if gone else ""
+        return [
+            LinearReport(linear.name, list(linear.shape), gone, gone, 0.0, note=note)
+            for linear in block.linears
+        ]
 
     def _keep_zeros(self, visit: Visit) -> None:
         """Make 0 what was 0 in linears that had been pruned before."""
@@ -171,6 +221,25 @@ class Pruning:
                         entry.note = entry.note or "it was pruned before: its zeros were kept"
 
 
+def rebuilt(walk: Walk, pattern: Pattern) -> Rebuilt:
+    """Return how a model becomes smaller by a pattern of units; raises `GblmError` if it cannot."""
+    if offload_of(walk.model):
+        raise GblmError(f"{pattern.name} needs all weights at hand; use --offload none")
+    return (Depth if shortens(pattern) else Narrowing).of(walk, pattern)
+
+
+def shortens(pattern: Pattern) -> bool:
+    """Say whether blocks go by a pattern."""
+    return "blocks" in dict(pattern.units)
+
+
+def at_work(method: Method, pattern: Pattern) -> Method:
+    """Return a method as it works on a pattern: where blocks go, it solves no linears."""
+    if not shortens(pattern):
+        return method
+    return replace(method, steps=tuple(step for step in method.steps if not hasattr(step, "solve")))
+
+
 def allocated(method: Method, pattern: Pattern) -> Allocation | None:
     """Return how a method spends a budget over the linears, None where all have the pattern."""
     if pattern.units or method.allocation is None:
@@ -183,7 +252,9 @@ def allocated(method: Method, pattern: Pattern) -> Allocation | None:
 def needed(method: Method, pattern: Pattern) -> frozenset[str]:
     """Return the sums of gradients of the whole model that a method with a pattern needs."""
     spread = allocated(method, pattern)
-    return (method.needs | (spread.needs if spread else frozenset())) & set(stats.GRADIENT)
+    return (at_work(method, pattern).needs | (spread.needs if spread else frozenset())) & set(
+        stats.GRADIENT
+    )
 
 
 @dataclass
@@ -236,7 +307,7 @@ def unfit(
     Raises `GblmError` with the name of one where they hold more than a tenth of the weights, or
     where the user has named it, and where a step of the method cannot have the pattern.
     """
-    for step in method.steps:
+    for step in at_work(method, pattern).steps:
         step.check(pattern)
     if pattern.then:
         unfit(blocks, method, pattern.then, own)

@@ -1,0 +1,103 @@
+"""A smaller model of the same family: modules of an empty copy take the place of its own.
+
+The copy is built by the family's own code, from a config that states what is left.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from gblm.base import Adapter, GblmError, Pattern
+from gblm.walk.blocks import Block, Units
+from gblm.walk.walk import Walk
+
+STATED = ("config", "_model_args")  # where models keep what made them
+
+
+@dataclass
+class Rebuilt(ABC):
+    """A model that becomes smaller, and what is known of that before any work.
+
+    units: those of each block from which some go, by its name. gone: the names of blocks that go.
+    renamed: of each block that stays, its name by that in the smaller model, where it has another.
+    empty: the copy. `undo` gives the model back what it had before `apply`, whose weights that
+    leaves as they are.
+    """
+
+    model: nn.Module
+    blocks: list[Block]
+    units: dict[str, list[Units]] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+    empty: nn.Module = field(default_factory=nn.Module)
+    before: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def choose(self, walk: Walk) -> None:
+        """Choose what the steps of a method do not choose."""
+        return
+
+    @contextmanager
+    def passing(self, names: list[str]) -> Iterator[None]:
+        """Have the model pass blocks by for a time."""
+        yield
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Make the model smaller, in place."""
+
+    def put(self, name: str, new: nn.Module) -> None:
+        """Put a module in the place of one of the model's."""
+        self.before.append((self.model, name, self.model.get_submodule(name)))
+        self.model.set_submodule(name, new)
+
+    def state(self) -> None:
+        """Give the model the config of the copy."""
+        for name, module in self.empty.named_modules():
+            own = self.model.get_submodule(name)
+            for key in STATED:
+                if key in vars(module) and vars(own).get(key) is not vars(module)[key]:
+                    self.before.append((own, key, vars(own).get(key)))
+                    setattr(own, key, vars(module)[key])
+
+    def undo(self) -> None:
+        """Give the model back what it had."""
+        for owner, name, value in reversed(self.before):
+            if isinstance(value, nn.Module):
+                owner.set_submodule(name, value)
+            else:
+                setattr(owner, name, value)
+        self.before.clear()
+
+
+def settings_of(
+    model: nn.Module, adapter: Adapter, pattern: Pattern
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], nn.Module]]:
+    """Return the settings of a model, and what makes an empty one of changed ones.
+
+    Raises `GblmError` where its adapter does not know them.
+    """
+    if adapter.config is None:
+        raise GblmError(
+            f"{pattern.name}: the config of {type(model).__name__} is not known; give its adapter "
+            "a config(model)"
+        )
+    return adapter.config(model)
+
+
+def fill(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give a module of an empty copy parameters by name, and the buffers of an old one."""
+    for name, parameter in parameters.items():
+        owner, _, last = name.rpartition(".")
+        setattr(new.get_submodule(owner), last, parameter)
+    known, device = dict(old.named_buffers()), next(iter(parameters.values())).device
+    for name, buffer in list(new.named_buffers()):
+        owner, _, last = name.rpartition(".")
+        same = name in known and known[name].shape == buffer.shape
+        new.get_submodule(owner)._buffers[last] = known[name].clone() if same else buffer.to(device)
+    new.train(old.training)
