@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 import gblm
 from gblm import methods
 from gblm.llm.__main__ import main
+from gblm.machine import processes
 from gblm.maths import patterns
 from gblm.vit.__main__ import main as vit_main
 from gblm.vit.models import save
-from gblm.walk.depth import Depth, bypass_of, mean_loss
+from gblm.walk.depth import Depth, bypass_of, mean_loss, some
 from gblm.walk.journal import Journal
 from gblm.walk.walk import Walk
 
@@ -146,6 +148,17 @@ def test_each_time_that_block_goes_without_which_the_loss_is_lowest():
         f"model.layers.{old}": f"model.layers.{new}"
         for new, old in enumerate(sorted({*range(5)} - {*gone}))
     }
+
+
+@pytest.mark.parametrize("counts", [[40], [20, 20], [14, 13, 13]])
+def test_all_processes_together_judge_by_the_same_samples(monkeypatch, llama, counts):
+    ids, seen = torch.arange(40)[:, None].repeat(1, 4), list[int]()
+    walk = Walk.of(llama, {"input_ids": ids})
+    for rank, part in enumerate(ids.split(counts)):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "gathered", lambda value: counts)
+        seen += some(replace(walk, batch={"input_ids": part})).batch["input_ids"][:, 0].tolist()
+    assert seen == [*range(0, 40, 2)]
 
 
 def test_a_block_that_gives_two_tensors_cannot_be_passed_by():

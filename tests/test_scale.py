@@ -311,6 +311,7 @@ def test_processes_share_the_samples_and_get_the_masks_of_one(side, processes, r
             assert reports[1][key]["pruned"] == pytest.approx(value["pruned"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_processes_remove_the_blocks_and_neurons_of_one(llm, tmp_path):
     flags = [*arguments(llm), "--method", "best", "--sparsity", "blocks:0.5+neurons:0.25"]
     flags[flags.index("--samples") + 1] = "7"  # shared unevenly

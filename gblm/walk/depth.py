@@ -8,6 +8,7 @@ entry for each block lose those of the blocks that go.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gblm.base import GblmError, Pattern
+from gblm.base import GblmError, Pattern, reason
 from gblm.machine import processes
 from gblm.machine.carry import SHORTER
 from gblm.machine.device import halved
@@ -29,8 +30,11 @@ from gblm.walk.rebuilt import Rebuilt, fill, settings_of
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
+log = logging.getLogger(__name__)
+
 SHARE = 0.125  # of the samples, whose loss says which blocks go
 SAME = 1e-3  # the most by which the shorter model may differ from the one that passes blocks by
+Counts = dict[str, tuple[str, int | None]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Depth(Rebuilt):
     """
 
     lists: dict[str, list[str]] = field(default_factory=dict)
-    counts: dict[str, tuple[str, int | None]] = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict)
     bypasses: dict[str, Bypass] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     make: Callable[[dict[str, Any]], nn.Module] = lambda changes: nn.Module()
@@ -117,6 +121,7 @@ class Depth(Rebuilt):
             best = min(losses, key=lambda name: losses[name])
             if losses[best] == math.inf:
                 raise GblmError(f"without {best} the loss is not finite; choose other units")
+            log.info("without %s: loss %.4f", best, losses[best])
             self.gone.append(best)
         stay = {name: self._stay(name) for name in self.counts}
         self.renamed = {
@@ -165,14 +170,14 @@ class Depth(Rebuilt):
         """Return the places of the blocks of a list that stay."""
         return [i for i, block in enumerate(self.lists[name]) if block not in self.gone]
 
-    def _changes(self, stay: dict[str, list[int]]) -> dict[str, Any]:
+    def _changes(self, counts: Counts, stay: dict[str, list[int]]) -> dict[str, Any]:
         """Return the settings of a model in which some places of lists of blocks stay."""
         changes: dict[str, Any] = {}
         for name, places in stay.items():
-            key, index = self.counts[name]
+            key, index = counts[name]
             if index is not None:
-                counts = [*changes.get(key, self.settings[key])]
-                changes[key] = [*counts[:index], len(places), *counts[index + 1 :]]
+                before = [*changes.get(key, self.settings[key])]
+                changes[key] = [*before[:index], len(places), *before[index + 1 :]]
                 continue
             changes[key] = len(places)
             for other, value in self.settings.items():
@@ -188,9 +193,9 @@ class Depth(Rebuilt):
             return None
         wanted = {key: len(blocks) - (key == name) for key, blocks in self.lists.items()}
         for place in self._places(len(own)):
-            self.counts = {name: place}
+            changes = self._changes({name: place}, {name: [*range(len(own) - 1)]})
             try:
-                empty = self.make(self._changes({name: [*range(len(own) - 1)]}))
+                empty = self.make(changes)
                 found = {key: len([*empty.get_submodule(key).children()]) for key in wanted}
             except Exception:  # whatever the model's code has against it
                 continue
@@ -209,19 +214,19 @@ class Depth(Rebuilt):
     def _check(self, walk: Walk, stay: dict[str, list[int]]) -> None:
         """Make the copy; raises `GblmError` where it is not the model without some blocks."""
         what = f"without {', '.join(self.gone)} the config of {type(self.model).__name__}"
-        way = "keep a block by excluding its linears, such as --exclude 'model.layers.1.*'"
+        way = f"keep a block by leaving its linears out, such as --exclude '{self.gone[0]}.*'"
         batch = to_device(next(iter(walk.micro_batches())).batch, walk.device)
         one = take(batch, slice(0, 1))
         with frozen(walk.model):
             with self.passing(self.gone):
                 wanted = _hidden(walk, one)
             try:
-                self.empty = self.make(self._changes(stay))
+                self.empty = self.make(self._changes(self.counts, stay))
                 self.apply()
                 found = _hidden(walk, one)
             except Exception as error:  # whatever the model's code has against it
                 self.undo()
-                raise GblmError(f"{what} cannot state the others ({error}); {way}") from error
+                raise GblmError(f"{what} cannot be ({reason(error)}); {way}") from error
             self.undo()
         for own, other in zip(found, wanted, strict=True):
             if not (own - other).norm() <= SAME * other.norm():
