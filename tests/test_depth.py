@@ -232,6 +232,17 @@ def test_blocks_that_share_positions_are_refused():
         gblm.prune(model, batch, methods.make("wanda"), "blocks:0.5")
 
 
+def test_units_that_could_not_go_afterwards_are_refused_before_any_block_goes():
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        **{**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 3}
+    )
+    model = transformers.OPTForCausalLM(config).eval()
+    with pytest.raises(gblm.GblmError, match=r"heads:0.5: the config of OPTForCausalLM cannot"):
+        gblm.prune(model, WORDS, methods.make("wanda"), "blocks:0.34+heads:0.5")
+    assert len(model.model.decoder.layers) == 3
+
+
 # What becomes of the others
 
 

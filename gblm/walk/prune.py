@@ -225,6 +225,8 @@ def rebuilt(walk: Walk, pattern: Pattern) -> Rebuilt:
     """Return how a model becomes smaller by a pattern of units; raises `GblmError` if it cannot."""
     if offload_of(walk.model):
         raise GblmError(f"{pattern.name} needs all weights at hand; use --offload none")
+    if pattern.then and pattern.then.units:
+        rebuilt(walk, pattern.then)  # what it would raise later
     return (Depth if shortens(pattern) else Narrowing).of(walk, pattern)
 
 
