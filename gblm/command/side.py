@@ -18,7 +18,7 @@ from gblm.command import show
 from gblm.command.job import Job, Opened, Run, compare, scratch, work_folder
 from gblm.command.measure import dense_copy
 from gblm.command.settings import S, Settings, completion, filled, keeps, make_app, parse, recipe
-from gblm.machine.device import DTYPES, find_compute_dtype, find_device
+from gblm.machine.device import DTYPES, find_compute_dtype, find_device, memory_errors
 from gblm.machine.export import check_export
 from gblm.machine.files import check_output, check_report
 from gblm.machine.processes import launched, rank, world
@@ -144,7 +144,7 @@ def command(side: Side[S], settings: S) -> None:
             raise GblmError("--push-to-hub takes the result of one run; name its --output")
         check_hub(settings.push_to_hub)
     check_folders(settings)
-    with launched(settings.device) as device:
+    with launched(settings.device) as device, memory_errors():
         settings = replace(settings, device=device)
         if settings.dry_run:
             return dry_run(side, settings, runs, title)

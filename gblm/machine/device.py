@@ -157,13 +157,18 @@ def memory_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        way = "use a smaller --micro-batch, shorter samples, --offload or another device"
-        raise GblmError(f"out of memory; {way}") from error
+        way = "a smaller --micro-batch, shorter samples, --offload, a higher `ulimit -v`"
+        raise GblmError(f"out of memory; use {way}, or another device") from error
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that a device, or the machine, has no memory left."""
-    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    texts = (
+        "can't allocate memory",
+        "cannot allocate memory",
+        "not enough memory",
+        "out of memory",
+    )
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(text in str(error).lower() for text in texts)
 

@@ -490,3 +490,17 @@ def test_results_from_disk_are_the_same_bits_every_time(method, run, two_threads
         assert run("--method", method, "--offload", "disk", "--overwrite")[0] == 0
         found.append(sealed.result(sealed.root / "out"))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)")]
+)
+def test_weights_for_which_there_is_no_memory_are_told(error, run, monkeypatch):
+    def mapped(*given: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gblm.llm.checkpoint.safe_open", mapped)
+    code, said = run("--method", "magnitude")
+    assert code == 2
+    assert "out of memory; " in said
+    assert "ulimit -v" in said
