@@ -291,3 +291,31 @@ def test_what_holds_a_nan_is_named_by_the_expert():
     method = gblm.Method("own", (Solve("own", frozenset({"input_sq"}), solve),))
     with pytest.raises(gblm.GblmError, match=r"layers\.0\.batched\[0\] \[8, 8\], own.*NaN"):
         gblm.prune(Model(Functional), batch(), method, "0.5", adapter=ADAPTER, micro_batch=1)
+
+
+class Attention(nn.Module):
+    """A block of torch's own attention, whose products a function of torch computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDE, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x)[0]
+
+
+def test_the_matrices_of_torch_attention_are_linears():
+    model = Model(Attention)
+    assert [*matrices(model)] == [
+        f"layers.{i}.attention.{name}" for i in range(2) for name in ("in_proj_", "out_proj")
+    ]
+    found = gblm.gradient_sums(model, batch(), ["grad_abs"], adapter=ADAPTER)
+    losses = ADAPTER.loss(model, ADAPTER.trunk(model, batch()), batch())
+    for name, weight in matrices(model).items():
+        own = model.get_parameter(f"{name}weight" if name.endswith("_") else f"{name}.weight")
+        total = sum(torch.autograd.grad(x, own, retain_graph=True)[0].abs() for x in losses)
+        assert weight.shape == own.shape
+        torch.testing.assert_close(found[name]["grad_abs"], total, rtol=1e-9, atol=1e-12)
+    report = gblm.prune(model, batch(), methods.best(refine=0), "0.5", adapter=ADAPTER)
+    assert report.weights == report.block_weights
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)

@@ -143,9 +143,18 @@ def test_the_inputs_of_all_uses_are_in_the_statistics():
     )
 
 
-def test_a_block_used_twice_is_refused_by_name():
+def test_a_block_used_twice_stays_dense_and_is_named():
+    model = Toy(0, 1, 0)
+    before = model.layers[0].inner.weight.clone()
+    report = prune(model, toy_batch(), adapter=TOY)
+    assert report.dense == {"layers.0": "used more than once"}
+    assert [linear.name for linear in report.linears] == ["layers.1.inner", "layers.1.outer"]
+    assert torch.equal(model.layers[0].inner.weight, before)
+
+
+def test_a_model_of_nothing_else_is_refused_by_name():
     with pytest.raises(gblm.GblmError, match=r"block layers\.0 is used more than once"):
-        prune(Toy(0, 1, 0), toy_batch(), adapter=TOY)
+        prune(Toy(0, 0), toy_batch(), adapter=TOY)
 
 
 def test_a_weight_shared_by_two_linears_stays_dense():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -170,6 +171,9 @@ class Products(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in WRITTEN and not UNSEEN:
+            with self:
+                return WRITTEN[func](*args, **kwargs)
         form = FORMS.get(func)
         if form is None or UNSEEN:
             return func(*args, **kwargs)
@@ -375,3 +379,13 @@ FORMS |= CONVOLUTIONS
 for _name, _place in (("grouped_mm", F), ("_grouped_mm", torch)):
     if hasattr(_place, _name):
         FORMS[getattr(_place, _name)] = grouped
+
+# Functions of torch that are written in Python, with the products that they are made of: the same
+# code, which does not hand itself to a mode as a whole.
+_attention = F.multi_head_attention_forward
+WRITTEN: dict[Any, Callable[..., Any]] = {
+    _attention: FunctionType(
+        _attention.__code__, {**vars(F), "has_torch_function": lambda tensors: False}
+    )
+}
+WRITTEN[_attention].__defaults__ = _attention.__defaults__

@@ -61,8 +61,9 @@ def find_adapter(model: nn.Module) -> Adapter:
 def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
     """Return the blocks of the model in the order of use, as short runs find them.
 
-    Raises `GblmError` where the model has no blocks or no linears in them that can be pruned, uses
-    a block more than once, or has a NaN or an Inf in a parameter.
+    A block that is used more than once stays dense, and the first block names it. Raises
+    `GblmError` where the model has no blocks or no linears in them that can be pruned, or has a NaN
+    or an Inf in a parameter.
     """
     blocks = {module: Block(name, module) for name, module in adapter.blocks(model).items()}
     if not blocks:
@@ -72,7 +73,8 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
     with memory_errors():
         _check_finite(model, blocks)
         found = {module: Found(block) for module, block in blocks.items()}
-        runs = _runs(model, batch, adapter, found)
+        runs, repeated = _runs(model, batch, adapter, found)
+    runs = [[visit for visit in run if visit.module not in repeated] for run in runs]
     ordered = [blocks[visit.module] for visit in runs[0]]
     modules = [block.module for block in ordered]
     if any([visit.module for visit in run] != modules for run in runs):
@@ -95,8 +97,15 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
         _describe(block, linears, [once, *others], twice)
         for linear in linears:
             linear.everywhere = linear.routed and adapter.everywhere is not nullcontext
+    again = dict.fromkeys((blocks[module].name for module in repeated), "used more than once")
+    if again and not any(block.groups for block in ordered):
+        raise GblmError(
+            f"block {next(iter(again))} is used more than once; its weights cannot be solved block "
+            "by block; choose a model whose layers are its own"
+        )
     if not any(block.groups for block in ordered):
         raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
+    ordered[0].dense |= again
     return ordered
 
 
@@ -206,6 +215,7 @@ class _Watch(Products):
     def __init__(self, found: dict[nn.Module, Found]) -> None:
         super().__init__(())
         self.found, self.visits = found, list[_Visit]()
+        self.repeated: dict[nn.Module, None] = {}
         self.multiplied = False  # whether the function at work is a product of a parameter
         self.hooks: list[Any] = []
         for module in found:
@@ -214,8 +224,7 @@ class _Watch(Products):
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if any(visit.module is module for visit in self.visits):
-            name = self.found[module].block.name
-            raise GblmError(f"block {name} is used more than once; it cannot be pruned")
+            self.repeated[module] = None
         self.visits.append(_Visit(module, _shapes((args, kwargs))))
         self.tensors = {own.untyped_storage()._cdata: own for own in self.found[module].names}
         self.attributes = _attributes(module)
@@ -280,8 +289,10 @@ def _shapes(value: Any) -> Shapes:
 
 def _runs(
     model: nn.Module, batch: Batch, adapter: Adapter, found: dict[nn.Module, Found]
-) -> list[list[_Visit]]:
+) -> tuple[list[list[_Visit]], dict[nn.Module, None]]:
     """Return the visits of runs of the longest sample, of it twice, and of others.
+
+    And the blocks that a run has used more than once.
 
     One other at least, and more while a parameter has not been used, and each brings news.
     """
@@ -290,7 +301,7 @@ def _runs(
     singles.sort(key=lambda single: -sum(value.numel() for value in single.values()))
     first, *others = singles[: OTHERS + 1]
     double = {name: torch.cat([value, value]) for name, value in first.items()}
-    runs = []
+    runs, repeated = [], dict[nn.Module, None]()
     for i, samples in enumerate([first, double, *others]):
         known = sum(len(own.linears) for own in found.values())
         watch = _Watch(found)
@@ -300,12 +311,13 @@ def _runs(
             with frozen(model), torch.no_grad(), hooked(watch.hooks), watch:
                 adapter.trunk(model, to_device(samples, device))
         runs.append(watch.visits)
+        repeated |= watch.repeated
         news = sum(len(own.linears) for own in found.values()) > known
         if i > 1 and not any(_unused(own) for own in found.values()):
             break
         if i > 1 + FRUITLESS and not news:
             break
-    return runs
+    return runs, repeated
 
 
 def _unused(found: Found) -> bool:
