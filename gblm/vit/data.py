@@ -213,7 +213,8 @@ def open_images(
 
     `source` is `demo`, the digits the packaged model was trained on; a folder with a folder for
     each class (`root/<class>/…`); a data set of the hub, `name` or `name:split`; a `.parquet` file
-    or a folder of those, with a column of images and one of labels; or `.npz`/`.safetensors` with
+    or a folder of those, with a column of images and one of labels; `.tar` shards of WebDataset,
+    with a class index in `cls`, or a folder of those; or `.npz`/`.safetensors` with
     `images` and `labels`: floats `[n, c, h, w]` are taken as ready, uint8 `[n, h, w, c]` as
     pictures. For the class of a folder see `sources.Classes`; names: a file of them, in the order
     of the classes.

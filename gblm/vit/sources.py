@@ -33,10 +33,10 @@ ENDINGS = (
     ".pgm",
 )
 ARRAYS = (".npz", ".safetensors")
-FILES = (*ENDINGS, *ARRAYS, ".parquet")
+FILES = (*ENDINGS, *ARRAYS, ".parquet", ".tar")
 SYNSET = re.compile(r"n\d{8}")
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?")
-LABELS = ("label", "labels", "fine_label", "target", "class")
+LABELS = ("label", "labels", "fine_label", "target", "class", "cls")
 PIXELS = (1 << 28) // 3  # of a picture at most, 256 MiB of RGB: more are a decompression bomb
 LONGEST = 256  # times the shorter side: the longer one is resized by the same factor
 UNLABELLED = ", or use --unlabelled"
@@ -161,7 +161,7 @@ def read(source: str, split: str, classes: Classes, labelled: bool = True) -> So
 
 def _open(source: str, split: str, where: str, classes: Classes, labelled: bool) -> Source:
     path = Path(source).expanduser()
-    kind, way = path.suffix.lower(), "give a folder, or a .parquet, .npz or .safetensors file"
+    kind, way = path.suffix.lower(), "give a folder, or a .parquet, .tar, .npz or .safetensors file"
     if source == "demo":
         from gblm.vit.demo import digits
 
@@ -177,7 +177,11 @@ def _open(source: str, split: str, where: str, classes: Classes, labelled: bool)
         tables = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
         if tables:
             return _table(Rows(tables), where, classes, labelled)
+        if shards := sorted(path.glob("*.tar")):
+            return _table(_shards(shards), where, classes, labelled)
         return _folder(path, where, classes, labelled)
+    if kind == ".tar":
+        return _table(_shards([path]), where, classes, labelled)
     if kind in ARRAYS:
         return _arrays(path, where, labelled)
     if kind != ".parquet":
@@ -273,6 +277,15 @@ def _hub(source: str, split: str) -> Any:
         parts = datasets.get_dataset_split_names(name)
         part = next((name for name in SPLITS[split] if name in parts), parts[0])
     return datasets.load_dataset(name, split=part)
+
+
+def _shards(files: list[Path]) -> Any:
+    """Load shards of WebDataset: pictures, with a class index in `cls` each."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    names = [str(file.resolve()) for file in files]
+    return datasets.load_dataset("webdataset", data_files=names, split="train")
 
 
 def _table(rows: Any, where: str, classes: Classes, labelled: bool) -> Source:

@@ -1,6 +1,8 @@
 """Sources, choice and pre-processing of images, on tiny files made here."""
 
+import io
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,30 @@ def test_parquet(tmp_path: Path, ten: nn.Module, monkeypatch: pytest.MonkeyPatch
     datasets.Dataset.from_dict({"n": [1]}).to_parquet(without)
     with pytest.raises(GblmError, match="no column of images, only n"):
         open_images(str(without), ten, "evaluation")
+
+
+def test_shards_of_webdataset(
+    tmp_path: Path, ten: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "wds").mkdir()
+    for shard, given in enumerate([[2, 0, 1], [9, 3]]):
+        with tarfile.open(tmp_path / "wds" / f"{shard:03}.tar", "w") as tar:
+            for i, label in enumerate(given):
+                picture = io.BytesIO()
+                Image.new("RGB", (40, 40), (i, 0, 0)).save(picture, "JPEG")
+                files = {f"{shard}{i}.jpg": picture.getvalue(), f"{shard}{i}.cls": b"%d" % label}
+                for name, held in files.items():
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(held)
+                    tar.addfile(entry, io.BytesIO(held))
+    assert labels(tmp_path / "wds" / "000.tar", ten) == [2, 0, 1]
+    assert labels(tmp_path / "wds", ten) == [2, 0, 1, 9, 3]
+    (tmp_path / "junk.tar").write_bytes(b"no shard")
+    with pytest.raises(GblmError, match=r"junk.tar cannot be read"):
+        open_images(str(tmp_path / "junk.tar"), ten, "evaluation")
 
 
 def test_a_data_set_of_the_hub(ten: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

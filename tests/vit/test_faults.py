@@ -274,6 +274,8 @@ FORMS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "CMYK": ("jpg", lambda: encoded(noise(40, 40, 4).convert("CMYK"), "JPEG")),
     "grey with alpha": ("png", lambda: encoded(noise(40, 40, 3).convert("LA"), "PNG")),
     "black and white": ("png", lambda: encoded(noise(40, 40).convert("1"), "PNG")),
+    "a .jfif": ("jfif", lambda: encoded(noise(40, 40, 3), "JPEG")),
+    "an .avif": ("avif", lambda: encoded(noise(40, 40, 3), "AVIF")),
     "a palette": ("gif", lambda: encoded(noise(40, 40, 3).convert("P"), "GIF")),
     "an animation": (
         "gif",
