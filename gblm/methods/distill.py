@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map
 
 from gblm.base import GblmError, Step
 from gblm.machine import processes
-from gblm.machine.device import halved
 from gblm.machine.offload import offload_of
 from gblm.machine.speed import Cost
 from gblm.maths.stats import wide
@@ -21,6 +20,7 @@ from gblm.methods.refine import Tuned, mean, order
 from gblm.walk.blocks import MicroBatch, frozen, micro_batches, size, to_device
 from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import fewer
+from gblm.walk.head import hidden
 from gblm.walk.visit import Visit
 from gblm.walk.walk import Walk
 
@@ -62,8 +62,8 @@ class Distill(Step):
         most = fewer(walk).samples
         with frozen(walk.model), torch.no_grad():
             for some in micro_batches(walk.batch, most, walk.adapter):
-                hidden = trunk(walk, some)
-                parts.append((some, tree_map(walk.placement.rest, hidden)))
+                given = hidden(walk, to_device(some.batch, walk.device))
+                parts.append((some, tree_map(walk.placement.rest, given)))
         return parts
 
     def end(self, walk: Walk, known: list[Part]) -> None:
@@ -102,22 +102,14 @@ class Distill(Step):
         )
 
 
-def trunk(walk: Walk, some: MicroBatch) -> Any:
-    """Return what the head takes of some samples, in the dtype of the model."""
-    dtype = next(walk.model.parameters()).dtype
-    with halved(walk.model, walk.compute_dtype):
-        given = walk.adapter.trunk(walk.model, to_device(some.batch, walk.device))
-    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, given)
-
-
 def loss(walk: Walk, part: Part) -> Tensor:
     """Return the sum over samples of the mean over positions of KL(dense ‖ pruned)."""
-    some, hidden = part
+    some, known = part
     batch, head = to_device(some.batch, walk.device), walk.adapter.logits
     assert head is not None
-    own = wide(head(walk.model, trunk(walk, some), batch)).log_softmax(dim=-1)
+    own = wide(head(walk.model, hidden(walk, batch), batch)).log_softmax(dim=-1)
     with torch.no_grad():
-        dense = wide(head(walk.model, tree_map(walk.placement.wake, hidden), batch))
+        dense = wide(head(walk.model, tree_map(walk.placement.wake, known), batch))
         dense = dense.log_softmax(dim=-1)
     divergence = kl_div(own, dense, reduction="none", log_target=True).sum(dim=-1)
     return divergence.flatten(1).mean(dim=1).sum() if divergence.ndim > 1 else divergence.sum()

@@ -22,10 +22,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from gblm.base import GblmError, Pattern, reason
 from gblm.machine import processes
 from gblm.machine.carry import SHORTER
-from gblm.machine.device import halved
 from gblm.walk.blocks import frozen, size, take, to_device
 from gblm.walk.call import Output
 from gblm.walk.gradients import FEWEST
+from gblm.walk.head import hidden
 from gblm.walk.rebuilt import Rebuilt, fill, settings_of
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
@@ -295,13 +295,10 @@ def mean_loss(walk: Walk) -> float:
 
 
 def _losses(walk: Walk) -> list[float]:
-    losses, dtype = list[float](), next(walk.model.parameters()).dtype
+    losses = list[float]()
     for part in walk.micro_batches() if walk.samples else ():
         batch = to_device(part.batch, walk.device)
-        with halved(walk.model, walk.compute_dtype):
-            hidden = walk.adapter.trunk(walk.model, batch)
-        leaves, spec = tree_flatten(hidden)
-        leaves = [leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in leaves]
+        leaves, spec = tree_flatten(hidden(walk, batch))
         for i in range(size(batch)):  # the logits of many are the largest tensor
             sample = slice(i, i + 1)
             one = tree_unflatten([leaf[sample] for leaf in leaves], spec)

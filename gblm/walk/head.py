@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from gblm.base import GblmError
+from gblm.base import Batch, GblmError
+from gblm.machine.device import halved
 from gblm.machine.offload import offload_of
 from gblm.walk.blocks import size, take
 
@@ -49,6 +50,14 @@ def differentiate(
         at = piece.stop
         known = known or max(1, min(step, HEAD // max(1, sum(storages.values()))))
     return gradients, known
+
+
+def hidden(walk: Walk, batch: Batch) -> Any:
+    """Return what the head takes of some samples, in the dtype of the model."""
+    dtype = next(walk.model.parameters()).dtype
+    with halved(walk.model, walk.compute_dtype):
+        given = walk.adapter.trunk(walk.model, batch)
+    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, given)
 
 
 def loss_scales(model: nn.Module) -> list[float]:

@@ -275,11 +275,22 @@ def _conv(
     groups: int = 1,
 ) -> Iterator[Use]:
     """Yield the use of a kernel `[out, in, …]` as the matrix `[out, in·k]` of each group."""
+    parts = _by_group(known, input, weight, groups, (stride, padding, dilation))
+    for i, own, x, patches in parts:
+        yield Use(own.flatten(1), x, partial(_features_last, i, groups), patches)
+
+
+def _by_group(
+    known: Known, input: Tensor, weight: Tensor, groups: int, form: tuple[Any, Any, Any]
+) -> Iterator[tuple[int, Tensor, Tensor, Patches]]:
+    """Yield each group of a convolution that is a product: number, kernel, input, patches.
+
+    form: its stride, padding and dilation.
+    """
     if known(weight) and input.ndim == weight.ndim and not depthwise(weight):
-        patches = Patches.of(weight.shape[2:], stride, padding, dilation)
+        patches = Patches.of(weight.shape[2:], *form)
         parts = zip(weight.chunk(groups), input.chunk(groups, dim=1), strict=True)
-        for i, (own, x) in enumerate(parts):
-            yield Use(own.flatten(1), x, partial(_features_last, i, groups), patches)
+        yield from ((i, own, x, patches) for i, (own, x) in enumerate(parts))
 
 
 def depthwise(kernel: Tensor) -> bool:
@@ -306,11 +317,9 @@ def _conv_transpose(
 
     The output adds up what each input gives to a patch of it.
     """
-    if known(weight) and input.ndim == weight.ndim and not depthwise(weight):
-        patches = Patches.of(weight.shape[2:], stride, padding, dilation)
-        parts = zip(weight.chunk(groups), input.chunk(groups, dim=1), strict=True)
-        for i, (own, x) in enumerate(parts):
-            yield Use(own.flatten(1).mT, x.movedim(1, -1), partial(_patches_of, patches, i, groups))
+    parts = _by_group(known, input, weight, groups, (stride, padding, dilation))
+    for i, own, x, patches in parts:
+        yield Use(own.flatten(1).mT, x.movedim(1, -1), partial(_patches_of, patches, i, groups))
 
 
 def _patches_of(patches: Patches, group: int, groups: int, y: Tensor) -> Tensor:

@@ -98,12 +98,12 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
         for linear in linears:
             linear.everywhere = linear.routed and adapter.everywhere is not nullcontext
     again = dict.fromkeys((blocks[module].name for module in repeated), "used more than once")
-    if again and not any(block.groups for block in ordered):
-        raise GblmError(
-            f"block {next(iter(again))} is used more than once; its weights cannot be solved block "
-            "by block; choose a model whose layers are its own"
-        )
     if not any(block.groups for block in ordered):
+        if again:
+            raise GblmError(
+                f"block {next(iter(again))} is used more than once; its weights cannot be solved "
+                "block by block; choose a model whose layers are its own"
+            )
         raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
     ordered[0].dense |= again
     return ordered
