@@ -367,13 +367,15 @@ class Logits(nn.Module):
 def _ends(model: nn.Module) -> list[nn.Module]:
     """Return the modules of which one gives what the head takes: whichever is entered first.
 
-    The head of OPT passes its base model by and calls the decoder within.
+    The head of OPT passes its base model by and calls the decoder within. Llama 4's text model has
+    none of the name that its family gives to it: then it is the only model inside.
     """
     assert isinstance(model, PreTrainedModel)
-    ends = [model.base_model, model.get_decoder()]
-    ends = [end for end in dict.fromkeys(ends) if end is not model]
-    ends = [end for end in ends if isinstance(end, PreTrainedModel)]  # a `decoder` may be the head
-    return ends
+    named = [end for end in (model.base_model, model.get_decoder()) if end is not model]
+    inside = [own for own in model.children() if isinstance(own, PreTrainedModel)]
+    ends = named or inside * (len(inside) == 1)
+    # A `decoder` may be the head.
+    return [end for end in dict.fromkeys(ends) if isinstance(end, PreTrainedModel)]
 
 
 def _hidden(output: Any) -> dict[str, Tensor]:

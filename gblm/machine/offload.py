@@ -1,7 +1,8 @@
 """Offloading: weights that live in main memory or on disk, and come to the device block by block.
 
 The parameters of a model are cut into units: each block, and each embedding or linear outside of
-the blocks; what little is left stays on the device. While a unit is away its parameters hold NaN,
+the blocks; what little is left stays on the device, such as an embedding of a few rows, whose
+weight the model's code may read by itself. While a unit is away its parameters hold NaN,
 in the memory of a single number, so that whatever would use them by mistake is found out. Hooks
 bring a unit to the device when its module runs, read the next one meanwhile, and put back what has
 changed when it is done.
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 OFFLOADS = ("auto", "none", "cpu", "disk")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+LITTLE = 0.01  # of the parameters of the largest block
 AGAIN = "check its disk, and run again"  # where a file of our own is damaged
 Tensors = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -183,11 +185,17 @@ class Offload:
         inside = {module for block in blocks.values() for module in block.modules()}
         attentions = [own for own in model.modules() if isinstance(own, nn.MultiheadAttention)]
         inside |= {own.out_proj for own in attentions}  # whose weight they read by themselves
+        sizes = {own: sum(value.numel() for value in own.parameters()) for own in model.modules()}
+        little = LITTLE * max(sizes[block] for block in blocks.values())
+        apart = {
+            own
+            for own in model.modules()
+            if isinstance(own, nn.Embedding | nn.Linear) and sizes[own] > little
+        }
         self.units = [
             Unit(name, module, {names[value]: value for value in module.parameters()}, self)
             for name, module in model.named_modules()
-            if name in blocks
-            or (isinstance(module, nn.Embedding | nn.Linear) and module not in inside)
+            if name in blocks or module in apart - inside
         ]
         self.blocks = [unit for unit in self.units if unit.name in blocks]
         self.last: Unit | None = None
@@ -285,8 +293,10 @@ def map_large() -> None:
 
 
 def placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of NaN, in the memory of a single number."""
-    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+    """Return a tensor of NaN, of integers the least one, in the memory of a single number."""
+    numbers = dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
+    value = torch.nan if numbers else torch.iinfo(dtype).min
+    return torch.full((), value, dtype=dtype, device=device).expand(shape)
 
 
 def offloaded(

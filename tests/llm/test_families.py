@@ -7,7 +7,9 @@ from torch import nn
 
 import gblm
 from gblm import methods
+from gblm.llm import models
 from gblm.llm.adapters import adapter
+from gblm.llm.checkpoint import Checkpoint
 from gblm.walk.blocks import Linear
 from gblm.walk.survey import survey
 
@@ -88,6 +90,24 @@ FAMILIES = {
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
     "qwen3-next": ("Qwen3NextConfig", {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 16}),
     "gpt-oss": ("GptOssConfig", {**EXPERTS}),
+    "llama-4": (
+        "Llama4TextConfig",
+        {**EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
+    ),
+    "phi-3.5-moe": ("PhimoeConfig", EXPERTS),
+    "gemma-3n": (
+        "Gemma3nTextConfig",
+        {
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "layer_types": ["full_attention", "sliding_attention"],
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "laurel_rank": 8,
+            "sliding_window": 4,
+        },
+    ),
+    "modernbert-decoder": ("ModernBertDecoderConfig", {"cls_token_id": 1, "sep_token_id": 2}),
     "recurrent-gemma": ("RecurrentGemmaConfig", {"lru_width": 32, "attention_window_size": 4}),
 }
 
@@ -197,3 +217,19 @@ def test_pruning(family, method, batch):
         assert off(found[same], expected[same]) < 1e-3, linear.name
     with torch.no_grad():
         assert torch.isfinite(model(**batch, use_cache=False).logits).all()
+
+
+@pytest.mark.parametrize("family", ["llama-4", "modernbert-decoder"])
+def test_weights_that_are_read_when_used_give_the_same_bits(family, batch, tmp_path):
+    """Integers among them that a block is called with."""
+    tiny(family).save_pretrained(tmp_path)
+    checkpoint, device = Checkpoint(str(tmp_path)), torch.device("cpu")
+    (tmp_path / "work").mkdir()
+    found = {}
+    for kind in ("none", "disk"):
+        model, _ = models.load_offloaded(checkpoint, kind, tmp_path / "work", device, "auto")
+        gblm.prune(model, batch, "gblm", "0.5", backward="blocks")
+        with torch.no_grad():
+            found[kind] = model(**batch, use_cache=False).logits
+    assert torch.isfinite(found["none"]).all()
+    assert torch.equal(*found.values())
