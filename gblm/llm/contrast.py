@@ -1,7 +1,7 @@
 """Models of a tower for pictures and one for text, such as CLIP and SigLIP: loss and top-1.
 
 Their loss compares each picture of a batch with all of its texts. The batch is that of all
-calibration samples, whatever the size of a micro-batch. Where L is its loss, summed over the pairs,
+calibration samples, of whatever process and micro-batch. Where L is its loss, summed over the pairs,
 and h the embeddings of a sample, the sample's own loss is taken as ⟨∂L/∂h, h⟩: its gradient is that
 of L through this sample, the others held fixed. The gradients of all samples add up to that of L
 (as in arXiv 2101.06983).
@@ -63,15 +63,25 @@ def coupled(adapter: Adapter, model: Any, batch: Batch) -> Batch:
         with torch.no_grad():
             step = BatchSize(min(TOGETHER, size(batch)), auto=True)
             given = step.run(lambda step: _pooled(model, micro_batches(batch, step, adapter)))
+        counts = processes.gathered(size(batch))
         for own in given.values():
-            own["pooler_output"].requires_grad_()
+            for key, value in own.items():
+                own[key] = _of_all(value).requires_grad_()
         with torch.enable_grad(), replayed(given):
             output = model(**inputs_of(model, one), return_loss=True)
-            total = size(batch) * wide(output.loss)
+            total = sum(counts) * wide(output.loss)
             gradients = torch.autograd.grad(total, [output[name] for name in EMBEDDINGS])
     device = next(iter(batch.values())).device
-    named = zip(EMBEDDINGS, gradients, strict=True)
-    return batch | {f"{GRADIENT}{name}": wide(own).to(device) for name, own in named}
+    start = sum(counts[: processes.rank()])
+    mine = [wide(own[start : start + size(batch)]).to(device) for own in gradients]
+    return batch | {f"{GRADIENT}{name}": own for name, own in zip(EMBEDDINGS, mine, strict=True)}
+
+
+def _of_all(value: Tensor) -> Tensor:
+    """Return the rows of a tensor of all processes, in their order."""
+    if processes.world() == 1:
+        return value
+    return torch.cat([own.to(value.device) for own in processes.gathered(value.cpu())])
 
 
 def _pooled(model: Any, parts: list[MicroBatch]) -> dict[nn.Module, dict[str, Tensor]]:

@@ -142,6 +142,29 @@ def test_the_batch_of_the_loss_is_the_whole_one(name, monkeypatch):
     torch.testing.assert_close(found["gradient_of_image_embeds"], expected[1])
 
 
+@pytest.mark.parametrize("counts", [(3, 3), (4, 2), (1, 5)])
+def test_the_batch_of_the_loss_is_that_of_all_processes(counts, monkeypatch):
+    model, batch = clip(), batch_of("clip")
+    expected = adapter(model).coupled(model, batch)
+    values: list[list] = [[], []]
+    for rank in (0, 1, 0):  # the first time, process 0 knows nothing of the other
+        at = iter(range(100))
+
+        def gathered(value, rank=rank, at=at):
+            i = next(at)
+            values[rank][i:] = [value]
+            return [own[i] if i < len(own) else value for own in values]
+
+        monkeypatch.setattr("gblm.machine.processes.world", lambda: 2)
+        monkeypatch.setattr("gblm.machine.processes.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("gblm.machine.processes.gathered", gathered)
+        part = slice(0, counts[0]) if rank == 0 else slice(counts[0], SAMPLES)
+        found = adapter(model).coupled(model, {key: own[part] for key, own in batch.items()})
+        for key, value in expected.items():
+            if rank or len(values[1]) > 1:
+                torch.testing.assert_close(found[key], value[part], msg=key)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_some_of_the_samples_are_compared_with_all(name, monkeypatch):
     monkeypatch.setattr("gblm.walk.gradients.FEWEST", 1)
