@@ -57,12 +57,15 @@ def coupled(adapter: Adapter, model: Any, batch: Batch) -> Batch:
     """Return the batch with the gradient of its loss by the embeddings of each sample.
 
     The loss is the model's own, of the whole batch, summed over its pairs.
+
+    Raises `GblmError` where the loss takes more of a tower than one vector for each sample.
     """
     one = to_device(take(batch, slice(0, 1)), model.device)
     with frozen(model):
         with torch.no_grad():
             step = BatchSize(min(TOGETHER, size(batch)), auto=True)
             given = step.run(lambda step: _pooled(model, micro_batches(batch, step, adapter)))
+            first = model(**inputs_of(model, one))
         counts = processes.gathered(size(batch))
         for own in given.values():
             for key, value in own.items():
@@ -73,6 +76,12 @@ def coupled(adapter: Adapter, model: Any, batch: Batch) -> Batch:
             gradients = torch.autograd.grad(total, [output[name] for name in EMBEDDINGS])
     device = next(iter(batch.values())).device
     start = sum(counts[: processes.rank()])
+    for name in EMBEDDINGS:
+        if not torch.allclose(first[name][0], output[name][start], rtol=0.01, atol=1e-3):
+            raise GblmError(
+                f"the loss of {type(model).__name__} takes more of a tower than one vector for "
+                "each sample; choose a method without gradients, such as wanda or sparsegpt"
+            )
     mine = [wide(own[start : start + size(batch)]).to(device) for own in gradients]
     return batch | {f"{GRADIENT}{name}": own for name, own in zip(EMBEDDINGS, mine, strict=True)}
 
@@ -87,17 +96,14 @@ def _of_all(value: Tensor) -> Tensor:
 def _pooled(model: Any, parts: list[MicroBatch]) -> dict[nn.Module, dict[str, Tensor]]:
     """Return what each tower gives of all samples, in their order: its `pooler_output [n, …]`.
 
-    Some heads take it as the second of the outputs: another stands before it.
+    Of a tower that has none, it is the first position. Some heads take it as the second of the
+    outputs, others as the first position: both are there.
     """
     found: dict[nn.Module, list[Tensor]] = {model.get_submodule(name): [] for name in TOWERS}
 
     def note(tower: nn.Module, args: Any, output: Any) -> None:
-        if output.pooler_output is None:
-            raise GblmError(
-                f"{type(model).__name__} has a tower without a pooled output, and so no loss that "
-                "gblm knows; choose a method without gradients, such as wanda or sparsegpt"
-            )
-        found[tower].append(output.pooler_output)
+        pooled = output.pooler_output
+        found[tower].append(output.last_hidden_state[:, 0] if pooled is None else pooled)
 
     with hooked(tower.register_forward_hook(note) for tower in found):
         for part in parts:

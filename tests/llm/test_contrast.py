@@ -55,12 +55,18 @@ def altclip() -> nn.Module:
     return transformers.AltCLIPModel(config)
 
 
+def chinese_clip() -> nn.Module:
+    towers = {"text_config": TEXT, "vision_config": VISION}
+    config = transformers.ChineseCLIPConfig(**towers, projection_dim=16)
+    return transformers.ChineseCLIPModel(config)  # its tower of texts pools nothing
+
+
 MODELS = {"clip": clip, "siglip": siglip}
 
 
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return (MODELS | {"altclip": altclip})[name]().eval()
+    return {"altclip": altclip, "chinese": chinese_clip, **MODELS}[name]().eval()
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
@@ -130,7 +136,7 @@ def test_a_samples_gradient_is_what_goes_through_its_own_activations(name):
             close(found[own.name]["grad_abs"], sum(one[own.name].abs() for one in samples))
 
 
-@pytest.mark.parametrize("name", [*MODELS, "altclip"])
+@pytest.mark.parametrize("name", [*MODELS, "altclip", "chinese"])
 def test_the_batch_of_the_loss_is_the_whole_one(name, monkeypatch):
     monkeypatch.setattr(contrast, "TOGETHER", 2)
     model, batch = make(name), batch_of(name)
