@@ -1,7 +1,7 @@
 """Models of a tower for pictures and one for text, such as CLIP and SigLIP: loss and top-1.
 
 Their loss compares each picture of a batch with all of its texts. The batch is that of all
-calibration samples, of whatever process and micro-batch. Where L is its loss, summed over the pairs,
+calibration samples, of every process and micro-batch. Where L is its loss, summed over the pairs,
 and h the embeddings of a sample, the sample's own loss is taken as ⟨∂L/∂h, h⟩: its gradient is that
 of L through this sample, the others held fixed. The gradients of all samples add up to that of L
 (as in arXiv 2101.06983).
