@@ -91,7 +91,8 @@ class Pattern:
     allows; `check(shape)` raises `GblmError` where a weight of that shape cannot have the pattern.
     `window` is the number of neighbouring inputs that must be chosen together (m of n:m), None
     where a solver may choose; `kept` is how many of them stay (n). `units` names the kinds of whole
-    units that go, with their shares, and `then` is the pattern of what they leave.
+    units that go, with their shares, `uneven` says that layers may keep different numbers of them,
+    and `then` is the pattern of what they leave.
     `patterns.parse(name)` gives the pattern back.
     """
 
@@ -101,6 +102,7 @@ class Pattern:
     window: int | None = None
     kept: int | None = None
     units: tuple[tuple[str, float], ...] = ()
+    uneven: bool = False
     then: "Pattern | None" = None
 
 
@@ -218,6 +220,8 @@ class Adapter:
     config(model): the settings that its class makes it of, by name, and what makes one of changed
         settings, without values of its parameters; None where it cannot be made so.
     batch(model, data, **options): the calibration samples that a user's data are.
+    narrows(model): whether what is saved of it can be loaded with widths that its config cannot
+        state, by what `gblm.machine.carry.write_widths` writes beside the weights.
     coupled(model, batch): the batch with what the loss of each sample takes of the others, of the
         dense model; by default the batch as it is, for a loss of each sample by itself.
     """
@@ -232,4 +236,5 @@ class Adapter:
     ) = None
     batch: Callable[..., Batch] = lambda model, data: data
     logits: Callable[[nn.Module, Any, Batch], Tensor] | None = None
+    narrows: Callable[[nn.Module], bool] = lambda model: False
     coupled: Callable[[nn.Module, Batch], Batch] = lambda model, batch: batch

@@ -160,6 +160,8 @@ class Settings:
     """what decides; METHOD+SOLVER mends its mask, METHOD:OPTION=VALUE; see --list methods"""
     sparsity: Annotated[tuple[str, ...], HOW(SEVERAL, "PATTERNS")] = ()
     """0.5, 2:4, …; see --list patterns"""
+    uneven: Annotated[bool, HOW()] = False
+    """units of 'neurons:0.25': layers may keep different numbers; a file beside loads the result"""
     pattern_for: Annotated[tuple[str, ...], HOW(SEVERAL, "NAME=PATTERN")] = ()
     """a pattern of its own for some linears, such as '*.down_proj=0.3,*.q_proj=dense'"""
     keep_zeros: Annotated[str, HOW(Value(offers=[*ZEROS]), "WHEN")] = "auto"

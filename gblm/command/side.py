@@ -176,7 +176,7 @@ def find_runs(settings: Settings) -> list[Run]:
             if settings.refine is not None:
                 method = refined(method, settings.refine)
             group = method.group if settings.group == "auto" else settings.group
-            pattern = patterns.parse(text, group)
+            pattern = patterns.parse(text, group, settings.uneven)
             window = "-" if pattern.units else "of"
             label = f"{words.replace(':', '-')}-{text.replace(':', window).replace('/', '-')}"
             runs.append(Run(label, method, pattern, {"method": words, "sparsity": text}))

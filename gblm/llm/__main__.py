@@ -152,7 +152,7 @@ class Language(Opened):
 
     def loading(self, folder: Path) -> str:
         packed = self.settings.format == "packed"
-        return llm.models.loading(folder, self.model.config, packed)
+        return llm.models.loading(folder, self.model, packed)
 
     def examples(self) -> Examples | None:
         if llm.heads.head(self.model.config) != llm.heads.CAUSAL:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -63,7 +64,13 @@ def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
     if contrast.contrasts(model):
         given = Adapter(blocks, contrast.trunk, contrast.loss, unpad, seeing, config, batch_of)
         return replace(given, coupled=partial(contrast.coupled, given))
-    return Adapter(blocks, trunk, loss, unpad, seeing, config, batch_of, logits)
+    known = Adapter(blocks, trunk, loss, unpad, seeing, config, batch_of, logits)
+    return replace(known, narrows=narrows)
+
+
+def narrows(model: nn.Module) -> bool:
+    """Say whether the class of a model is one of transformers, which can be loaded narrower."""
+    return hasattr(transformers, type(model).__name__)
 
 
 def config(model: nn.Module) -> tuple[dict[str, Any], Any]:

@@ -18,7 +18,7 @@ from gblm.llm.adapters import blocks
 from gblm.llm.checkpoint import ONE_MODEL, Checkpoint
 from gblm.llm.conversion import Places, places
 from gblm.llm.heads import CAUSAL, CLASS, head, processed, samples_of
-from gblm.machine.carry import copy_files
+from gblm.machine.carry import copy_files, write_widths
 from gblm.machine.device import find_device, find_dtype
 from gblm.machine.files import check_depth, write_shards, written_into
 from gblm.machine.offload import (
@@ -226,13 +226,15 @@ def length_of(batch: Batch) -> int:
     return sum(batch[name].shape[1] for name in names if name in batch)
 
 
-def loading(folder: Path, config: PreTrainedConfig, packed: bool = False) -> str:
+def loading(folder: Path, model: PreTrainedModel, packed: bool = False) -> str:
     """Return the Python that loads a saved model."""
+    config = model.config
     auto, other = CLASS[head(config)][0], "processor" if processed(config) else "tokenizer"
-    first, variant = ("import gblm.llm\n", ', variant="packed"') if packed else ("", "")
+    first, more = ("import gblm.llm\n", ', variant="packed"') if packed else ("", "")
+    more += ", trust_remote_code=True" if vars(model).get("narrowed") else ""
     return (
         f"{first}from transformers import {auto}, Auto{other.title()}\n\n"
-        f"model = {auto}.from_pretrained({str(folder)!r}{variant})\n"
+        f"model = {auto}.from_pretrained({str(folder)!r}{more})\n"
         f"{other} = Auto{other.title()}.from_pretrained({str(folder)!r})"
     )
 
@@ -262,6 +264,7 @@ def save(
         else:
             with in_memory(model, source.dtype) as stored:
                 stored.save_pretrained(beside, max_shard_size="100TB")
+        write_widths(model, beside, CLASS[head(model.config)][0])
 
 
 def _check_layers(checkpoint: Checkpoint, config: PreTrainedConfig, tensors: int) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gblm.machine.files import INDEX, read_tensors, tensor_shapes
+from gblm.machine import narrowed
+from gblm.machine.files import INDEX, read_tensors, tensor_shapes, write_json
 from gblm.machine.offload import Tensors, values
 
 # Weights in other formats, and what training keeps: files of the source that hold dense weights.
@@ -27,6 +28,7 @@ WEIGHTS: tuple[str, ...] = (
 )
 WEIGHTS += (".onnx_data", ".ot", ".npz", ".index.json")
 SINGLE = "model.safetensors"
+LOADER = Path(narrowed.__file__)
 SHORTER = "_gblm_shorter"  # a model has, whose source holds blocks that are no longer in it
 OWN = ("README.md", "report.json", "config.toml")  # a result has these of its own
 
@@ -121,6 +123,20 @@ def _overwrite(file: Path, tensors: Mapping[str, Tensor]) -> None:
                 merged = torch.where(same, old, new.to(old.dtype)).contiguous()
                 handle.seek(start + header[name]["data_offsets"][0])
                 handle.write(merged.view(-1).view(torch.uint8).numpy().data)
+
+
+def write_widths(model: nn.Module, folder: Path, auto: str = "") -> None:
+    """State widths that no config can, and write beside them what loads the model.
+
+    auto: the class of transformers that loads it, in config.json.
+    """
+    if modules := vars(model).get("narrowed"):
+        config = json.loads((folder / "config.json").read_text())
+        config["narrowed"] = modules
+        if auto:
+            config["auto_map"] = {auto: f"{LOADER.stem}.{type(model).__name__}"}
+        write_json(folder / "config.json", config)
+        shutil.copyfile(LOADER, folder / LOADER.name)
 
 
 def copy_files(source: Source, folder: Path) -> None:

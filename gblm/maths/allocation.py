@@ -191,12 +191,12 @@ def _by_loss(name: str, norm: str, bound: float, group: str | None = None) -> Al
         compared = Budget(budget.sparsity, group) if group else budget
         curves = [loss_curve(x, norm, compared.width(x.weight)) for x in linears]
         reach = max(bound, 1 / budget.window) if budget.window else bound
-        return _cheapest(curves, [x.weight.numel() for x in linears], budget.sparsity, reach)
+        return cheapest(curves, [x.weight.numel() for x in linears], budget.sparsity, reach)
 
     return Allocation(f"{name}(norm={norm}, bound={bound:g})", frozenset({statistic}), shares)
 
 
-def _cheapest(curves: list[Tensor], sizes: list[int], sparsity: float, bound: float) -> list[float]:
+def cheapest(curves: list[Tensor], sizes: list[int], sparsity: float, bound: float) -> list[float]:
     """Return the shares that drop the cheapest steps of all curves, within sparsity ± bound.
 
     Curves never fall, so that the steps of a linear go in their order; each drops size / steps.

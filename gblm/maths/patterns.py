@@ -14,7 +14,8 @@ from gblm.base import GblmError, Pattern, one_of
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
 UNITS = ("blocks", "neurons", "heads")
-UNIT = re.compile(r"([a-z]+):(\d*\.?\d+)")
+UNEVEN = "/uneven"
+UNIT = re.compile(rf"([a-z]+):(\d*\.?\d+)({UNEVEN})?")
 KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
 ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
 
@@ -65,29 +66,34 @@ def nm(n: int, m: int) -> Pattern:
     return Pattern(f"{n}:{m}", keep, check, window=m, kept=n)
 
 
-def structured(units: dict[str, float], then: Pattern | None = None) -> Pattern:
+def structured(
+    units: dict[str, float], then: Pattern | None = None, uneven: bool = False
+) -> Pattern:
     """Remove whole units, the share of each kind: "blocks", which go first, "neurons", "heads".
 
-    then: the pattern of what is left. Raises `GblmError` where a kind is unknown or a share is
-    outside (0, 1).
+    then: the pattern of what is left. uneven: layers may keep different numbers of neurons and
+    heads. Raises `GblmError` where a kind is unknown or a share is outside (0, 1).
     """
     for kind, share in units.items():
         one_of(kind, UNITS, "kind of units")
         if not 0 < share < 1:
             raise GblmError(f"{kind}:{share:g} is outside (0, 1); {kind}:0.25 removes a quarter")
     if "blocks" in units and len(units) > 1:
-        then = structured({kind: units[kind] for kind in units if kind != "blocks"}, then)
+        then = structured({kind: units[kind] for kind in units if kind != "blocks"}, then, uneven)
         units = {"blocks": units["blocks"]}
-    name = "+".join([*(f"{kind}:{share:g}" for kind, share in units.items())])
+    uneven = uneven and "blocks" not in units
+    name = "+".join(f"{kind}:{share:g}{UNEVEN * uneven}" for kind, share in units.items())
     name += f"+{then.name}" if then else ""
     whole = partial(torch.ones_like, dtype=torch.bool)
-    return Pattern(name, whole, lambda shape: None, units=tuple(units.items()), then=then)
+    kinds = tuple(units.items())
+    return Pattern(name, whole, lambda shape: None, units=kinds, uneven=uneven, then=then)
 
 
-def parse(text: str, group: str = "row") -> Pattern:
-    """Return the pattern that `text` names: "2:4", "0.5", "0.5/layer", "neurons:0.25+2:4".
+def parse(text: str, group: str = "row", uneven: bool = False) -> Pattern:
+    """Return the pattern that `text` names: "2:4", "0.5/layer", "neurons:0.25/uneven+2:4".
 
-    `group` is the comparison group of an unstructured pattern that names none itself.
+    `group` is the comparison group of an unstructured pattern that names none itself; `uneven`
+    makes one of units so.
 
     Raises `GblmError` where the text is neither a sparsity, nor n:m, nor units.
     """
@@ -99,7 +105,8 @@ def parse(text: str, group: str = "row") -> Pattern:
             raise GblmError(
                 f"pattern {text!r}: name each kind of units once, and one pattern after"
             )
-        return structured(units, parse(rest[0], group) if rest else None)
+        then = parse(rest[0], group) if rest else None
+        return structured(units, then, uneven or UNEVEN in text)
     if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip()):
         return nm(int(match[1]), int(match[2]))
     sparsity, _, own_group = text.strip().partition("/")

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -25,8 +26,10 @@ STEMS = ("patch_embed", "stem")  # before the blocks, though some are built of l
 def adapter(model: nn.Module) -> Adapter:
     """Return the adapter of an image classifier: its blocks are found, not listed."""
     if hasattr(model, "forward_features"):
-        return Adapter(blocks, trunk, loss, config=timm_config, batch=batch_of, logits=head)
-    return Adapter(blocks, heads, heads_loss, config=config, batch=batch_of, logits=mean_head)
+        own = Adapter(blocks, trunk, loss, config=timm_config, batch=batch_of, logits=head)
+    else:
+        own = Adapter(blocks, heads, heads_loss, config=config, batch=batch_of, logits=mean_head)
+    return replace(own, narrows=lambda model: True)
 
 
 def timm_config(model: nn.Module) -> tuple[dict[str, Any], Any]:

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import cached_file, logging
 
 from gblm.base import GblmError, explained
-from gblm.machine.carry import Source
+from gblm.machine.carry import Source, write_widths
 from gblm.machine.files import check_depth, tensor_shapes
 from gblm.vit.data import processed
 
@@ -74,14 +74,16 @@ def sketch(name: str) -> PreTrainedModel:
 def save(model: Any, folder: Path) -> None:
     """Write the weights, the config and the image processor's, as transformers does."""
     model.save_pretrained(folder, max_shard_size="100TB")
+    write_widths(model, folder, AutoModelForImageClassification.__name__)
     model.image_processor.save_pretrained(folder)
 
 
-def loading(folder: Path) -> str:
+def loading(folder: Path, model: Any) -> str:
     """Return the Python that loads a saved model."""
+    more = ", trust_remote_code=True" if vars(model).get("narrowed") else ""
     return (
         "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
-        f"model = AutoModelForImageClassification.from_pretrained({str(folder)!r})\n"
+        f"model = AutoModelForImageClassification.from_pretrained({str(folder)!r}{more})\n"
         f"processor = AutoImageProcessor.from_pretrained({str(folder)!r})"
     )
 

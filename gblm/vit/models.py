@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from gblm import vit
 from gblm.base import Batch, GblmError, explained, nearest
-from gblm.machine.carry import Source, copy_files
+from gblm.machine.carry import LOADER, Source, copy_files, write_widths
 from gblm.machine.device import find_dtype
 from gblm.machine.files import check_depth, tensor_shapes, written_into
+from gblm.machine.narrowed import narrow
 from gblm.machine.offload import Offload, find_offload, in_memory, offloaded, read_when_used
 from gblm.packed import packed_files, unpack
 from gblm.vit.adapters import blocks, logits
@@ -125,7 +126,7 @@ def sketch(name: str, checkpoint: str | Path | None = None, **options: Any) -> n
         return vit.hf.sketch(own)
     made_by, file = _source(name, checkpoint)
     with torch.device("meta"):
-        model = timm.create_model(made_by, pretrained=False, **options)
+        model = _create(made_by, pretrained=False, **options)
         if file is not None:
             _fit_head(model, tensor_shapes(file) or _shapes(_state(file)), made_by, file)
     return model.eval()
@@ -150,7 +151,9 @@ def loading(model: nn.Module, folder: Path, packed: bool = False) -> str:
     if packed:
         return f"from gblm import vit\n\nmodel = vit.load({str(folder)!r})"
     if hasattr(model, "image_processor"):
-        return vit.hf.loading(folder)
+        return vit.hf.loading(folder, model)
+    if vars(model).get("narrowed"):
+        return f"import runpy\n\nmodel = runpy.run_path({str(folder / LOADER.name)!r})['load']()"
     name = f"{LOCAL}{folder}"
     return f"import timm\n\nmodel = timm.create_model({name!r}, pretrained=True).eval()"
 
@@ -176,6 +179,7 @@ def save(model: nn.Module, folder: str | Path, like: Source | None = None) -> No
                 vit.hf.save(stored, beside)
             else:
                 timm.models.save_for_hf(stored, str(beside), safe_serialization=True)
+                write_widths(model, beside)
 
 
 def predicted(model: nn.Module, batch: Batch, step: int = 32) -> Batch:
@@ -212,10 +216,15 @@ def _source(name: str, checkpoint: str | Path | None) -> tuple[str, Path | None]
 def _depth(config: Path) -> int:
     """Return how many blocks a config names, 0 where it does not: what is wrong is said later."""
     try:
-        args = json.loads(config.read_text())["model_args"]
+        args = _config(config.parent)["model_args"]
         return int(np.ravel([args[key] for key in ("depth", "depths") if key in args]).sum())
     except Exception:
         return 0
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
 
 
 def _architecture(file: Path) -> str:
@@ -236,6 +245,8 @@ def _create(name: str, pretrained: bool, **options: Any) -> nn.Module:
     way = "check its name and the connection, or give its weights by --checkpoint"
     with explained(f"model {name} cannot be made", way):
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        if name.startswith(LOCAL):
+            narrow(model, _config(Path(name.removeprefix(LOCAL))).get("narrowed", {}))
     if not getattr(model, "num_classes", 0):
         raise GblmError(f"model {name} has no head of classes; choose an image classifier")
     return model

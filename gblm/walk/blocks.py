@@ -71,6 +71,13 @@ class Units:
     writers: list[tuple[Linear, Tensor]]
     kept: int = 0
 
+    @property
+    def weights(self) -> int:
+        """How many weights one of them has."""
+        return sum(
+            places.shape[1] * linear.shape[1 - axis] for linear, axis, places in self.parts()
+        )
+
     def parts(self) -> Iterator[tuple[Linear, int, Tensor]]:
         """Yield each linear, the dimension of its matrix they lie in, and the places of each."""
         yield self.reader, 1, self.channels

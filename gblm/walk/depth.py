@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gblm.base import GblmError, Pattern, reason
+from gblm.base import GblmError, Pattern, Statistics, reason
 from gblm.machine import processes
 from gblm.machine.carry import SHORTER
 from gblm.walk.blocks import frozen, size, take, to_device
@@ -82,6 +82,8 @@ class Depth(Rebuilt):
                 depth.lists.setdefault(name, []).append(block.name)
         depth.bypasses = find_bypasses(walk)
         what = f"{pattern.name}: {type(walk.model).__name__}"
+        if vars(walk.model).get("narrowed"):
+            raise GblmError(f"{what} has widths by layer; remove blocks first, then other units")
         if not depth.bypasses:
             raise GblmError(
                 f"{what} has no block that gives one tensor of the shape of its input; choose "
@@ -105,7 +107,7 @@ class Depth(Rebuilt):
             raise GblmError(f"blocks:{share:g} leaves too few of {len(inside)}; use a lower share")
         return depth
 
-    def choose(self, walk: Walk) -> None:
+    def choose(self, walk: Walk, gradients: Mapping[str, Statistics]) -> None:
         """Choose the blocks that go, one after the other by the loss of some samples.
 
         Raises `GblmError` where the config cannot state what is left.

@@ -3,25 +3,38 @@
 Which settings make a model of the wanted shapes is found by trial: those that hold an old width, or
 count heads, are changed in an empty copy until all shapes of its parameters are right. The blocks
 of that copy, which the family's own code has built, then take the place of the blocks, with what is
-left of their weights.
+left of their weights. Where the config cannot state it, a narrow copy of the model is made module
+by module, and what is written beside the weights makes it again (`gblm.machine.narrowed`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gblm.base import Adapter, GblmError, Pattern
-from gblm.maths.structure import MULTIPLE, kept
-from gblm.walk.blocks import Block, Linear, Units
+from gblm.base import Adapter, GblmError, Pattern, Statistics
+from gblm.machine.narrowed import narrow
+from gblm.maths.allocation import cheapest
+from gblm.maths.scores import gradient
+from gblm.maths.stats import wide
+from gblm.maths.structure import MULTIPLE, kept, unit_scores
+from gblm.walk.blocks import Block, Linear, Units, take
 from gblm.walk.rebuilt import Rebuilt, fill, settings_of
-from gblm.walk.units import find_units
+from gblm.walk.units import find_units, kind_of
+from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
+from gblm.walk.widths import Setting, copied, find_settings, modules_of
+
+log = logging.getLogger(__name__)
+
+LOSS = "grad_abs"  # the sums of gradients that say what a unit costs
+BOUND = 0.15  # how far the share of a layer may lie from that of the model
 
 Shapes = dict[str, tuple[int, ...]]
 # Where a unit lies in a parameter: the expert, None for all, and the dimension.
@@ -32,12 +45,15 @@ Place = tuple[int | None, int]
 class Narrowing(Rebuilt):
     """Which units a model has by block, how many stay, and an empty model of the narrow shapes."""
 
+    pattern: Pattern | None = None
+    settings: dict[str, list[Setting]] = field(default_factory=dict)
+
     @classmethod
     def of(cls, walk: Walk, pattern: Pattern) -> Narrowing:
         """Return how a model becomes as narrow as a pattern says.
 
-        Raises `GblmError` where it has no such units, none of them would go, or its config cannot
-        state what is left.
+        Raises `GblmError` where it has no such units, none of them would go, or nothing that is
+        saved can state what is left.
         """
         found = find_units(walk)
         units: dict[str, list[Units]] = {name: [] for name in found}
@@ -50,9 +66,71 @@ class Narrowing(Rebuilt):
                     for one in parts
                     if one.kind == kind
                 ]
-        narrowing = cls(walk.model, walk.blocks, units=units)
-        narrowing.empty = narrowing.stated(walk.adapter, pattern)
+        narrowing = cls(walk.model, walk.blocks, units=units, pattern=pattern)
+        try:
+            if not pattern.uneven:
+                narrowing.empty = narrowing.stated(walk.adapter, pattern)
+                return narrowing
+            settings_of(walk.model, walk.adapter, pattern)
+        except GblmError as error:
+            if not walk.adapter.narrows(walk.model):
+                raise
+            way = "a file beside the weights will load the result"
+            log.warning("%s; %s", str(error).rpartition(";")[0], way)
+        narrowing.settings = narrowing.found(walk)
+        narrowing.empty = narrowing.narrowed()
         return narrowing
+
+    def found(self, walk: Walk) -> dict[str, list[Setting]]:
+        """Return the settings of modules that count units, by block; alike in blocks alike."""
+        known: dict[tuple, list[Setting]] = {}
+        found: dict[str, list[Setting]] = {}
+
+        def work(visit: Visit) -> None:
+            block = visit.block
+            units = self.units[block.name]
+            key = kind_of(block)
+            if units and key not in known:
+                call = visit.calls[0].sample(0)
+                known[key] = find_settings(block, call, units, self._own_shapes(block), self._cut)
+            found[block.name] = known.get(key, [])
+
+        forward(replace(walk, batch=take(walk.batch, slice(0, 1))), work)
+        return found
+
+    def narrowed(self) -> nn.Module:
+        """Return an empty model of the narrow shapes, a copy that is changed module by module."""
+        modules = {name: {**own} for name, own in vars(self.model).get("narrowed", {}).items()}
+        for block in self.blocks:
+            own = self.units[block.name], self._own_shapes(block), self.settings[block.name]
+            for name, changes in modules_of(block, *own).items():
+                place = ".".join(filter(None, (block.name, name)))
+                modules[place] = modules.get(place, {}) | changes
+        empty = copied(self.model)
+        narrow(empty, modules)
+        return empty
+
+    def choose(self, walk: Walk, gradients: Mapping[str, Statistics]) -> None:
+        """Share out what goes over the layers, where they may keep different numbers of units.
+
+        The next unit of every layer costs the same loss per weight, Σ|w|·Σ|g| over its weights.
+        """
+        assert self.pattern
+        if not self.pattern.uneven:
+            return
+        for kind, share in self.pattern.units:
+            layers: dict[nn.Parameter, list[Units]] = {}
+            for own in self._of_kind(kind):
+                layers.setdefault(own.reader.parameter, []).append(own)
+            curves = [
+                torch.stack([_losses(x, gradients) for x in own]).mean(0) for own in layers.values()
+            ]
+            sizes = [sum(x.weights * len(x.channels) for x in own) for own in layers.values()]
+            shares = cheapest(curves, sizes, share, BOUND)
+            for layer, part in zip(layers.values(), shares, strict=True):
+                for units in layer:
+                    units.kept = kept(len(units.channels), part, multiple_of(kind))
+        self.empty = self.narrowed()
 
     def stated(self, adapter: Adapter, pattern: Pattern) -> nn.Module:
         """Return an empty model of the narrow shapes, made of settings that are found by trial."""
@@ -92,6 +170,15 @@ class Narrowing(Rebuilt):
                     if first.setdefault(name, expert) == expert:  # all experts are alike
                         shapes[name][dim] -= places[units.kept :].numel()
         return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def _own_shapes(self, block: Block) -> Shapes:
+        """Return the shapes of the parameters of a narrow block, by their names in it."""
+        start = f"{block.name}."
+        return {
+            name.removeprefix(start): shape
+            for name, shape in self._shapes().items()
+            if name.startswith(start)
+        }
 
     def _misfit(self, wanted: Shapes, found: Shapes) -> str:
         """Return a parameter whose shape is wrong, nothing where there is none."""
@@ -151,12 +238,26 @@ def remaining(counts: list[int], kind: str, share: float) -> dict[int, int]:
             "between, or goes elsewhere too"
         )
     least = min(counts)
-    stay = kept(least, share, MULTIPLE if kind == "neurons" else 1)
+    stay = kept(least, share, multiple_of(kind))
     if stay == least:
         raise GblmError(f"{kind}:{share:g} of {least} removes none; use {kind}:{1 / least:.2g}")
     if uneven := next((n for n in counts if n * stay % least), 0):
         raise GblmError(f"{kind}:{share:g} keeps {stay} of {least}, and no such share of {uneven}")
     return {n: n * stay // least for n in counts}
+
+
+def multiple_of(kind: str) -> int:
+    """Return of what the numbers of units that stay are multiples."""
+    return MULTIPLE if kind == "neurons" else 1
+
+
+def _losses(units: Units, gradients: Mapping[str, Statistics]) -> Tensor:
+    """Return the loss per weight of every unit, `[units]`, the lowest first."""
+    losses = unit_scores(
+        (gradient(wide(x.weight), gradients[x.name]).movedim(axis, 0), places)
+        for x, axis, places in units.parts()
+    )
+    return losses.double().cpu().sort().values / units.weights
 
 
 def staying(units: Units) -> Tensor:

@@ -298,8 +298,13 @@ def depthwise(kernel: Tensor) -> bool:
     return kernel.ndim > 2 and kernel.shape[1] == 1
 
 
+def _of_group(group: int, groups: int, y: Tensor) -> Tensor:
+    size = y.shape[1] // groups
+    return y.narrow(1, group * size, size)  # a view that can be written to, unlike a chunk
+
+
 def _features_last(group: int, groups: int, y: Tensor) -> Tensor:
-    return y.chunk(groups, dim=1)[group].movedim(1, -1)
+    return _of_group(group, groups, y).movedim(1, -1)
 
 
 def _conv_transpose(
@@ -323,7 +328,7 @@ def _conv_transpose(
 
 
 def _patches_of(patches: Patches, group: int, groups: int, y: Tensor) -> Tensor:
-    return patches(y.chunk(groups, dim=1)[group])
+    return patches(_of_group(group, groups, y))
 
 
 def grouped(

@@ -24,7 +24,7 @@ from gblm.walk.blocks import Block, Linear
 from gblm.walk.depth import Depth
 from gblm.walk.inputs import with_gradients
 from gblm.walk.journal import Journal
-from gblm.walk.narrow import Narrowing
+from gblm.walk.narrow import LOSS, Narrowing
 from gblm.walk.rebuilt import Rebuilt
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
@@ -107,7 +107,8 @@ class Pruning:
         log.debug("%s, %s, micro-batches of %d", self.method.name, self.pattern.name, micro)
         with clock(report.seconds, "prune"), memory_errors():
             if self.rebuilt:
-                self.rebuilt.choose(self.walk)
+                self.rebuilt.choose(self.walk, self.gradients)
+                report.allocation = "gradient" if self.pattern.uneven else report.allocation
             beside = (DENSE_OUTPUTS if self.gone else "cross_gram") in self.work.needs
             known = [step.begin(self.walk) for step in self.work.steps]
             forward(self.walk, self.visit, chosen, self.gradients, beside)
@@ -254,9 +255,8 @@ def allocated(method: Method, pattern: Pattern) -> Allocation | None:
 def needed(method: Method, pattern: Pattern) -> frozenset[str]:
     """Return the sums of gradients of the whole model that a method with a pattern needs."""
     spread = allocated(method, pattern)
-    return (at_work(method, pattern).needs | (spread.needs if spread else frozenset())) & set(
-        stats.GRADIENT
-    )
+    needs = at_work(method, pattern).needs | (spread.needs if spread else frozenset())
+    return (needs | ({LOSS} if pattern.uneven else set())) & set(stats.GRADIENT)
 
 
 @dataclass

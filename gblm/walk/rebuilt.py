@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from gblm.base import Adapter, GblmError, Pattern
+from gblm.base import Adapter, GblmError, Pattern, Statistics
 from gblm.walk.blocks import Block, Units
 from gblm.walk.walk import Walk
 
-STATED = ("config", "_model_args")  # where models keep what made them
+STATED = ("config", "_model_args", "narrowed")  # where models keep what made them
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Rebuilt(ABC):
     empty: nn.Module = field(default_factory=nn.Module)
     before: list[tuple[Any, str, Any]] = field(default_factory=list)
 
-    def choose(self, walk: Walk) -> None:
+    def choose(self, walk: Walk, gradients: Mapping[str, Statistics]) -> None:
         """Choose what the steps of a method do not choose."""
         return
 
@@ -70,6 +70,8 @@ class Rebuilt(ABC):
         for owner, name, value in reversed(self.before):
             if isinstance(value, nn.Module):
                 owner.set_submodule(name, value)
+            elif value is None:
+                vars(owner).pop(name, None)
             else:
                 setattr(owner, name, value)
         self.before.clear()

@@ -33,7 +33,7 @@ def find_units(walk: Walk) -> dict[str, list[Units]]:
 
     def work(visit: Visit) -> None:
         block = visit.block
-        key = (type(block.module), *((x.name[len(block.name) :], x.shape) for x in block.linears))
+        key = kind_of(block)
         if key not in known:
             known[key] = block, units_of(block, visit.calls[0].sample(0))
         first, units = known[key]
@@ -42,6 +42,11 @@ def find_units(walk: Walk) -> dict[str, list[Units]]:
 
     forward(replace(walk, batch=take(walk.batch, slice(0, 1))), work)
     return found
+
+
+def kind_of(block: Block) -> tuple:
+    """Return what blocks have in common that are alike: their class, and their linears."""
+    return type(block.module), *((x.name[len(block.name) :], x.shape) for x in block.linears)
 
 
 def units_of(block: Block, call: Call) -> list[Units]:
