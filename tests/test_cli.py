@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import gblm
 from gblm.command import side
+from gblm.command.show import columned, say
 from gblm.llm.__main__ import main
 from gblm.machine import processes
 
@@ -101,3 +103,37 @@ def test_a_method_has_its_options_after_colons(flags: list[str], tmp_path: Path,
 def test_an_option_of_a_method_that_is_none(method: str, said: str, flags: list[str], capsys):
     assert main([*flags, "--method", method]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_wide_table_goes_on_below_and_breaks_no_word(capsys):
+    names = ["method", "pattern", *(f"tiny-stories-{i}.txt" for i in range(9)), "seconds"]
+    rows = [names, ["dense", "", *("27.44" for _ in names[2:])]]
+    rows.append(["gblm(alpha=100, norm=l1)+repair", "0.5", *(f"{n}.25" for n in range(10))])
+    terminal = Console(width=80, force_terminal=True, color_system=None)
+    columned(terminal, rows, named=2, apart=1)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    for word in (word for row in rows for cell in row for word in cell.split()):
+        assert f" {word} " in said
+    assert said.count("method") > 1
+    columned(Console(width=400, color_system=None), rows, named=2)
+    assert capsys.readouterr().out.count("method") == 1
+
+
+def test_lines_are_broken_between_words_in_a_terminal_alone(capsys):
+    text = "of neighbouring weights " * 9
+    say(Console(width=80, force_terminal=True, color_system=None), text)
+    assert {*capsys.readouterr().out.split()} == {*text.split()}
+    say(Console(width=80), text)
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_finished_runs_are_told_in_a_terminal_while_others_go_on(flags, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*flags, "--method", "wanda,sparsegpt"]) == 0
+    said = capsys.readouterr().err
+    first, second = (said.index(f"{own}-0.5: ") for own in ("1/2 wanda", "2/2 sparsegpt"))
+    assert said.index("2/2 sparsegpt-0.5") > first
+    assert first < second
+    assert "perplexity" in said[first:second]

@@ -1,5 +1,6 @@
 """Flags in a TOML file: what is read, what is refused, what is written beside a result."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,9 @@ def without(arguments: list[str], flag: str) -> list[str]:
     return arguments[:at] + arguments[at + 2 :]
 
 
-def test_a_run_can_be_repeated_from_beside_its_result(llm: list[str], tmp_path: Path, monkeypatch):
+def test_a_run_can_be_repeated_by_what_lies_beside_its_result(
+    llm: list[str], tmp_path: Path, monkeypatch
+):
     flags = llm[1:]
     flags[flags.index("--windows")] = "--evaluate-windows"
     model = Path(flags[1])
@@ -109,7 +112,6 @@ def test_a_run_can_be_repeated_from_beside_its_result(llm: list[str], tmp_path: 
     several = ["--method", "gblm,best", "--sparsity", "0.5,2:4", "--seed", "3"]
     chosen = ["--alpha", "7", "--exclude", "*.down_proj", "--backward", "auto"]
     assert llm_main([*flags, *several, *chosen, "--output", str(tmp_path / "all")]) == 0
-    monkeypatch.chdir(tmp_path)
     results = sorted((tmp_path / "all").iterdir())
     assert len(results) == 4
     for result in results:
@@ -141,13 +143,60 @@ def test_gradients_that_were_rounded_are_rounded_again(llm: list[str], tmp_path:
     assert_equal(first, second)
 
 
-def test_names_of_data_sets_are_no_paths(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("c4", "notes.txt", "tiny"):
-        (tmp_path / name).mkdir()
-    arguments = ["--model", "tiny", "--calibration", "c4", "--evaluate", "notes.txt,c4"]
+def test_names_stay_and_paths_do_without_the_folders_of_this_machine(tmp_path, monkeypatch):
+    here, home = tmp_path / "here", tmp_path / "me"
+    monkeypatch.setenv("HOME", str(home))
+    here.mkdir()
+    monkeypatch.chdir(here)
     app = SIDE.app()
-    found = settings.recipe(app, settings.parse(app, arguments)[0], ["c4"]).flags
-    assert found["model"] == str(tmp_path / "tiny")
-    assert found["calibration"] == "c4"
-    assert found["evaluate"] == [str(tmp_path / "notes.txt"), "c4"]
+    for given, kept in {
+        "gpt2": "gpt2",
+        "models/tiny": "models/tiny",
+        str(here / "gpt2"): "./gpt2",  # no model of the hub
+        str(here / "models" / "tiny"): "models/tiny",
+        str(home / "tiny"): "~/tiny",
+        "/data/tiny": "/data/tiny",
+        f"{here}by": f"{here}by",
+    }.items():
+        arguments = ["--model", given, "--evaluate", f"c4,{given}", "--task-data", given]
+        own = settings.portable_names(app, settings.parse(app, arguments)[0])
+        found = settings.recipe(app, own).flags
+        assert found["model"] == own.model == kept
+        assert found["evaluate"] == ["c4", kept]
+        assert found["task-data"] == kept.removeprefix("./")
+    again = settings.parse(app, ["--model", "m", "--task-data", "~/tiny"])[0]
+    assert again.task_data == home / "tiny"
+
+
+def test_a_result_holds_no_folder_of_this_machine(llm, tmp_path, monkeypatch):
+    for place, home in ((tmp_path, tmp_path / "nobody"), (tmp_path.parent, tmp_path)):
+        monkeypatch.setenv("HOME", str(home))
+        monkeypatch.chdir(place)
+        shutil.copytree(llm[2], tmp_path / "model", dirs_exist_ok=True)
+        shutil.copy(llm[llm.index("--calibration") + 1], tmp_path / "notes.txt")
+        flags = ["--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "notes.txt")]
+        flags += ["--length", "8", "--samples", "4", "--method", "wanda", "--overwrite"]
+        flags += ["--output", str(tmp_path / "out"), "--report", str(tmp_path / "page")]
+        monkeypatch.setattr("sys.orig_argv", ["python", "/usr/bin/gblm", "llm", *flags])
+        assert llm_main(flags) == 0
+        files = [*(tmp_path / "out").glob("*.*"), *(tmp_path / "page").glob("*")]
+        texts = {file.name: file.read_text("utf-8", "replace") for file in files}
+        assert {"report.json", settings.NAME, "README.md", "report.html"} <= {*texts}
+        loading = "" if home != tmp_path else f"from_pretrained('{tmp_path.name}/out')"
+        for name, text in texts.items():
+            assert str(tmp_path) not in text, name
+        assert loading in texts["report.html"].replace("&#39;", "'")
+        assert "gblm llm --model" in texts["report.html"]
+        assert "gblm llm --config config.toml" in texts["report.html"]
+        again = ["--config", str(tmp_path / "page" / settings.NAME)]
+        assert llm_main([*again, "--output", str(tmp_path / "again"), "--overwrite"]) == 0
+        assert_equal(tmp_path / "out", tmp_path / "again")
+
+
+def test_the_demo_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--method", "wanda", "--samples", "2", "--evaluate-windows", "2"]
+    assert llm_main([*few, "--output", "one"]) == 0
+    assert 'model = "demo"' in (tmp_path / "one" / settings.NAME).read_text()
+    assert llm_main(["--config", "one/config.toml", "--output", "two"]) == 0
+    assert_equal(tmp_path / "one", tmp_path / "two")

@@ -248,7 +248,7 @@ def test_a_model_is_pruned_reported_and_the_run_repeated(hearing, tmp_path, caps
     text = (folder / shell.NAME).read_text()
     assert "frames = 6" in text
     assert 'compute-dtype = "float32"' in text
-    assert f'model = "{tmp_path / "ear"}"' in text
+    assert 'model = "ear"' in text
     assert hearing("--output", "again", given=("--config", str(folder / shell.NAME))) == 0
     again = tmp_path / "again"
     assert (again / shell.NAME).read_text() == text

@@ -21,7 +21,15 @@ from gblm.gains import accelerate, gains
 from gblm.machine.bars import bars
 from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.export import export
-from gblm.machine.files import claimed, locked, weights_size, write_text, written_beside, zeros
+from gblm.machine.files import (
+    claimed,
+    locked,
+    portable,
+    weights_size,
+    write_text,
+    written_beside,
+    zeros,
+)
 from gblm.machine.offload import Offload, onload
 from gblm.machine.processes import rank
 from gblm.maths import patterns
@@ -29,6 +37,7 @@ from gblm.packed import pack_there, plain_share
 from gblm.report import Evaluation, Examples, Report, clock, merged
 from gblm.report.card import card, push
 from gblm.report.masks import pictures
+from gblm.report.wording import outcome
 from gblm.walk.blocks import Block, Snapshot, by_name, choose
 from gblm.walk.gradients import first, sweep
 from gblm.walk.journal import Fingerprint, GradientFolder, Journal, fingerprint
@@ -231,6 +240,8 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
             reports.append(perform(job, pruning, shared, before))
             if not rank():
                 keep(job, runs, reports, shared)
+            if len(runs) > 1:
+                show.say(f"{show.run}: {outcome(reports[-1])}")
             if own and len(runs) > 1:
                 own.undo()
     return reports
@@ -349,9 +360,11 @@ def follow(job: Job, first: Pruning) -> Report:
 def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradients) -> None:
     """Write the last result, where it is to go, and then its page."""
     run, report, settings = runs[len(reports) - 1], reports[-1], job.opened.settings
+    report.program, flags = job.recipe.program, {**run.flags, **gradients.flags}
     if output := settings.output:
         folder = output / run.label if len(runs) > 1 else output
-        report.loading = job.opened.loading(folder)
+        place = Path(portable(str(folder), home=f"{Path.home()}/"))
+        report.loading = job.opened.loading(place)
         if settings.runtime != "dense":
             report.loading += "\n\nimport gblm\n\nprint(gblm.accelerate(model))"
         with written_beside(folder) as beside:
@@ -370,12 +383,13 @@ def keep(job: Job, runs: list[Run], reports: list[Report], gradients: DenseGradi
                 report.speed["file"]["pruned"] = weights_size(beside)
             report.file_bytes = weights_size(beside)
             report.write(beside)
-            about = (job.opened.origin, job.recipe.program, folder, settings.push_to_hub)
+            about = (job.opened.origin, place, settings.push_to_hub)
             write_text(beside / "README.md", card(report, *about))
-            job.recipe.write(beside, **run.flags, **gradients.flags)
+            job.recipe.write(beside, **flags)
         if settings.push_to_hub:
             push(folder, settings.push_to_hub)
     if settings.report:
         from gblm.report.page import write_pages  # with matplotlib, whose import takes a second
 
-        write_pages(settings.report, [run.label for run in runs], reports)
+        folder = write_pages(settings.report, [run.label for run in runs], reports)
+        job.recipe.write(folder, **flags)

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import os
 import shutil
 import sys
 import tomllib
@@ -26,7 +25,7 @@ from rich.text import Text
 from gblm.base import GblmError, one_of
 from gblm.machine.device import COMPUTE_DTYPES, DTYPES
 from gblm.machine.export import EXPORTS
-from gblm.machine.files import write_text
+from gblm.machine.files import portable, write_text
 from gblm.machine.offload import OFFLOADS
 from gblm.machine.processes import world
 from gblm.maths import patterns
@@ -97,7 +96,7 @@ def _count(text: str) -> int:
 
 
 TEXT, FOLDER, FILE = Value(), Value(offers="folder"), Value(offers="file")
-PATH = Value(Path, offers="folder")
+PATH = Value(lambda text: Path(text).expanduser(), offers="folder")
 COUNT = Value(_count, "a whole number of 1 or more", (int,))
 NUMBER = Value(int, "a whole number", (int,))
 REAL = Value(float, "a number", (int, float))
@@ -314,7 +313,7 @@ def _panel(usual: Mapping[str, Any], console: Console, options: Any, panel: Help
     if not panel.entries:
         return
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(width=26, overflow="fold")
+    table.add_column(width=28, overflow="fold")
     for entry in panel.entries:
         names = entry.all_options
         value = usual.get(names[-1].lstrip("-").replace("-", "_"))
@@ -377,38 +376,45 @@ class Recipe:
         """Write the flags into the folder of one run, whose own stand in their place."""
         packages = ", ".join(f"{name} {number}" for name, number in versions().items())
         head = (
-            f"# Repeat this run: {self.program} --config {NAME} --output DIR\n"
+            f"# Repeat this run, in the folder it ran in: {self.program} --config {NAME} --output "
+            "DIR\n"
             f"# It ran with {packages};\n"
             f"# processes: {world()}, threads of each: {torch.get_num_threads()}.\n\n"
         )
         write_text(folder / NAME, head + tomli_w.dumps(self.flags | run))
 
 
-def recipe(app: App, settings: Settings, names: Collection[str]) -> Recipe:
-    """Return the recipe of a command's settings, with local paths made absolute.
-
-    names: values that are never paths, such as those of known data sets.
-    """
+def recipe(app: App, settings: Settings) -> Recipe:
+    """Return the recipe of a command's settings."""
     stored: dict[str, Any] = {}
     for key, flag in flags(app).items():
         content = getattr(settings, flag.keys[-1], None)
         if _group_of(flag) not in RECIPE or key in APART or content in (None, False, (), ""):
             continue
-        offers = value.offers if (value := _value_of(flag)) else ()
         if isinstance(content, tuple):
-            parts = [_absolute(part, offers, names) for part in content]
-            content = parts[0] if len(parts) == 1 else parts
-        elif isinstance(content, str | Path):
-            content = _absolute(str(content), offers, names)
+            content = content[0] if len(content) == 1 else list(content)
+        elif isinstance(content, Path):
+            content = portable(str(content))
         stored[key] = content
     return Recipe(app.name[0], stored)
 
 
-def _absolute(text: str, offers: str | Collection[str], names: Collection[str]) -> str:
-    """Return a text, absolute where it is the path of something that is there."""
-    path = Path(text).expanduser()
-    is_path = {"folder": path.is_dir, "file": path.exists}.get(str(offers))
-    return os.path.abspath(path) if is_path and text not in names and is_path() else text
+def portable_names(app: App, settings: S) -> S:
+    """Return settings whose models and data have names without the folders of this machine."""
+    given = {flag.keys[-1]: getattr(settings, flag.keys[-1], None) for flag in flags(app).values()}
+    found: dict[str, Any] = {}
+    for key, content in given.items():
+        if isinstance(content, str):
+            found[key] = _portable(content)
+        elif isinstance(content, tuple):
+            found[key] = tuple(map(_portable, content))
+    return replace(settings, **found)
+
+
+def _portable(text: str) -> str:
+    """Return a name; what an absolute path becomes is a path still, and no name of the hub."""
+    short = portable(text)
+    return f"./{short}" if short != text and "/" not in short else short
 
 
 def completion(app: App, shell: str) -> str:

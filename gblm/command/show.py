@@ -4,10 +4,12 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from gblm.command.estimate import Task, estimate
@@ -80,7 +82,12 @@ LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
 
 def listing(what: str) -> None:
     """Print a line for each of what there is."""
-    lines = dict(LISTS[what]())
+    lines, terminal = dict(LISTS[what]()), console()
+    if terminal.is_terminal:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for name, text in lines.items():
+            table.add_row(name, text)
+        return terminal.print(table, highlight=False)
     for name, text in lines.items():
         print(f"{name:{max(map(len, lines))}}  {text}")
 
@@ -95,62 +102,96 @@ def console(stderr: bool = False) -> Console:
     return terminal if terminal.is_terminal else Console(**plain, width=160)
 
 
-def columned(title: str, first: str, *others: str) -> Table:
-    """Return an empty table, whose columns after the first stand to the right."""
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for column in others:
-        table.add_column(column, justify="right", overflow="fold")
+def columned(terminal: Console, rows: list[list[str]], named: int = 1, apart: int = 0) -> None:
+    """Print rows, the first of them the heading, as a table of numbers to the right.
+
+    Where it is wider than the terminal it goes on below, with the first `named` columns again.
+    apart: how many rows after the heading are set apart.
+    """
+    fixed, left = list(range(named)), list(range(named, len(rows[0])))
+    while left:
+        count = len(left)
+        while count > 1 and wide(terminal, table_of(rows, fixed + left[:count], apart)):
+            count -= 1
+        terminal.print(table_of(rows, fixed + left[:count], apart))
+        left = left[count:]
+
+
+def table_of(rows: list[list[str]], columns: list[int], apart: int) -> Table:
+    """Return some columns of rows as a table."""
+    table = Table()
+    for number in columns:
+        justify: Any = "right" if number else "left"
+        table.add_column(rows[0][number], justify=justify, overflow="fold")
+    for at, row in enumerate(rows[1:], 1):
+        table.add_row(*(row[number] for number in columns), end_section=at == apart)
     return table
+
+
+def wide(terminal: Console, table: Table) -> bool:
+    """Say whether a table has words that its terminal would break."""
+    endless = terminal.options.update(max_width=10**4)
+    return Measurement.get(terminal, endless, table).minimum > terminal.width
+
+
+def say(terminal: Console, *lines: str) -> None:
+    """Print lines, broken between words where a terminal ends."""
+    for line in lines:
+        terminal.print(line, soft_wrap=not terminal.is_terminal, highlight=False)
 
 
 def results(title: str, reports: list[Report], settings: Settings) -> None:
     """Print the runs of one command side by side, the dense model first, and where they are."""
     if rank():
         return
+    terminal = console()
     entries = reports[0].evaluation.items()
     first = {name: entry for name, entry in entries if entry["metric"] not in ASIDE}
     speed = reports[0].speed
-    columns = ("pattern", "sparsity", *map(short, first), *speed, "seconds")
     metrics = ", ".join(dict.fromkeys(entry["metric"] for entry in first.values())) or "no metric"
-    heading = f"{title}: {metrics}, pruned with {reports[0].calibration}"
-    table = columned(heading, "method", *columns)
+    say(terminal, f"{title}: {metrics}, pruned with {reports[0].calibration}")
     dense = [shown(entry, "dense") for entry in first.values()]
     quick = [amount(entry["dense"], entry["unit"]) for entry in speed.values()]
-    table.add_row("dense", "", "", *dense, *quick, "", end_section=True)
+    rows = [
+        ["method", "pattern", "sparsity", *map(short, first), *speed, "seconds"],
+        ["dense", "", "", *dense, *quick, ""],
+    ]
     for report in reports:
-        name = (report.method, report.pattern, f"{report.sparsity:.4f}")
         values = [shown(report.evaluation[data], "pruned") for data in first]
         cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
         ratios = [gain(entry["pruned"] / entry["dense"]) for entry in report.speed.values()]
-        table.add_row(*name, *values, *ratios, f"{cost:.1f}")
-    console().print(table)
-    print("\n".join(pruned_part(reports[0])))
+        name = [report.method, report.pattern, f"{report.sparsity:.4f}"]
+        rows.append([*name, *values, *ratios, f"{cost:.1f}"])
+    columned(terminal, rows, named=2, apart=1)
+    say(terminal, *pruned_part(reports[0]))
     if tried := reports[-1].gains:
-        print(
-            f"what the zeros of {reports[-1].pattern} buy here, by trial:", *said(tried), sep="\n"
-        )
+        what = f"what the zeros of {reports[-1].pattern} buy here, by trial:"
+        say(terminal, what, *said(tried))
     if len(reports) == 1:
         worst = sorted(reports[0].linears, key=lambda linear: -linear.relative_error)[:3]
         named = ", ".join(f"{linear.name} {linear.relative_error:.1%}" for linear in worst)
         seconds, memory = sum(reports[0].seconds.values()), reports[0].peak_memory_bytes
-        print(f"largest errors: {named}")
-        print(f"{time(seconds)} in all, {size(memory)} of memory at the peak")
-    for note in reports[-1].notes:
-        print(note)
-    for report in reports:
-        for data, entry in report.evaluation.items():
-            if broken(entry):
-                print(
-                    f"warning: {report.method}, {report.pattern} has likely broken the model "
-                    f"({data} {shown(entry, 'dense')} → {shown(entry, 'pruned')}); try --method "
-                    "best, a lower sparsity, or more --samples of text or pictures like its own"
-                )
+        say(terminal, f"largest errors: {named}")
+        say(terminal, f"{time(seconds)} in all, {size(memory)} of memory at the peak")
+    say(terminal, *reports[-1].notes, *warnings(reports))
     if settings.output:
         of = f"{size(reports[-1].file_bytes)} of weights, {reports[-1].file_zeros:.1%} of them 0"
-        print(f"written to {settings.output}: {of}{' each' if len(reports) > 1 else ''}")
+        each = " each" if len(reports) > 1 else ""
+        say(terminal, f"written to {settings.output}: {of}{each}")
     if settings.report:
-        print(f"report in {settings.report / 'report.html'}")
+        say(terminal, f"report in {settings.report / 'report.html'}")
+
+
+def warnings(reports: list[Report]) -> Iterator[str]:
+    """Yield a warning for every result that is likely of no use."""
+    for report in reports:
+        found = ((data, entry) for data, entry in report.evaluation.items() if broken(entry))
+        for data, entry in islice(found, 1):
+            yield (
+                f"warning: {report.method}, {report.pattern} has likely broken the model "
+                f"({data} {shown(entry, 'dense')} → {shown(entry, 'pruned')}); try --method "
+                "best, a lower sparsity, or more --samples of text or pictures like its own"
+            )
 
 
 def pruned_part(report: Report) -> Iterator[str]:
@@ -216,32 +257,32 @@ def plan(
     if rank():
         return
     terminal = console()
-    terminal.print(_linears(title, footprint))
-    for line in _lines(opened, runs, footprint):
-        terminal.print(line, soft_wrap=True, highlight=False)
+    names = [block.name for block in footprint.blocks]
+    say(terminal, f"{title}: {len(names)} blocks, {names[0]} … {names[-1]}")
+    columned(terminal, _linears(footprint))
+    say(terminal, *_lines(opened, runs, footprint))
     dtype = footprint.linears[0].parameter.dtype
     width = max(linear.shape[1] for linear in footprint.linears)
-    terminal.print(_costs(footprint, runs, task, measure(device, dtype, width)))
+    free = free_memory(device)
+    say(terminal, f"estimated for {device}, of which {size(free)} are free")
+    columned(terminal, _costs(footprint, runs, task, measure(device, dtype, width), free), named=2)
     if device.type == "cpu":
-        terminal.print(f"of the memory, {size(task.taken)} are those of libraries and data")
+        say(terminal, f"of the memory, {size(task.taken)} are those of libraries and data")
     closing = "nothing was run, nothing was written"
-    for line in ("seconds are without reading the model and the data", *opened.notes, closing):
-        terminal.print(line)
+    say(terminal, "seconds are without reading the model and the data", *opened.notes, closing)
 
 
-def _linears(title: str, footprint: Footprint) -> Table:
-    """Return the linears that would be pruned, by their kinds."""
+def _linears(footprint: Footprint) -> list[list[str]]:
+    """Return the linears that would be pruned, by their kinds: rows of a table."""
     kinds: Counter[tuple[str, tuple[int, int]]] = Counter()
     for block in footprint.blocks:
         for linear in block.linears:
             kinds[linear.name.removeprefix(f"{block.name}."), linear.shape] += 1
-    names = [block.name for block in footprint.blocks]
-    heading = f"{title}: {len(names)} blocks, {names[0]} … {names[-1]}"
-    table = columned(heading, "linear", "shape", "number", "weights")
+    rows = [["linear layer", "shape", "number", "weights"]]
     for (name, (outputs, inputs)), number in kinds.items():
         weights = number * outputs * inputs
-        table.add_row(name, f"{outputs} × {inputs}", str(number), f"{weights:,}")
-    return table
+        rows.append([name, f"{outputs} × {inputs}", str(number), f"{weights:,}"])
+    return rows
 
 
 def _lines(opened: Opened, runs: list[Run], footprint: Footprint) -> list[str]:
@@ -266,12 +307,11 @@ def _lines(opened: Opened, runs: list[Run], footprint: Footprint) -> list[str]:
     ]
 
 
-def _costs(footprint: Footprint, runs: list[Run], task: Task, machine: Machine) -> Table:
-    """Return the memory and the seconds of every run."""
-    free = free_memory(machine.device)
-    title = f"estimated for {machine.device}, of which {size(free)} are free"
-    columns = ("pattern", "memory", "gradients", "prune", "evaluate", "seconds")
-    table = columned(title, "method", *columns)
+def _costs(
+    footprint: Footprint, runs: list[Run], task: Task, machine: Machine, free: int
+) -> list[list[str]]:
+    """Return the memory and the seconds of every run: rows of a table."""
+    rows = [["method", "pattern", "memory", "gradients", "prune", "evaluate", "seconds"]]
     for run in runs:
         cost = estimate(footprint, task, run.method, run.pattern, machine, free)
         seconds = [cost.seconds.get(phase, 0.0) for phase in ("gradients", "prune", "evaluate")]
@@ -281,5 +321,5 @@ def _costs(footprint: Footprint, runs: list[Run], task: Task, machine: Machine) 
             memory = max(task.peak, task.taken + memory)
         words = size(memory) + (" (!)" if cost.memory > free else "")
         numbers = [f"{value:.1f}" for value in (*seconds, sum(seconds))]
-        table.add_row(run.method.name, run.pattern.name, words, *numbers)
-    return table
+        rows.append([run.method.name, run.pattern.name, words, *numbers])
+    return rows

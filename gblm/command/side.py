@@ -1,7 +1,7 @@
 """A side: what a kind of models brings to the one command, and that command from flags to runs."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,17 @@ from gblm.base import GblmError
 from gblm.command import show
 from gblm.command.job import Job, Opened, Run, compare, scratch, work_folder
 from gblm.command.measure import dense_copy
-from gblm.command.settings import S, Settings, completion, filled, keeps, make_app, parse, recipe
+from gblm.command.settings import (
+    S,
+    Settings,
+    completion,
+    filled,
+    keeps,
+    make_app,
+    parse,
+    portable_names,
+    recipe,
+)
 from gblm.machine.device import DTYPES, find_compute_dtype, find_device, memory_errors
 from gblm.machine.export import check_export
 from gblm.machine.files import check_output, check_report
@@ -45,7 +55,7 @@ class Side(Generic[S]):
 
     program, about, examples: of --help. kind: the class of its settings. usual: what settings are
     where they are not given; demo: what they are where no model is, a packaged one among them, and
-    alone: those that go with a model of the user's. sources: names of data that are no paths.
+    alone: those that go with a model of the user's.
 
     load(settings, device, scratch, seconds): the model and its data, with the seconds of both;
         scratch is a folder for weights away from the device. It calls `check_folders` with the
@@ -63,7 +73,6 @@ class Side(Generic[S]):
     usual: Mapping[str, Any] = field(default_factory=dict)
     demo: Mapping[str, Any] = field(default_factory=dict)
     alone: Sequence[str] = ("calibration", "evaluate")
-    sources: Collection[str] = ()
 
     def app(self) -> App:
         """Return the parser of its settings."""
@@ -115,6 +124,7 @@ def logged(verbose: int) -> Iterator[None]:
 
 def command(side: Side[S], settings: S) -> None:
     """Do what the settings ask for: carry out the runs, or say what they would take."""
+    settings = portable_names(side.app(), settings)
     title = settings.model or "the packaged demo"
     if not settings.model:
         if not side.demo:
@@ -255,7 +265,7 @@ def carry_out(side: Side[S], settings: S, runs: list[Run], work: Path, title: st
     job = Job(
         opened,
         blocks,
-        recipe(side.app(), opened.settings, side.sources),
+        recipe(side.app(), opened.settings),
         seconds,
         work if opened.offload or keeps(settings) else None,
         opened.examples() if shows else None,

@@ -30,7 +30,6 @@ from gblm.command.settings import (
     Value,
 )
 from gblm.llm import demo
-from gblm.llm.sources import SOURCES
 from gblm.machine.tables import NONE
 from gblm.report import Evaluation, Examples, clock
 from gblm.report.wording import short
@@ -333,14 +332,13 @@ SIDE = side.Side(
         "samples": 128,
     },
     demo={
-        "model": str(demo.FOLDER),
+        "model": demo.NAME,
         "calibration": "demo",
         "evaluate": ("demo",),
         "method": ("magnitude", "gradient", "wanda", "gblm", "sparsegpt", "best"),
         "evaluate_windows": 160,
     },
     alone=("calibration", "evaluate", "length"),
-    sources=SOURCES,
 )
 main = partial(side.main, SIDE)
 

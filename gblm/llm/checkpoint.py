@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from gblm.base import GblmError, explained
+from gblm.llm import demo
 from gblm.llm.heads import auto_class
 from gblm.machine.carry import WEIGHTS, Source
 from gblm.machine.files import INDEX, read_tensors, tensor_shapes
@@ -71,8 +72,8 @@ class Checkpoint:
 
     @property
     def local(self) -> Path:
-        """The folder that the name would be locally."""
-        path = Path(self.name).expanduser()
+        """The folder that the name would be locally; that of `demo` is in the package."""
+        path = demo.FOLDER if self.name == demo.NAME else Path(self.name).expanduser()
         return path.parent if self.gguf else path
 
     @property

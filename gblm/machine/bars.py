@@ -14,6 +14,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 
 from gblm.machine.processes import rank
 
@@ -26,9 +27,14 @@ class Phases:
     run: str = ""
     tasks: dict[str, TaskID] = field(default_factory=dict)
 
+    def say(self, line: str) -> None:
+        """Print a line, which stays, above the bars."""
+        if not self.progress.disable:
+            self.progress.console.print(line, markup=False, highlight=False)
+
     def __call__(self, phase: str, done: int, total: int) -> None:
         if phase not in self.tasks:
-            self.tasks[phase] = self.progress.add_task(f"{phase} {self.run}".strip())
+            self.tasks[phase] = self.progress.add_task(f"{phase} {self.run}", total=total)
         self.progress.update(self.tasks[phase], completed=done, total=total)
         if done >= total:
             self.progress.remove_task(self.tasks.pop(phase))
@@ -43,7 +49,8 @@ def bars(always: bool = False) -> Iterator[Phases]:
     console = Console(file=sys.stderr)  # this very one, whatever is redirected meanwhile
     if always and Console().is_jupyter:
         console = Console()
-    columns = (TextColumn("{task.description:>12}", markup=False), BarColumn())
+    words = Column(overflow="fold", min_width=12)
+    columns = (TextColumn("{task.description}", markup=False, table_column=words), BarColumn(24))
     hidden = bool(rank()) or not (always or console.is_terminal)
     counts = (MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, *counts, console=console, transient=True, disable=hidden) as progress:

@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -24,6 +25,19 @@ from torch import Tensor
 from gblm.base import GblmError
 
 log = logging.getLogger(__name__)
+
+
+def portable(text: str, home: str = "~/") -> str:
+    """Return a path, or a text with some, without the folders of this machine and user.
+
+    An absolute path is given from the current folder where it is in it, and from the home folder,
+    which is called `home`, where it is there.
+    """
+    for folder, short in ((Path.cwd(), ""), (Path.home(), home)):
+        if folder != Path(folder.anchor):
+            text = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}/+", short, text)
+    return text
+
 
 INDEX = "model.safetensors.index.json"  # of shards, as every library names it
 

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from gblm.base import GblmError
-from gblm.machine.files import write_json
+from gblm.machine.files import portable, write_json
 
 PACKAGES: tuple[str, ...] = ("gblm", "torch", "transformers", "timm", "datasets")
 PACKAGES += ("accelerate", "safetensors", "lm_eval")
@@ -108,8 +108,11 @@ class Examples(Protocol):
 
 
 def command() -> str:
-    """Return the command line this process was started with."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
+    """Return the command line this process was started with, by the name of an installed one."""
+    first, *words = sys.orig_argv[1:] or [""]
+    installed = Path(first).is_absolute() and Path(first).suffix != ".py"
+    start = [Path(first).name] if installed else ["python", first]
+    return shlex.join([*start, *map(portable, words)])
 
 
 def versions() -> dict[str, str]:
@@ -150,6 +153,7 @@ class Report:
     pictures: dict[str, Mask] = field(default_factory=dict)  # of masks, by linear
     examples: list[Example] = field(default_factory=list)
     examples_note: str = ""
+    program: str = ""  # which repeats the run by the config.toml beside this report
     command: str = field(default_factory=command)
     versions: dict[str, str] = field(default_factory=versions)
 

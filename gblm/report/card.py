@@ -12,11 +12,11 @@ KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def card(report: Report, source: Path | None, program: str, folder: Path, name: str = "") -> str:
+def card(report: Report, source: Path | None, folder: Path, name: str = "") -> str:
     """Return the card of a result in a folder: where it comes from, what was done, how to load it.
 
-    source: the folder of the dense model, whose card says its licence. program: the command that
-    repeats the run. name: its repository on the hub, empty for none.
+    source: the folder of the dense model, whose card says its licence. name: its repository on the
+    hub, empty for none.
     """
     from huggingface_hub import ModelCardData, metadata_load  # as below: its import takes 0.1 s
 
@@ -50,7 +50,7 @@ def card(report: Report, source: Path | None, program: str, folder: Path, name: 
         "## Load it\n",
         f"```python\n{code}\n```\n",
         "## Repeat it\n",
-        f"```sh\n{program} --config config.toml --output DIR\n```\n",
+        f"```sh\n{report.program} --config config.toml --output DIR\n```\n",
         "`report.json` holds the sparsity and the error of every layer.",
     ]
     return "\n".join(lines) + "\n"

@@ -14,8 +14,10 @@ from gblm.report import Report, figures, wording
 from gblm.report.wording import Change, changes
 
 
-def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> None:
+def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> Path:
     """Write the page and `report.json` of the last report, and the comparison of those there are.
+
+    Returns the folder of the last.
 
     labels: of all runs of a command, finished or not. A single run's files are in the folder
     itself; of several, each has a folder of its label, beside the comparison.
@@ -27,6 +29,7 @@ def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> None:
         done = dict(zip(labels, reports, strict=False))
         page = comparison_page(done, {label: quote(f"{label}/report.html") for label in done})
         write_text(folder / "report.html", page)
+    return last
 
 
 def run_page(report: Report) -> str:

@@ -159,6 +159,18 @@ def headline(report: Report) -> str:
     return f"{start}: {change.metric.title} {values}{verdict}"
 
 
+def outcome(report: Report) -> str:
+    """Return what became of a run in one line: its metrics before and after, or its sparsity."""
+    measured = changes(report)
+    several = len({change.data for change in measured}) > 1
+    said = [
+        f"{f'{change.data} ' if several else ''}{change.metric.title} "
+        f"{change.before} → {change.after}"
+        for change in measured[:3]
+    ]
+    return ", ".join(said or [f"{percent(report.sparsity)} of the pruned weights are 0"])
+
+
 def short(name: str) -> str:
     """Return a name without the folders of its path."""
     return name.rstrip("/").rpartition("/")[2]

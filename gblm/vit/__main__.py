@@ -104,7 +104,7 @@ def load(
 ) -> Classifier:
     """Load the model, then choose the images."""
     with clock(seconds, "load"):
-        if settings.model == str(demo.FOLDER):
+        if settings.model == demo.NAME:
             torch.set_num_threads(1)  # so small a model is slower on more, by far beside others
         model, offload, source = vit.models.load_offloaded(
             settings.model,
@@ -207,14 +207,13 @@ SIDE = side.Side(
     sketch=sketch,
     usual={"method": ("best",), "sparsity": ("0.5",), "alpha": "auto"},
     demo={
-        "model": str(demo.FOLDER),
+        "model": demo.NAME,
         "calibration": "demo",
         "evaluate": ("demo",),
         "method": tuple(METHODS),
         "sparsity": ("0.5", "0.7", "0.8"),
     },
     alone=("calibration", "evaluate", "checkpoint"),
-    sources=("demo",),
 )
 main = partial(side.main, SIDE)
 

@@ -23,6 +23,7 @@ from gblm.machine.files import check_depth, tensor_shapes, written_into
 from gblm.machine.narrowed import narrow
 from gblm.machine.offload import Offload, find_offload, in_memory, offloaded, read_when_used
 from gblm.packed import packed_files, unpack
+from gblm.vit import demo
 from gblm.vit.adapters import blocks, logits
 from gblm.walk.blocks import frozen
 
@@ -44,7 +45,7 @@ def load(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.
     Raises `GblmError` where the model is unknown, its weights cannot be had or do not fit, or it
     has no head.
     """
-    if packed_files(folder := Path(name.removeprefix(LOCAL)).expanduser()):
+    if packed_files(folder := _folder(name)):
         with TemporaryDirectory() as passing:
             unpack(folder, Path(passing) / "model")
             return load(str(Path(passing) / "model"), checkpoint, **options)
@@ -94,7 +95,7 @@ def load_offloaded(
     file by the names they have in the model, and read block by block; else it is loaded whole
     first. Returns also the checkpoint on disk. Raises `GblmError` where `load` does.
     """
-    if packed_files(Path(name.removeprefix(LOCAL)).expanduser()):
+    if packed_files(_folder(name)):
         way = "python -m gblm.packed unpack writes its ordinary form; prune that"
         raise GblmError(f"model {name} is packed; {way}")
     made_by, file = (name, None) if of_transformers(name) else _source(name, checkpoint)
@@ -112,6 +113,12 @@ def load_offloaded(
     like = source(model, name, checkpoint)
     model.to(_dtype(model, like, dtype, device))
     return model, offloaded(offload, model, blocks(model), folder, device), like
+
+
+def _folder(name: str) -> Path:
+    """Return the folder that a name would be; that of `demo` is in the package."""
+    own = name.removeprefix(LOCAL)
+    return demo.FOLDER if own == demo.NAME else Path(own).expanduser()
 
 
 def _dtype(model: nn.Module, like: Source, dtype: str, device: torch.device) -> torch.dtype:
@@ -134,7 +141,7 @@ def sketch(name: str, checkpoint: str | Path | None = None, **options: Any) -> n
 
 def of_transformers(name: str) -> str | None:
     """Return the folder or hub name (`owner/name`) of a model of transformers, None for timm's."""
-    folder = Path(name.removeprefix(LOCAL)).expanduser()
+    folder = _folder(name)
     if not folder.exists():
         return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
     if folder.is_file():
@@ -191,7 +198,7 @@ def predicted(model: nn.Module, batch: Batch, step: int = 32) -> Batch:
 
 def _source(name: str, checkpoint: str | Path | None) -> tuple[str, Path | None]:
     """Return the name timm makes the model by, and the file of its weights, None for its own."""
-    folder = Path(name.removeprefix(LOCAL)).expanduser()
+    folder = _folder(name)
     file = None if checkpoint is None else Path(checkpoint).expanduser()
     if folder.is_file():
         return _architecture(folder), folder
@@ -279,7 +286,7 @@ def _fill(model: nn.Module, file: Path, name: str) -> None:
 
 def _own(name: str, file: Path) -> bool:
     """Say whether a file of weights lies beside the config of its model."""
-    return name.startswith(LOCAL) and file.parent == Path(name.removeprefix(LOCAL))
+    return name.startswith(LOCAL) and file.parent == _folder(name)
 
 
 def _fit_head(model: Any, shapes: dict[str, list[int]], name: str, file: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from gblm.base import GblmError, one_of
 
 FOLDER = Path(__file__).parent  # config, weights and tokenizer lie beside this file
+NAME = "demo"  # by which the commands know it
 
 # All of them exist in Python 3.10 to 3.14, as a file or as a package.
 HELD_OUT = re.compile(

@@ -14,6 +14,7 @@ from torch import Tensor
 from gblm.base import GblmError, one_of
 
 FOLDER = Path(__file__).parent  # config and weights lie beside this file
+NAME = "demo"  # by which the commands know it
 HELD_OUT = 3  # one of so many images of every class
 
 
