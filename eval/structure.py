@@ -1,19 +1,23 @@
 """Structured pruning side by side with others, without training: what is left of a model.
 
     python eval/structure.py llm --model DIR --calibration FILE --evaluate FILE --length 256 \\
-        --share 0.2 --neurons 0.3 [--heads 0.25] | --blocks 0.17
+        --share 0.2 --patterns neurons:0.3,blocks:0.17 --methods best,best:refine=3
     python eval/structure.py vit --checkpoint FILE --calibration DIR --evaluate DIR \\
-        --share 0.2 --neurons 0.3
+        --share 0.2 --patterns neurons:0.33
 
-share: of the weights in the blocks that the others remove; neurons, heads, blocks: what gblm
-does. The others of a language model are written here by their formulas, on the same windows:
+share: of the weights in the blocks that the others remove, none of them for 0; patterns and
+methods: what gblm does. The others of a language model are written here by their formulas, on the
+same windows:
 
     taylor   Σ |w·g| of each unit, g the gradient of the mean loss (LLM-Pruner, arXiv 2305.11627),
              the same share of every layer; the first-order term of its elements
     flap     Var(x_j)·‖W_j‖² of the reader's inputs, standardised in each layer, one threshold for
              the model, mean inputs put into a bias (FLAP, arXiv 2312.11983)
-    shortgpt the blocks f of the lowest mean 1 − cos(x, f(x)) go, as many as by gblm (ShortGPT,
-             arXiv 2403.03853); with --blocks alone
+    slicegpt the stream keeps the first principal components of what the norms make of it, before
+             each attention and MLP and the head; the matrices that turn one stream into the next
+             count (SliceGPT, arXiv 2401.15024)
+    shortgpt the blocks f of the lowest mean 1 − cos(x, f(x)) go, as many as the share holds
+             (ShortGPT, arXiv 2403.03853)
 
 and of an image classifier the Taylor importance of Torch-Pruning (pip install torch-pruning), in
 each layer alike, global, and isomorphic. Each prunes neurons alone, and all that it can.
@@ -26,6 +30,8 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +59,6 @@ def block_weights(walk: Walk, model: nn.Module) -> int:
         for own in block.parameters()
         if own.ndim > 1
     )
-
-
-def weights_in(units: Units) -> int:
-    """Return how many weights one unit has."""
-    return sum(places.shape[1] * linear.shape[1 - axis] for linear, axis, places in units.parts())
 
 
 @torch.no_grad()
@@ -127,6 +128,54 @@ def influences(walk: Walk, depth: Depth) -> dict[str, float]:
     return found
 
 
+@contextmanager
+def sliced(model: Any, batch: Batch, share: float) -> Iterator[float]:
+    """Have a LLaMA keep fewer components of its stream for a time; gives the share it removed.
+
+    With Q of the largest eigenvalues of Σ n(x)ᵀ n(x), n the norm without its factors, the stream x
+    becomes x·Q·Qᵀ. A block's matrices then have d' of d rows or columns, and two more, d'·d', turn
+    its stream from one basis into the next.
+    """
+    layers, width = model.model.layers, model.config.hidden_size
+    norms = [x for own in layers for x in (own.input_layernorm, own.post_attention_layernorm)]
+    norms.append(model.model.norm)
+    grams = [torch.zeros(width, width, dtype=torch.float64) for _ in norms]
+    seen: dict[int, Tensor] = {}
+
+    def add(i: int, module: Any, args: tuple[Tensor]) -> None:
+        x = args[0].detach().flatten(0, -2).double()
+        x = x / x.square().mean(dim=1, keepdim=True).add(module.variance_epsilon).sqrt()
+        grams[i] += x.T @ x
+
+    hooks = [own.register_forward_pre_hook(partial(add, i)) for i, own in enumerate(norms)]
+    with torch.no_grad():
+        for part in batch["input_ids"].split(TOGETHER):
+            model(input_ids=part)
+    for hook in hooks:
+        hook.remove()
+    whole = sum(own.numel() for own in layers.parameters() if own.ndim > 1)
+
+    def removed(kept: int) -> float:
+        return 1 - kept / width - 2 * len(layers) * kept**2 / whole
+
+    kept = max(n for n in range(1, width) if removed(n) >= share)
+    bases = [torch.linalg.eigh(own).eigenvectors[:, -kept:].float() for own in grams]
+
+    def keep(i: int, module: Any, args: Any, output: Any) -> Any:
+        """Let what is added to the stream leave it in the subspace of the next norm."""
+        x, out = seen.get(i - 1, 0), output[0] if isinstance(output, tuple) else output
+        new = ((out + x) @ bases[i]) @ bases[i].T
+        seen[i] = new
+        return (new - x, *output[1:]) if isinstance(output, tuple) else new - x
+
+    adders = [model.model.embed_tokens]
+    adders += [module for own in layers for module in (own.self_attn, own.mlp)]
+    hooks = [own.register_forward_hook(partial(keep, i)) for i, own in enumerate(adders)]
+    yield removed(kept)
+    for hook in hooks:
+        hook.remove()
+
+
 def alike(scores: list[Tensor], every: list[Units], share: float) -> list[Tensor]:
     """Return which units go: the lowest of each layer, the same share of all."""
     return [score.argsort().argsort() < round(share * len(score)) for score in scores]
@@ -134,7 +183,7 @@ def alike(scores: list[Tensor], every: list[Units], share: float) -> list[Tensor
 
 def threshold(scores: list[Tensor], every: list[Units], share: float) -> list[Tensor]:
     """Return which units go: the lowest of all layers, until they hold a share of the weights."""
-    costs = torch.cat([torch.full((len(x.channels),), weights_in(x)) for x in every]).double()
+    costs = torch.cat([torch.full((len(x.channels),), x.weights) for x in every]).double()
     flat = torch.cat(scores)
     order = flat.argsort()
     gone = torch.zeros(len(flat), dtype=torch.bool)
@@ -149,19 +198,21 @@ def language(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     batch = llm.models.windows(args.calibration, model.config, tokenizer, **windows)
     ids = llm.data.evaluation(args.evaluate, tokenizer, args.length, args.windows)
     yield "dense", 0.0, llm.evaluate.perplexity(model, ids)
-    if args.blocks:
-        depth = Depth.of(walk := Walk.of(model, batch), patterns.parse(f"blocks:{args.blocks}"))
+    if args.share:
+        depth = Depth.of(walk := Walk.of(model, batch), patterns.parse(f"blocks:{args.share}"))
         influence = influences(walk, depth)
         depth.gone = sorted(influence, key=lambda name: influence[name])[: depth.number]
         with depth.passing(depth.gone):
             removed = depth.number / len(walk.blocks)
             yield "ShortGPT, blocks", removed, llm.evaluate.perplexity(model, ids)
-    for kinds in () if args.blocks else (("neurons",), ("neurons", "heads")):
+        with sliced(model, batch, args.share) as removed:
+            yield "SliceGPT", removed, llm.evaluate.perplexity(model, ids)
+    for kinds in (("neurons",), ("neurons", "heads")) if args.share else ():
         for name in ("taylor", "flap"):
             own = copy.deepcopy(model)
             walk = Walk.of(own, batch)
             every = [x for units in find_units(walk).values() for x in units if x.kind in kinds]
-            whole = sum(weights_in(x) * len(x.channels) for x in every)
+            whole = sum(x.weights * len(x.channels) for x in every)
             share = args.share * block_weights(walk, own) / whole
             means: list[Tensor] = []
             if name == "taylor":
@@ -176,17 +227,15 @@ def language(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
                     module = own.get_submodule(units.reader.name)
                     module.bias = nn.Parameter(bias.to(units.reader.weight.dtype))
                 remove(units, mask)
-            lost = sum(int(m.sum()) * weights_in(x) for x, m in zip(every, gone, strict=True))
+            lost = sum(int(m.sum()) * x.weights for x, m in zip(every, gone, strict=True))
             removed = lost / block_weights(walk, own)
             yield f"{name}, {' and '.join(kinds)}", removed, llm.evaluate.perplexity(own, ids)
-    for method in args.methods.split(","):
-        yield ours(model, batch, method, args, lambda own: llm.evaluate.perplexity(own, ids))
+    for method, pattern in ways(args):
+        yield ours(model, batch, method, pattern, lambda own: llm.evaluate.perplexity(own, ids))
 
 
 def images(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     """Yield each contestant, the share of the blocks' weights it removed, and the top-1."""
-    import torch_pruning as tp
-
     model = vit.load(args.model, args.checkpoint)
     batch = vit.data.calibration(
         vit.data.open_images(args.calibration, model, "calibration"), args.samples
@@ -199,26 +248,29 @@ def images(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     yield "dense", 0.0, top1(model)
     walk = Walk.of(model, batch)
     whole = block_weights(walk, model)
-    for name, kind, mlp in [
+    rivals: list[tuple[str, dict[str, bool], bool]] = [
         ("Torch-Pruning, Taylor, neurons alike", {}, True),
         ("Torch-Pruning, Taylor, neurons, global", {"global_pruning": True}, True),
         ("Torch-Pruning, isomorphic Taylor", {"global_pruning": True, "isomorphic": True}, False),
-    ]:
+    ]
+    for name, kind, mlp in rivals if args.share else []:
         low, high = 0.0, 0.9
         for _ in range(7):  # the ratio that removes the share
             own, ratio = copy.deepcopy(model), (low + high) / 2
-            torch_pruned(tp, own, batch, ratio, mlp, kind)
+            torch_pruned(own, batch, ratio, mlp, kind)
             removed = 1 - block_weights(walk, own) / whole
             low, high = (ratio, high) if removed < args.share else (low, ratio)
         yield name, removed, top1(own)
-    for method in args.methods.split(","):
-        yield ours(model, batch, method, args, top1)
+    for method, pattern in ways(args):
+        yield ours(model, batch, method, pattern, top1)
 
 
 def torch_pruned(
-    tp: Any, model: Any, batch: Batch, ratio: float, mlp: bool, options: dict[str, Any]
+    model: Any, batch: Batch, ratio: float, mlp: bool, options: dict[str, Any]
 ) -> None:
     """Prune a ViT of timm by Torch-Pruning as its own example does, the MLPs alone or all of it."""
+    import torch_pruning as tp
+
     heads = {m: model.blocks[0].attn.num_heads for n, m in model.named_modules() if "qkv" in n}
     ignored = [model.head]
     if mlp:
@@ -247,26 +299,27 @@ def torch_pruned(
         block.attn.attn_dim = block.attn.head_dim * module[1]
 
 
+def ways(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return each method with each pattern."""
+    named = [pattern for pattern in args.patterns.split(",") if pattern]
+    return [(method, pattern) for pattern in named for method in args.methods.split(",")]
+
+
 def ours(
     model: nn.Module,
     batch: Batch,
     method: str,
-    args: argparse.Namespace,
+    pattern: str,
     measure: Callable[[nn.Module], float],
 ) -> tuple[str, float, float]:
     """Return a method of gblm, the share it removed, and what is measured of the result."""
     own, start = copy.deepcopy(model), time.process_time()
-    parts = [
-        f"{kind}:{getattr(args, kind)}"
-        for kind in ("blocks", "neurons", "heads")
-        if getattr(args, kind)
-    ]
     whole = block_weights(walk := Walk.of(own, batch), own)
     name, options = methods.parse(method)
-    gblm.prune(own, batch, methods.make(name, **options), "+".join(parts))
+    gblm.prune(own, batch, methods.make(name, **options), pattern)
     removed = 1 - block_weights(walk, own) / whole
     seconds = time.process_time() - start
-    return f"gblm {method}, {'+'.join(parts)} ({seconds:.0f} s)", removed, measure(own)
+    return f"gblm {method}, {pattern} ({seconds:.0f} s)", removed, measure(own)
 
 
 def main() -> None:
@@ -281,9 +334,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--share", type=float, default=0.2)
-    parser.add_argument("--blocks", type=float, default=0.0)
-    parser.add_argument("--neurons", type=float, default=0.0)
-    parser.add_argument("--heads", type=float, default=0.0)
+    parser.add_argument("--patterns", default="")
     parser.add_argument("--methods", default="best")
     parser.add_argument("--write", type=Path, help="a JSON file of the results")
     args = parser.parse_args()

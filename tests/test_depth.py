@@ -20,8 +20,9 @@ from gblm.machine import processes
 from gblm.maths import patterns
 from gblm.vit.__main__ import main as vit_main
 from gblm.vit.models import save
-from gblm.walk.depth import Depth, bypass_of, mean_loss, some
+from gblm.walk.depth import Depth, bypass_of
 from gblm.walk.journal import Journal
+from gblm.walk.sample import mean_loss, some
 from gblm.walk.walk import Walk
 
 SIZES: dict[str, Any] = {

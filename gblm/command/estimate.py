@@ -29,10 +29,11 @@ from gblm.machine.device import peak_memory, resident
 from gblm.machine.speed import Cost, Machine, seconds
 from gblm.maths import stats
 from gblm.walk.blocks import Linear
-from gblm.walk.depth import SHARE, evaluations
+from gblm.walk.depth import evaluations
 from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import FEWEST
 from gblm.walk.prune import allocated, at_work, needed, shortens
+from gblm.walk.sample import SHARE
 
 # Of the memory that work takes, what an allocator holds for it; of the head, logits beside losses.
 HELD, HEAD = 1.5, 3

@@ -13,7 +13,8 @@ from gblm.base import GblmError, Pattern, one_of
 
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
-UNITS = ("blocks", "neurons", "heads")
+FIRST = ("blocks", "experts")  # which go before others, in this order
+UNITS = (*FIRST, "neurons", "heads")
 UNEVEN = "/uneven"
 UNIT = re.compile(rf"([a-z]+):(\d*\.?\d+)({UNEVEN})?")
 KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
@@ -78,10 +79,11 @@ def structured(
         one_of(kind, UNITS, "kind of units")
         if not 0 < share < 1:
             raise GblmError(f"{kind}:{share:g} is outside (0, 1); {kind}:0.25 removes a quarter")
-    if "blocks" in units and len(units) > 1:
-        then = structured({kind: units[kind] for kind in units if kind != "blocks"}, then, uneven)
-        units = {"blocks": units["blocks"]}
-    uneven = uneven and "blocks" not in units
+    first = next((kind for kind in FIRST if kind in units), "")
+    if first and len(units) > 1:
+        then = structured({kind: units[kind] for kind in units if kind != first}, then, uneven)
+        units = {first: units[first]}
+    uneven = uneven and not first
     name = "+".join(f"{kind}:{share:g}{UNEVEN * uneven}" for kind, share in units.items())
     name += f"+{then.name}" if then else ""
     whole = partial(torch.ones_like, dtype=torch.bool)

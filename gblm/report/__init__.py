@@ -188,13 +188,14 @@ class Report:
     def add(self, other: "Report", renamed: Mapping[str, str]) -> None:
         """Take what became of a smaller model that was pruned after this one, linear by linear.
 
-        renamed: the names of its blocks by those of the larger one, where they are others.
+        renamed: the names of its blocks and linears by those of the larger one, if they are others.
         """
         known = {linear.name: linear for linear in self.linears}
         names = {new: old for old, new in renamed.items()}
         for linear in other.linears:
             block, place = other.place(linear.name)
-            linear.name = f"{names.get(block, block)}.{place}" if block else linear.name
+            around = f"{names.get(block, block)}.{place}" if block else linear.name
+            linear.name = names.get(linear.name, around)
             before = known.setdefault(linear.name, linear)
             if before is linear:
                 self.linears.append(linear)

@@ -19,21 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gblm.base import GblmError, Pattern, Statistics, reason
-from gblm.machine import processes
+from gblm.base import GblmError, Pattern, Statistics
 from gblm.machine.carry import SHORTER
-from gblm.walk.blocks import frozen, size, take, to_device
+from gblm.walk.blocks import take
 from gblm.walk.call import Output
-from gblm.walk.gradients import FEWEST
-from gblm.walk.head import hidden
 from gblm.walk.rebuilt import Rebuilt, fill, settings_of
+from gblm.walk.sample import mean_loss, some
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.125  # of the samples, whose loss says which blocks go
-SAME = 1e-3  # the most by which the shorter model may differ from the one that passes blocks by
 Counts = dict[str, tuple[str, int | None]]
 
 
@@ -131,7 +127,16 @@ class Depth(Rebuilt):
             for name, own in self.lists.items()
             for new, old in enumerate(stay.get(name, range(len(own))))
         }
-        self._check(walk, stay)
+        what = f"without {', '.join(self.gone)} the config of {type(self.model).__name__}"
+        way = f"keep a block by leaving its linears out, such as --exclude '{self.gone[0]}.*'"
+        self.check(walk, lambda: self.make(self._changes(self.counts, stay)), what, way)
+        ones = torch.ones(1, dtype=torch.bool)
+        self.lost = {
+            linear.name: ones.expand(linear.shape[0])
+            for block in self.blocks
+            for linear in block.linears
+            if block.name in self.gone
+        }
 
     def apply(self) -> None:
         """Give the model lists of blocks of the copy, with the parameters of those that stay."""
@@ -212,28 +217,6 @@ class Depth(Rebuilt):
             if isinstance(value, list | tuple):
                 yield from ((key, i) for i, own in enumerate(value) if own == number)
 
-    @torch.no_grad()
-    def _check(self, walk: Walk, stay: dict[str, list[int]]) -> None:
-        """Make the copy; raises `GblmError` where it is not the model without some blocks."""
-        what = f"without {', '.join(self.gone)} the config of {type(self.model).__name__}"
-        way = f"keep a block by leaving its linears out, such as --exclude '{self.gone[0]}.*'"
-        batch = to_device(next(iter(walk.micro_batches())).batch, walk.device)
-        one = take(batch, slice(0, 1))
-        with frozen(walk.model):
-            with self.passing(self.gone):
-                wanted = _hidden(walk, one)
-            try:
-                self.empty = self.make(self._changes(self.counts, stay))
-                self.apply()
-                found = _hidden(walk, one)
-            except Exception as error:  # whatever the model's code has against it
-                self.undo()
-                raise GblmError(f"{what} cannot be ({reason(error)}); {way}") from error
-            self.undo()
-        for own, other in zip(found, wanted, strict=True):
-            if not (own - other).norm() <= SAME * other.norm():
-                raise GblmError(f"{what} makes other blocks of those that stay; {way}")
-
 
 @dataclass
 class _Passing:
@@ -270,46 +253,6 @@ def bypass_of(arguments: list[Any], output: Output) -> Bypass | None:
             rest = tuple(None if isinstance(x, Tensor) else x for x in leaves)
             return Bypass(i, tensors[0], rest, spec)
     return None
-
-
-def some(walk: Walk) -> Walk:
-    """Return the walk of an eighth of the samples, 16 at least, drawn evenly.
-
-    They are the same whatever the number of processes.
-    """
-    counts = processes.gathered(walk.samples)
-    stride = max(1, sum(counts) // max(FEWEST, math.ceil(SHARE * sum(counts))))
-    start = -sum(counts[: processes.rank()]) % stride
-    batch = walk.adapter.coupled(walk.model, walk.batch)
-    return replace(walk, batch={name: value[start::stride] for name, value in batch.items()})
-
-
-@torch.no_grad()
-def mean_loss(walk: Walk) -> float:
-    """Return the mean loss of the samples of all processes, Inf where it is not finite."""
-    with frozen(walk.model):
-        own = walk.micro.run(
-            lambda step: _losses(replace(walk, micro=replace(walk.micro, samples=step)))
-        )
-    losses = [loss for part in processes.gathered(own) for loss in part]
-    mean = sum(losses) / len(losses)
-    return mean if math.isfinite(mean) else math.inf
-
-
-def _losses(walk: Walk) -> list[float]:
-    losses = list[float]()
-    for part in walk.micro_batches() if walk.samples else ():
-        batch = to_device(part.batch, walk.device)
-        leaves, spec = tree_flatten(hidden(walk, batch))
-        for i in range(size(batch)):  # the logits of many are the largest tensor
-            sample = slice(i, i + 1)
-            one = tree_unflatten([leaf[sample] for leaf in leaves], spec)
-            losses += walk.adapter.loss(walk.model, one, take(batch, sample)).tolist()
-    return losses
-
-
-def _hidden(walk: Walk, batch: Any) -> list[Tensor]:
-    return [x.float() for x in tree_flatten(walk.adapter.trunk(walk.model, batch))[0]]
 
 
 def evaluations(blocks: int, number: int) -> int:

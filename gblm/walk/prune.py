@@ -22,6 +22,7 @@ from gblm.maths.allocation import Allocation, Weighed
 from gblm.report import LinearReport, Report, clock
 from gblm.walk.blocks import Block, Linear
 from gblm.walk.depth import Depth
+from gblm.walk.experts import Experts
 from gblm.walk.inputs import with_gradients
 from gblm.walk.journal import Journal
 from gblm.walk.narrow import LOSS, Narrowing
@@ -169,7 +170,8 @@ class Pruning:
     def excluded(self) -> list[str]:
         """The names of linears that are left out by the user, as the pruned model has them."""
         return [
-            self.renamed.get(block.name, block.name) + name.removeprefix(block.name)
+            self.renamed.get(name)
+            or self.renamed.get(block.name, block.name) + name.removeprefix(block.name)
             for block in self.walk.blocks
             for name, reason in block.dense.items()
             if reason == "excluded" and block.name not in self.gone
@@ -184,8 +186,8 @@ class Pruning:
     def _work(self, visit: Visit) -> None:
         steps = self._steps(visit.block)
         try:
-            if self.gone:
-                visit.reports += self._without(visit.block)
+            if self.rebuilt and self.rebuilt.lost:
+                visit.reports += self._without(visit.block, self.rebuilt.lost)
             for step in steps:
                 if DENSE_OUTPUTS in step.needs and not visit.dense_calls:
                     visit.dense_outputs()  # while they are at hand
@@ -198,16 +200,18 @@ class Pruning:
             visit.before.write()
             raise
 
-    def _without(self, block: Block) -> list[LinearReport]:
-        """Zero the linears of a block that goes; return what became of those of any block."""
-        gone = float(block.name in self.gone)
+    def _without(self, block: Block, lost: Mapping[str, Tensor]) -> list[LinearReport]:
+        """Zero the rows of linears that go; return what became of all linears of a block."""
+        reports = []
         for linear in block.linears:
-            linear.weight.mul_(1 - gone)
-        note = "its block is gone" if gone else ""
-        return [
-            LinearReport(linear.name, list(linear.shape), gone, gone, 0.0, note=note)
-            for linear in block.linears
-        ]
+            rows = lost.get(linear.name, torch.zeros(linear.shape[0], dtype=torch.bool))
+            linear.weight[rows.to(linear.weight.device)] = 0
+            gone = float(rows.float().mean())
+            note = "it is gone" if gone == 1 else ""
+            reports.append(
+                LinearReport(linear.name, list(linear.shape), gone, gone, 0.0, note=note)
+            )
+        return reports
 
     def _keep_zeros(self, visit: Visit) -> None:
         """Make 0 what was 0 in linears that had been pruned before."""
@@ -228,7 +232,11 @@ def rebuilt(walk: Walk, pattern: Pattern) -> Rebuilt:
         raise GblmError(f"{pattern.name} needs all weights at hand; use --offload none")
     if pattern.then and pattern.then.units:
         rebuilt(walk, pattern.then)  # what it would raise later
-    return (Depth if shortens(pattern) else Narrowing).of(walk, pattern)
+    (kind, _), *_ = pattern.units
+    return KINDS.get(kind, Narrowing).of(walk, pattern)
+
+
+KINDS: dict[str, type[Rebuilt]] = {"blocks": Depth, "experts": Experts}
 
 
 def shortens(pattern: Pattern) -> bool:
@@ -237,7 +245,12 @@ def shortens(pattern: Pattern) -> bool:
 
 
 def at_work(method: Method, pattern: Pattern) -> Method:
-    """Return a method as it works on a pattern: where blocks go, it solves no linears."""
+    """Return a method as it works on a pattern.
+
+    Where blocks go, it solves no linears; where experts do, all that stays remains as it is.
+    """
+    if "experts" in dict(pattern.units):
+        return replace(method, steps=())
     if not shortens(pattern):
         return method
     return replace(method, steps=tuple(step for step in method.steps if not hasattr(step, "solve")))

@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from gblm.base import Adapter, GblmError, Pattern, Statistics
-from gblm.walk.blocks import Block, Units
+from gblm.base import Adapter, GblmError, Pattern, Statistics, reason
+from gblm.walk.blocks import Block, Units, frozen, take, to_device
 from gblm.walk.walk import Walk
 
 STATED = ("config", "_model_args", "narrowed")  # where models keep what made them
+SAME = 1e-3  # the most by which the smaller model may differ from the one that passes units by
 
 
 @dataclass
@@ -26,7 +29,8 @@ class Rebuilt(ABC):
 
     units: those of each block from which some go, by its name. gone: the names of blocks that go.
     renamed: of each block that stays, its name by that in the smaller model, where it has another.
-    empty: the copy. `undo` gives the model back what it had before `apply`, whose weights that
+    lost: which rows of linears go, by their names, where that is chosen beforehand. empty: the
+    copy. `undo` gives the model back what it had before `apply`, whose weights that
     leaves as they are.
     """
 
@@ -35,8 +39,14 @@ class Rebuilt(ABC):
     units: dict[str, list[Units]] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, Tensor] = field(default_factory=dict)
     empty: nn.Module = field(default_factory=nn.Module)
     before: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    @classmethod
+    @abstractmethod
+    def of(cls, walk: Walk, pattern: Pattern) -> Rebuilt:
+        """Return how a model becomes as small as a pattern says; `GblmError` if it cannot."""
 
     def choose(self, walk: Walk, gradients: Mapping[str, Statistics]) -> None:
         """Choose what the steps of a method do not choose."""
@@ -50,6 +60,32 @@ class Rebuilt(ABC):
     @abstractmethod
     def apply(self) -> None:
         """Make the model smaller, in place."""
+
+    @torch.no_grad()
+    def check(
+        self,
+        walk: Walk,
+        make: Callable[[], nn.Module],
+        what: str,
+        way: str = "choose other units",
+    ) -> None:
+        """Make the copy; raises `GblmError` where it is not the model without what goes."""
+        batch = to_device(next(iter(walk.micro_batches())).batch, walk.device)
+        one = take(batch, slice(0, 1))
+        with frozen(walk.model):
+            with self.passing(self.gone):
+                wanted = _hidden(walk, one)
+            try:
+                self.empty = make()
+                self.apply()
+                found = _hidden(walk, one)
+            except Exception as error:  # whatever the model's code has against it
+                self.undo()
+                raise GblmError(f"{what} cannot be ({reason(error)}); {way}") from error
+            self.undo()
+        for own, other in zip(found, wanted, strict=True):
+            if not (own - other).norm() <= SAME * other.norm():
+                raise GblmError(f"{what} makes other blocks of those that stay; {way}")
 
     def put(self, name: str, new: nn.Module) -> None:
         """Put a module in the place of one of the model's."""
@@ -75,6 +111,10 @@ class Rebuilt(ABC):
             else:
                 setattr(owner, name, value)
         self.before.clear()
+
+
+def _hidden(walk: Walk, batch: Any) -> list[Tensor]:
+    return [x.float() for x in tree_flatten(walk.adapter.trunk(walk.model, batch))[0]]
 
 
 def settings_of(

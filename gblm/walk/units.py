@@ -76,10 +76,10 @@ def _alike(units: Units, block: Block, names: dict[str, Linear]) -> Units:
 
 def _experts(units: Units, linears: list[Linear]) -> list[Units]:
     """Return the same units of every expert, where they are of one of them; else these alone."""
-    inside = [_within(linear) for linear, _, _ in units.parts()]
+    inside = [within(linear) for linear, _, _ in units.parts()]
     if any(place is None for place in inside):
         return [units]
-    by_place = {(x.parameter, place): x for x in linears if (place := _within(x))}
+    by_place = {(x.parameter, place): x for x in linears if (place := within(x))}
     found = []
     for i in range(len(units.reader.parameter)):
         own = [
@@ -91,7 +91,7 @@ def _experts(units: Units, linears: list[Linear]) -> list[Units]:
     return found
 
 
-def _within(linear: Linear) -> tuple[int, int, tuple[int, int]] | None:
+def within(linear: Linear) -> tuple[int, int, tuple[int, int]] | None:
     """Return the expert a linear is of, and where its matrix lies in that; None for no expert."""
     parameter, matrix = linear.parameter, linear.matrix
     if parameter.ndim != 3:

@@ -1,0 +1,53 @@
+"""Some of the calibration samples, and the loss of a model on them, to choose what goes by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gblm.machine import processes
+from gblm.walk.blocks import frozen, size, take, to_device
+from gblm.walk.gradients import FEWEST
+from gblm.walk.head import hidden
+from gblm.walk.walk import Walk
+
+SHARE = 0.125  # of the samples
+
+
+def some(walk: Walk) -> Walk:
+    """Return the walk of an eighth of the samples, 16 at least, drawn evenly.
+
+    They are the same whatever the number of processes.
+    """
+    counts = processes.gathered(walk.samples)
+    stride = max(1, sum(counts) // max(FEWEST, math.ceil(SHARE * sum(counts))))
+    start = -sum(counts[: processes.rank()]) % stride
+    batch = walk.adapter.coupled(walk.model, walk.batch)
+    return replace(walk, batch={name: value[start::stride] for name, value in batch.items()})
+
+
+@torch.no_grad()
+def mean_loss(walk: Walk) -> float:
+    """Return the mean loss of the samples of all processes, Inf where it is not finite."""
+    with frozen(walk.model):
+        own = walk.micro.run(
+            lambda step: _losses(replace(walk, micro=replace(walk.micro, samples=step)))
+        )
+    losses = [loss for part in processes.gathered(own) for loss in part]
+    mean = sum(losses) / len(losses)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _losses(walk: Walk) -> list[float]:
+    losses = list[float]()
+    for part in walk.micro_batches() if walk.samples else ():
+        batch = to_device(part.batch, walk.device)
+        leaves, spec = tree_flatten(hidden(walk, batch))
+        for i in range(size(batch)):  # the logits of many are the largest tensor
+            sample = slice(i, i + 1)
+            one = tree_unflatten([leaf[sample] for leaf in leaves], spec)
+            losses += walk.adapter.loss(walk.model, one, take(batch, sample)).tolist()
+    return losses
