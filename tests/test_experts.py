@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
     "OlmoeForCausalLM": {**SIZES, "num_experts": 6},
+    "GptOssForCausalLM": {**SIZES, "head_dim": 8},
 }
 
 

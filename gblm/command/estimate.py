@@ -29,11 +29,10 @@ from gblm.machine.device import peak_memory, resident
 from gblm.machine.speed import Cost, Machine, seconds
 from gblm.maths import stats
 from gblm.walk.blocks import Linear
-from gblm.walk.depth import evaluations
 from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import FEWEST
 from gblm.walk.prune import allocated, at_work, needed, shortens
-from gblm.walk.sample import SHARE
+from gblm.walk.sample import SHARE, evaluations
 
 # Of the memory that work takes, what an allocator holds for it; of the head, logits beside losses.
 HELD, HEAD = 1.5, 3
@@ -144,7 +143,7 @@ def _choice(run: Footprint, pattern: Pattern) -> Cost:
     if not shortens(pattern):
         return Cost()
     count, samples = len(run.blocks), min(run.samples, max(FEWEST, round(SHARE * run.samples)))
-    losses = evaluations(count, round(dict(pattern.units)["blocks"] * count))
+    losses = evaluations(count, round(pattern.units[0][1] * count))
     passes = losses * samples * (run.trunk + run.head) + 2 * run.samples * run.trunk
     return Cost(passes, memory=run.micro * (run.kept // count) + HEAD * run.kept_head)
 

@@ -59,6 +59,7 @@ PATTERNS = [
     ("blocks:0.2", "a fifth of the blocks goes: a model of fewer layers"),
     ("neurons:0.25", "a quarter of the neurons of every MLP goes: a narrower model"),
     ("heads:0.25", "a quarter of the attention heads; those that share keys and values together"),
+    ("attention:0.2", "a fifth of the attention layers goes; or of the MLPs: mlps:0.2"),
     ("experts:0.25", "a quarter of the experts of every mixture goes"),
     ("neurons:0.25+2:4", "units of several kinds, and a pattern of what is left of the weights"),
 ]

@@ -2,7 +2,7 @@
 
 gblm copies this file beside such a model, and it needs nothing of gblm. Under `narrowed`,
 config.json names the modules that are not as the library makes them: the shapes of their
-parameters, and their settings.
+parameters, and their settings; a number stands for a module that is gone.
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # a model of transformers
     runpy.run_path("FOLDER/narrowed.py")["load"]()                        # a model of timm
@@ -13,14 +13,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-Modules = dict[str, dict[str, Any]]
+Modules = dict[str, Any]  # by name: shapes and settings, or how many things one that is gone gave
+
+
+class Gone(nn.Module):
+    """Stands where a module was: it gives 0, like the first tensor of what it is called with.
+
+    several: how many things the module gave, the tensor first; 0 for a tensor alone.
+    """
+
+    def __init__(self, several: int = 0) -> None:
+        super().__init__()
+        self.several = several
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return 0."""
+        x = next(own for own in (*args, *kwargs.values()) if isinstance(own, Tensor))
+        zero = torch.zeros_like(x)
+        return (zero, *[None] * (self.several - 1)) if self.several else zero
 
 
 def narrow(model: nn.Module, modules: Modules) -> None:
     """Give modules parameters of other shapes, cut from those they have, and other settings."""
     for name, own in modules.items():
+        if isinstance(own, int):
+            model.set_submodule(name, Gone(own))
+            continue
         module = model.get_submodule(name)
         for key, value in own.items():
             if isinstance(value, list):

@@ -13,7 +13,7 @@ from gblm.base import GblmError, Pattern, one_of
 
 KERNEL_WINDOW = 32  # the widest m that is compared all with all
 GROUPS = ("row", "layer")
-FIRST = ("blocks", "experts")  # which go before others, in this order
+FIRST = ("blocks", "attention", "mlps", "experts")  # which go before others, in this order
 UNITS = (*FIRST, "neurons", "heads")
 UNEVEN = "/uneven"
 UNIT = re.compile(rf"([a-z]+):(\d*\.?\d+)({UNEVEN})?")

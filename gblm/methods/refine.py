@@ -99,7 +99,12 @@ class Tuned:
         linears = [linear for block in blocks for linear in block.linears]
         self.weights = list(dict.fromkeys(linear.parameter for linear in linears))
         known, own = set(self.weights), (p for block in blocks for p in block.module.parameters())
-        vectors = (p for p in own if p.ndim == 1 and p.is_floating_point() and p not in known)
+        gone = any(not linear.weight.any() for linear in linears)  # whose biases are 0 as well
+        vectors = (
+            p
+            for p in own
+            if p.ndim == 1 and p.is_floating_point() and p not in known and (not gone or p.any())
+        )
         self.parameters = self.weights + list(dict.fromkeys(vectors))
         self.rate = rate
         self.before = [parameter.detach().clone() for parameter in self.parameters]

@@ -8,8 +8,6 @@ entry for each block lose those of the blocks that go.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,11 +22,9 @@ from gblm.machine.carry import SHORTER
 from gblm.walk.blocks import take
 from gblm.walk.call import Output
 from gblm.walk.rebuilt import Rebuilt, fill, settings_of
-from gblm.walk.sample import mean_loss, some
+from gblm.walk.sample import evaluations, least_loss
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
-
-log = logging.getLogger(__name__)
 
 Counts = dict[str, tuple[str, int | None]]
 
@@ -108,19 +104,8 @@ class Depth(Rebuilt):
 
         Raises `GblmError` where the config cannot state what is left.
         """
-        few, done = some(walk), 0
-        while len(self.gone) < self.number:
-            losses = {}
-            for name in self._free():
-                with self.passing([*self.gone, name]):
-                    losses[name] = mean_loss(few)
-                done += 1
-                walk.progress("choice", done, evaluations(len(self.bypasses), self.number))
-            best = min(losses, key=lambda name: losses[name])
-            if losses[best] == math.inf:
-                raise GblmError(f"without {best} the loss is not finite; choose other units")
-            log.info("without %s: loss %.4f", best, losses[best])
-            self.gone.append(best)
+        total = evaluations(len(self.bypasses), self.number)
+        least_loss(walk, self.gone, self.number, self._free, self.passing, total)
         stay = {name: self._stay(name) for name in self.counts}
         self.renamed = {
             own[old]: f"{name}.{new}"
@@ -253,8 +238,3 @@ def bypass_of(arguments: list[Any], output: Output) -> Bypass | None:
             rest = tuple(None if isinstance(x, Tensor) else x for x in leaves)
             return Bypass(i, tensors[0], rest, spec)
     return None
-
-
-def evaluations(blocks: int, number: int) -> int:
-    """Return how often the loss is taken until a number of blocks have gone."""
-    return sum(blocks - gone for gone in range(number))

@@ -9,6 +9,7 @@ by module, and what is written beside the weights makes it again (`gblm.machine.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -100,7 +101,7 @@ class Narrowing(Rebuilt):
 
     def narrowed(self) -> nn.Module:
         """Return an empty model of the narrow shapes, a copy that is changed module by module."""
-        modules = {name: {**own} for name, own in vars(self.model).get("narrowed", {}).items()}
+        modules = copy.deepcopy(vars(self.model).get("narrowed", {}))
         for block in self.blocks:
             own = self.units[block.name], self._own_shapes(block), self.settings[block.name]
             for name, changes in modules_of(block, *own).items():
@@ -275,10 +276,16 @@ def _in_parameters(block: Block, units: Units) -> Iterator[tuple[str, Place, Ten
         name = names[linear.parameter]
         expert, dim, first = _place(linear, axis)
         yield f"{block.name}.{name}", (expert, dim), places + first
-        ends = {name.replace("weight", "bias"), f"{name}_bias"} - {name}
-        for bias in ends & set(names.values()) if axis == 0 else ():
-            dims = block.module.get_parameter(bias).ndim
-            yield f"{block.name}.{bias}", (expert, dims - 1), places + first
+        for bias in biases(block.module, linear.parameter) if axis == 0 else ():
+            yield f"{block.name}.{names[bias]}", (expert, bias.ndim - 1), places + first
+
+
+def biases(module: nn.Module, weight: nn.Parameter) -> list[nn.Parameter]:
+    """Return the biases that go with a weight of a module, by their names."""
+    known = dict(module.named_parameters())
+    name = next(name for name, own in known.items() if own is weight)
+    ends = {name.replace("weight", "bias"), f"{name}_bias"} - {name}
+    return [known[end] for end in sorted(ends & known.keys())]
 
 
 def _place(linear: Linear, axis: int) -> tuple[int | None, int, int]:

@@ -25,8 +25,9 @@ from gblm.walk.depth import Depth
 from gblm.walk.experts import Experts
 from gblm.walk.inputs import with_gradients
 from gblm.walk.journal import Journal
-from gblm.walk.narrow import LOSS, Narrowing
+from gblm.walk.narrow import LOSS, Narrowing, biases
 from gblm.walk.rebuilt import Rebuilt
+from gblm.walk.sublayers import Sublayers
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 from gblm.walk.zeros import SHARE
@@ -110,7 +111,8 @@ class Pruning:
             if self.rebuilt:
                 self.rebuilt.choose(self.walk, self.gradients)
                 report.allocation = "gradient" if self.pattern.uneven else report.allocation
-            beside = (DENSE_OUTPUTS if self.gone else "cross_gram") in self.work.needs
+            lost = self.rebuilt.lost if self.rebuilt else {}
+            beside = (DENSE_OUTPUTS if lost else "cross_gram") in self.work.needs
             known = [step.begin(self.walk) for step in self.work.steps]
             forward(self.walk, self.visit, chosen, self.gradients, beside)
             left = [block for block in blocks if block.name not in self.gone]
@@ -174,14 +176,15 @@ class Pruning:
             or self.renamed.get(block.name, block.name) + name.removeprefix(block.name)
             for block in self.walk.blocks
             for name, reason in block.dense.items()
-            if reason == "excluded" and block.name not in self.gone
+            if reason == "excluded" and not any(name.startswith(f"{x}.") for x in self.gone)
         ]
 
     def _steps(self, block: Block) -> tuple[Step, ...]:
-        """Return the steps for a block: none where it goes, or none before it does."""
-        before = self.walk.blocks[: self.walk.blocks.index(block)]
-        idle = block.name in self.gone or not any(own.name in self.gone for own in before)
-        return () if not block.groups or (self.gone and idle) else self.work.steps
+        """Return the steps for a block: none where it goes, or nothing has gone so far."""
+        upto = self.walk.blocks[: self.walk.blocks.index(block) + 1]
+        lost = self.rebuilt.lost if self.rebuilt else {}
+        same = lost and not any(linear.name in lost for own in upto for linear in own.linears)
+        return () if not block.groups or same or block.name in self.gone else self.work.steps
 
     def _work(self, visit: Visit) -> None:
         steps = self._steps(visit.block)
@@ -207,6 +210,9 @@ class Pruning:
             rows = lost.get(linear.name, torch.zeros(linear.shape[0], dtype=torch.bool))
             linear.weight[rows.to(linear.weight.device)] = 0
             gone = float(rows.float().mean())
+            whole = gone == 1 and linear.parameter.ndim == 2  # and not one of several experts
+            for bias in biases(block.module, linear.parameter) if whole else ():
+                bias.detach().zero_()
             note = "it is gone" if gone == 1 else ""
             reports.append(
                 LinearReport(linear.name, list(linear.shape), gone, gone, 0.0, note=note)
@@ -237,11 +243,12 @@ def rebuilt(walk: Walk, pattern: Pattern) -> Rebuilt:
 
 
 KINDS: dict[str, type[Rebuilt]] = {"blocks": Depth, "experts": Experts}
+KINDS |= dict.fromkeys(("attention", "mlps"), Sublayers)
 
 
 def shortens(pattern: Pattern) -> bool:
-    """Say whether blocks go by a pattern."""
-    return "blocks" in dict(pattern.units)
+    """Say whether blocks go by a pattern, or whole layers of theirs."""
+    return bool({"blocks", "attention", "mlps"} & {*dict(pattern.units)})
 
 
 def at_work(method: Method, pattern: Pattern) -> Method:

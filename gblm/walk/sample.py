@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from gblm.base import GblmError
 from gblm.machine import processes
 from gblm.walk.blocks import frozen, size, take, to_device
 from gblm.walk.gradients import FEWEST
 from gblm.walk.head import hidden
 from gblm.walk.walk import Walk
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.125  # of the samples
 
@@ -51,3 +57,36 @@ def _losses(walk: Walk) -> list[float]:
             one = tree_unflatten([leaf[sample] for leaf in leaves], spec)
             losses += walk.adapter.loss(walk.model, one, take(batch, sample)).tolist()
     return losses
+
+
+def least_loss(
+    walk: Walk,
+    gone: list[str],
+    number: int,
+    free: Callable[[], list[str]],
+    passing: Callable[[list[str]], AbstractContextManager[None]],
+    total: int,
+) -> None:
+    """Add to what goes, one after the other, that without which the loss of some is lowest.
+
+    free: gives what can still go; passing: has the model do without some for a time; total: how
+    often the loss will be taken. Raises `GblmError` where no loss is finite.
+    """
+    few, done = some(walk), 0
+    while len(gone) < number:
+        losses = {}
+        for name in free():
+            with passing([*gone, name]):
+                losses[name] = mean_loss(few)
+            done += 1
+            walk.progress("choice", done, total)
+        best = min(losses, key=lambda name: losses[name])
+        if losses[best] == math.inf:
+            raise GblmError(f"without {best} the loss is not finite; choose other units")
+        log.info("without %s: loss %.4f", best, losses[best])
+        gone.append(best)
+
+
+def evaluations(count: int, number: int) -> int:
+    """Return how often the loss is taken until a number of them have gone."""
+    return sum(count - gone for gone in range(number))

@@ -120,17 +120,23 @@ def modules_of(
     return found
 
 
+def around(block: Block, units: Units) -> str:
+    """Return the innermost module that holds all linears of units, by its name in the block."""
+    names = {own: name for name, own in block.module.named_parameters()}
+    paths = [names[linear.parameter].split(".")[:-1] for linear, _, _ in units.parts()]
+    shared = itertools.takewhile(lambda part: len({*part}) == 1, zip(*paths, strict=False))
+    return ".".join(part[0] for part in shared)
+
+
 def _candidates(block: Block, units: list[Units]) -> Iterator[Setting]:
     """Yield the settings that may count units: of the modules around all linears of these."""
     names = {own: name for name, own in block.module.named_parameters()}
     linears = {names[x.parameter].rpartition(".")[0] for own in units for x, _, _ in own.parts()}
     seen: set[tuple[str, str]] = set()
     for i, own in enumerate(units):
-        paths = [names[linear.parameter].split(".")[:-1] for linear, _, _ in own.parts()]
-        shared = itertools.takewhile(lambda part: len({*part}) == 1, zip(*paths, strict=False))
-        around, counts = ".".join(part[0] for part in shared), _counts(own)
-        for inner, module in block.module.get_submodule(around).named_modules():
-            name = ".".join(filter(None, (around, inner)))
+        outer, counts = around(block, own), _counts(own)
+        for inner, module in block.module.get_submodule(outer).named_modules():
+            name = ".".join(filter(None, (outer, inner)))
             held = {} if name in linears else {**vars(module), **module._parameters}
             for key, value in held.items():
                 counting = type(value) is int and bool(COUNTS.search(key))
