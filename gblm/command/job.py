@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gblm.command.measure import speed, weight_bytes
 from gblm.command.settings import ZEROS, Recipe, Settings
 from gblm.gains import accelerate, gains
 from gblm.machine.bars import bars
-from gblm.machine.device import DTYPES, find_compute_dtype, peak_memory, reset_peak
+from gblm.machine.device import DTYPES, described, find_compute_dtype, peak_memory, reset_peak
 from gblm.machine.export import export
 from gblm.machine.files import (
     claimed,
@@ -119,6 +120,10 @@ class Opened(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the model as it is."""
+
+    def counts(self) -> dict[str, tuple[int, str]]:
+        """Return what every data set holds, such as `(60, "windows")`, where that is known."""
+        return {}
 
     def uses(self, model: nn.Module) -> dict[str, Callable[[], Any]]:
         """Return what a model is used for, by name, to measure how quick it is."""
@@ -312,9 +317,11 @@ def perform(job: Job, pruning: Pruning, gradients: DenseGradients, before: Evalu
         after = opened.evaluate(pruning.walk.progress)
         if job.examples:
             report.examples_note, report.examples = job.examples.after(opened.model)
-    report.evaluation = merged(before, after)
+    report.evaluation = merged(before, after, opened.counts())
     report.model, report.seed, report.notes = str(settings.model), settings.seed, opened.notes
     report.calibration, report.compute_dtype = opened.calibration, settings.compute_dtype
+    report.architecture, report.dtype = type(opened.model).__name__, settings.dtype
+    report.device, report.date = described(job.device), f"{datetime.now():%Y-%m-%d %H:%M}"
     if settings.output or settings.report:
         report.pictures = pictures(report, job.weight)
     report.peak_memory_bytes = peak_memory(job.device)

@@ -104,6 +104,15 @@ class Language(Opened):
             metrics |= llm.zero_shot.entries(llm.zero_shot.accuracy(*inputs, progress=bar))
         return metrics
 
+    def counts(self) -> dict[str, tuple[int, str]]:
+        found = {}
+        for name, own in self.sets.items():
+            plain = not set(own) & {"attention_mask", "pixel_values", "input_features"}
+            of = f"windows of {llm.models.length_of(own)} tokens" if plain else "samples"
+            found[name] = size(own), of
+        found |= {name: (len(own.images), "pictures") for name, own in self.classes.items()}
+        return found | (self.tasks.counts() if self.tasks else {})
+
     def evaluated(self) -> tuple[int, int]:
         length = llm.models.length_of(self.batch)
         pictures = sum(len(own.images) for own in self.classes.values())

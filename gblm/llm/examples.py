@@ -21,7 +21,7 @@ class Continuations:
         picks = torch.linspace(0, len(windows) - 1, min(PROMPTS, len(windows))).round().long()
         length = max(1, min(PROMPT, windows.shape[1] // 2))
         self.tokenizer, self.source = tokenizer, source
-        self.prompts = windows[picks, :length]
+        self.prompts = torch.stack([self._prompt(window, length) for window in windows[picks]])
         self.dense: list[str] = []
 
     def before(self, model: nn.Module) -> None:
@@ -32,7 +32,8 @@ class Continuations:
         """Return what the examples are, and the prompts with what both models write."""
         pruned = self.written(model)
         prompts = [self._text(prompt) for prompt in self.prompts]
-        examples = [Example(*texts) for texts in zip(prompts, self.dense, pruned, strict=True)]
+        written = ([whole(text) for text in texts] for texts in (self.dense, pruned))
+        examples = [Example(*texts) for texts in zip(prompts, *written, strict=True)]
         return f"How each model goes on, token by most likely token, from {self.source}.", examples
 
     def written(self, model: Any) -> list[str]:
@@ -54,9 +55,23 @@ class Continuations:
                 cache = {name: past} if past is not None else {}
         return [self._text(row[self.prompts.shape[1] :]) for row in ids]
 
+    def _prompt(self, window: Tensor, length: int) -> Tensor:
+        """Return the first part of a window that begins and ends between words, else the first."""
+        text = [self.tokenizer.decode(window[:i].tolist()) for i in range(len(window) + 1)]
+        words = {i for i in range(1, len(window)) if text[i + 1][len(text[i]) :][:1] in (" ", "\n")}
+        starts = (i for i in range(len(window) - length) if {i, i + length} <= words)
+        start = next(starts, 0)
+        return window[start : start + length]
+
     def _text(self, ids: Tensor) -> str:
         """Return the text of ids up to the end of the sequence."""
         numbers = ids.tolist()
         if (end := self.tokenizer.eos_token_id) in numbers:
             numbers = numbers[: numbers.index(end)]
         return self.tokenizer.decode(numbers, skip_special_tokens=True)
+
+
+def whole(text: str) -> str:
+    """Return a text without the word at its end that may be cut."""
+    start = text.rstrip()
+    return f"{start.rpartition(' ')[0]} …" if start[-1:].isalnum() and " " in start else text

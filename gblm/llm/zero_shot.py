@@ -38,6 +38,11 @@ class Tasks:
     tasks: dict[str, Any]
     limit: int | None = None
 
+    def counts(self) -> dict[str, tuple[int, str]]:
+        """Return how many items of each are evaluated."""
+        found = {name: len(list(task.eval_docs)) for name, task in self.tasks.items()}
+        return {name: (min(n, self.limit or n), "items") for name, n in found.items()}
+
 
 def zero_shot(
     model: PreTrainedModel,

@@ -43,6 +43,14 @@ def find_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
+def described(device: torch.device) -> str:
+    """Return what a device is, in words."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads > 1)}"
+
+
 def find_dtype(
     dtype: str, device: torch.device, stored: Callable[[], torch.dtype | None]
 ) -> torch.dtype | None:

@@ -22,6 +22,7 @@ from gblm.machine.files import portable, write_json
 PACKAGES: tuple[str, ...] = ("gblm", "torch", "transformers", "timm", "datasets")
 PACKAGES += ("accelerate", "safetensors", "lm_eval")
 
+ANSWERS = ("top1", "top5", "accuracy", "exact_match")  # percent of answers that are right
 Evaluation = dict[str, dict[str, float]]  # by data set: metric and value, METRIC_stderr its error
 
 
@@ -145,6 +146,10 @@ class Report:
     file_bytes: int = 0  # of the weights that were written
     file_zeros: float = 0.0  # the share of the numbers in them that is 0
     block_weights: int = 0  # numbers in the matrices of its blocks
+    architecture: str = ""  # the class of the model
+    date: str = ""  # when the run ended
+    device: str = ""  # on which it ran, in words
+    dtype: str = ""  # of the weights as they ran
     compute_dtype: str = ""  # of products in which fp32 blocks are computed
     calibration: str = ""  # what the samples are
     speed: dict[str, dict[str, Any]] = field(default_factory=dict)  # by use: unit, dense, pruned
@@ -240,17 +245,26 @@ class Report:
         return report
 
 
-def merged(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
+def merged(
+    before: Evaluation, after: Evaluation, counts: Mapping[str, tuple[int, str]]
+) -> dict[str, dict[str, Any]]:
     """Return the metrics of every data set with their values before and after pruning.
 
     Where a data set has several metrics, each stands under the name of the set and its own. The
-    standard error of a metric stands beside its value.
+    standard error of a metric stands beside its value; that of right answers in percent is
+    √(p(1 − p)/n). counts: how many of what a data set holds, such as `(60, "windows")`.
     """
     entries = {}
     for data, values in before.items():
         metrics = [name for name in values if not name.endswith("_stderr")]
         for metric in metrics:
             entry: dict[str, Any] = {"metric": metric}
+            if data in counts:
+                entry["count"], entry["of"] = counts[data]
+            if metric in ANSWERS and entry.get("count", 1) > 1:
+                for when, found in (("dense", values[metric]), ("pruned", after[data][metric])):
+                    variance = found * (100 - found) / (entry["count"] - 1)
+                    entry[f"{when}_stderr"] = variance**0.5
             for end in ("", "_stderr"):
                 if (key := f"{metric}{end}") in values:
                     entry |= {f"dense{end}": values[key], f"pruned{end}": after[data][key]}

@@ -79,7 +79,9 @@ def heat_maps(report: Report) -> list[tuple[str, str, Markup]]:
         return []
     rows["whole block"] = whole
     maps = []
-    for value, title, says, colour in MAPS:
+    shares = [linear.sparsity for linear in report.linears]
+    even = max(shares) - min(shares) < 0.005  # the picture would be of one colour
+    for value, title, says, colour in MAPS[:1] if even else MAPS:
         cells = {
             kind: {i: _cell(linears, value, report.blocks[i]) for i, linears in row.items()}
             for kind, row in rows.items()
@@ -150,8 +152,11 @@ def opacity(share: float) -> float:
     return 0.1 + 0.75 * share
 
 
-def mask(name: str, picture: Mask, shape: Sequence[int]) -> Markup:
-    """Return the picture of a mask of a weight `[out, in]`: the bluer, the more is kept."""
+def mask(name: str, picture: Mask, shape: Sequence[int], window: int = 0) -> Markup:
+    """Return the picture of a mask of a weight `[out, in]`: the bluer, the more is kept.
+
+    window: of n:m, neighbours that a line sets apart from others.
+    """
     grid, corner, side = picture.grid(), picture.corner, 240
     low, top = (0.0, 1.0) if corner or np.ptp(grid) < 0.02 else (grid.min(), grid.max())
     colours = np.empty((*grid.shape, 4))
@@ -165,6 +170,8 @@ def mask(name: str, picture: Mask, shape: Sequence[int]) -> Markup:
         axes.imshow(colours, interpolation="none", extent=(0, wide, high, 0), aspect="auto")
         axes.set(xlim=(0, width), ylim=(height, 0))
         axes.add_patch(Rectangle((0.5, 0.5), wide - 1, high - 1, fill=False, ec=INK, lw=0.5))
+        if corner and window:
+            axes.vlines(np.arange(window, columns, window) * wide / columns, 0, high, INK, lw=1)
         if not corner:
             scale(axes, 0, high + 8, wide, low, top, SPARSITY)
         return svg(figure, f"Mask of {name}: {percent(float(grid.mean()))} kept")

@@ -10,6 +10,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from gblm.report import Mask, Report
 
 CELLS = 64  # of a picture, along each side at most
+CORNER = 16  # weights of a picture of first weights
 
 
 def pictures(report: Report, weight: Callable[[str], Tensor]) -> dict[str, Mask]:
@@ -37,7 +38,7 @@ def picture(weight: Tensor, corner: bool = False) -> Mask:
     """Return the kept share of the cells of a weight `[out, in]`, or of its first weights."""
     keep = weight != 0
     if corner:
-        cells = keep[:CELLS, :CELLS].float()
+        cells = keep[:CORNER, :CORNER].float()
     else:
         rows, columns = (min(CELLS, size) for size in weight.shape)
         cells = adaptive_avg_pool2d(keep.float()[None], (rows, columns))[0]

@@ -1,5 +1,6 @@
 """The page a person reads: one run, or several side by side; one file that needs no other."""
 
+import re
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -12,6 +13,9 @@ from markupsafe import Markup
 from gblm.machine.files import write_text
 from gblm.report import Report, figures, wording
 from gblm.report.wording import Change, changes
+
+LINE = 72  # characters of a line of a command, about
+WINDOW = re.compile(r"\d+:\d+")  # a pattern n:m
 
 
 def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> Path:
@@ -35,6 +39,7 @@ def write_pages(folder: Path, labels: list[str], reports: list[Report]) -> Path:
 def run_page(report: Report) -> str:
     """Return the page of one run."""
     measured = changes(report)
+    window = int(report.pattern.partition(":")[2]) if WINDOW.fullmatch(report.pattern) else 0
     shapes = {linear.name: linear.shape for linear in report.linears}
     left_dense: dict[str, list[str]] = {}
     for name, reason in report.dense.items():
@@ -43,18 +48,19 @@ def run_page(report: Report) -> str:
         "run.html.j2",
         report=report,
         title=wording.headline(report),
-        name=wording.short(report.model) or "model",
+        name=wording.short(report.model) or report.architecture or "model",
         changes=measured,
         first=next(iter(measured), None),
         left=left_dense,
         maps=figures.heat_maps(report),
         masks={
-            name: figures.mask(name, mask, shapes[name])
+            name: figures.mask(name, mask, shapes[name], window)
             for name, mask in report.pictures.items()
             if name in shapes
         },
         examples=[(e, common(e.dense.strip(), e.pruned.strip())) for e in report.examples],
         shapes=shapes,
+        window=window,
         ways=list(dict.fromkeys(way for own in report.gains for way in own.seconds)),
         blocks=len({report.place(linear.name)[0] for linear in report.linears}),
         zeros=round(report.weights * report.sparsity),
@@ -82,6 +88,16 @@ class Row:
         return wording.short(self.report.model) or "model"
 
     @property
+    def pattern(self) -> str:
+        """What was asked for, whatever the weights were compared in."""
+        return self.report.pattern.partition("/")[0]
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """The runs that it is compared with: those of its model with the same pattern."""
+        return self.model, self.pattern
+
+    @property
     def error(self) -> float:
         """The mean relative error of the linears."""
         errors = [linear.relative_error for linear in self.report.linears]
@@ -94,14 +110,19 @@ def comparison_page(runs: dict[str, Report], links: dict[str, str] | None = None
     for label, report in runs.items():
         values = {(change.data, change.metric.title): change for change in changes(report)}
         rows.append(Row(label, report, (links or {}).get(label, ""), values))
+    groups = list(dict.fromkeys(row.group for row in rows))
+    rows.sort(key=lambda row: groups.index(row.group))
     metrics = {key: change.metric for row in rows for key, change in row.values.items()}
     models = list(dict.fromkeys(row.model for row in rows))
     first = next(iter(metrics), None)
-    best = None
+    best: list[Row] = []  # of each pattern
     if first and metrics[first].better and all(first in row.values for row in rows):
-        for row in rows:
-            row.front = not any(beats(other, row, first) for other in rows)
-        best = max(rows, key=lambda row: row.values[first].pruned * metrics[first].better)
+        better = metrics[first].better
+        for group in groups:
+            own = [row for row in rows if row.group == group]
+            best += [max(own, key=lambda row: row.values[first].pruned * better)] * (len(own) > 1)
+        for row in best:
+            row.front = True
     return render(
         "comparison.html.j2",
         title=f"{wording.counted(len(rows), 'run')} of {', '.join(models)}",
@@ -110,16 +131,9 @@ def comparison_page(runs: dict[str, Report], links: dict[str, str] | None = None
         metrics=metrics,
         first=first,
         best=best,
+        patterns=len(groups),
         plots={key: plot(rows, key, metric) for key, metric in metrics.items()},
     )
-
-
-def beats(one: Row, other: Row, key: tuple[str, str]) -> bool:
-    """Whether a run is as sparse as another and as good, and better in one of the two."""
-    better = one.values[key].metric.better
-    sparsity = round(one.report.sparsity, 3) - round(other.report.sparsity, 3)
-    quality = better * (one.values[key].pruned - other.values[key].pruned)
-    return sparsity >= 0 and quality >= 0 and (sparsity > 0 or quality > 0)
 
 
 def plot(rows: list[Row], key: tuple[str, str], metric: wording.Metric) -> Markup:
@@ -139,6 +153,23 @@ def plot(rows: list[Row], key: tuple[str, str], metric: wording.Metric) -> Marku
     return figures.pareto(" ".join(key), points, dense, metric)
 
 
+def folded(command: str) -> str:
+    """Return a command in lines that a shell takes for one, broken before its flags.
+
+    >>> print(folded("gblm llm --model a/folder/of/some/length --calibration notes.txt --seed 1"))
+    gblm llm --model a/folder/of/some/length --calibration notes.txt \\
+        --seed 1
+    """
+    parts = re.split(r" (?=-)", command)
+    lines = parts[:1]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) < LINE:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(part)
+    return " \\\n    ".join(lines)
+
+
 def dotted(name: str) -> Markup:
     """Return a dotted name that may be broken after its dots."""
     return Markup("<code>{}</code>").format(Markup(".<wbr>").join(name.split(".")))
@@ -153,7 +184,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters["dotted"] = dotted
+    pages.filters |= {"dotted": dotted, "folded": folded}
     words = ("amount", "gain", "number", "percent", "count", "size", "time", "counted", "short")
     pages.filters |= {word: getattr(wording, word) for word in words}
     return pages.get_template(template).render(values)

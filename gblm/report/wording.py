@@ -84,6 +84,7 @@ class Change:
     pruned: float
     dense_error: float = 0.0
     pruned_error: float = 0.0
+    on: str = ""  # how many of what it was measured on
 
     @property
     def before(self) -> str:
@@ -110,7 +111,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """How much worse the metric has become, in words, relative to the dense model.
+        """How much worse the metric has become, in words: by points of a percentage, else by ratio.
 
         What is less than twice the standard error of the difference is no change.
         """
@@ -120,16 +121,25 @@ class Change:
             return "broken"
         if abs(self.pruned - self.dense) < 2 * math.hypot(self.dense_error, self.pruned_error):
             return "no significant change"
-        worse = self.metric.better * (self.dense - self.pruned) / abs(self.dense or 1)
+        worse = self.metric.better * (self.dense - self.pruned)
         if worse <= 0:
             return "as good as before"
-        steps = ((0.02, "almost unchanged"), (0.1, "slightly worse"), (0.5, "clearly worse"))
-        return next((words for most, words in steps if worse <= most), "much worse")
+        if self.metric.unit:
+            return verdict(worse, (1, 3, 10))
+        return verdict(worse / abs(self.dense or 1), (0.02, 0.1, 0.5))
 
     @property
     def tone(self) -> str:
         """How the verdict is to be shown: good, fair or poor."""
         return TONES.get(self.verdict, "poor")
+
+
+def verdict(worse: float, steps: tuple[float, float, float]) -> str:
+    """Return in words how bad a loss is, by the most that each word but the last stands for."""
+    words = ("almost unchanged", "slightly worse", "clearly worse")
+    return next(
+        (own for own, most in zip(words, steps, strict=True) if worse <= most), "much worse"
+    )
 
 
 def changes(report: Report) -> list[Change]:
@@ -142,9 +152,10 @@ def changes(report: Report) -> list[Change]:
     measured = []
     for key, (name, entry) in zip(short_names, entries, strict=True):
         kind = metric(entry["metric"])
-        numbers = [entry.get(value, 0.0) * kind.factor for value in VALUES]
+        before, after, *errors = (entry.get(value, 0.0) * kind.factor for value in VALUES)
         data = key[0] if short_names.count(key) == 1 else name
-        measured.append(Change(data, kind, *numbers))
+        on = f"{entry['count']:,} {entry['of']}" if "of" in entry else ""
+        measured.append(Change(data, kind, before, after, errors[0], errors[1], on))
     return measured
 
 

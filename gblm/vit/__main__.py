@@ -74,6 +74,9 @@ class Classifier(Opened):
             self.notes += [note for note in loader.images.notes if note not in self.notes]
         return metrics
 
+    def counts(self) -> dict[str, tuple[int, str]]:
+        return {name: (loader.of, "images") for name, loader in self.sets.items()}
+
     def evaluated(self) -> tuple[int, int]:
         return sum(loader.of for loader in self.sets.values()), vit.data.TOGETHER
 
@@ -94,9 +97,10 @@ class Classifier(Opened):
         return vit.models.loading(self.model, folder, self.settings.format == "packed")
 
     def examples(self) -> Examples:
-        calibration = (self.settings.calibration, [self.batch])
-        source, images = next(iter(self.sets.items()), calibration)
-        return vit.examples.Changed(self.model, images, short(source))
+        for source, loader in self.sets.items():
+            names = loader.images.source.classes
+            return vit.examples.Changed(self.model, loader, short(source), names)
+        return vit.examples.Changed(self.model, [self.batch], short(self.settings.calibration))
 
 
 def load(

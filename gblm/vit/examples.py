@@ -2,7 +2,8 @@
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -13,6 +14,7 @@ from gblm.base import Batch
 from gblm.report import Example
 from gblm.vit.adapters import logits
 from gblm.vit.data import config
+from gblm.vit.sources import SYNSET
 from gblm.walk.blocks import frozen
 
 SHOWN = 8
@@ -22,13 +24,22 @@ STEP = 32  # images at a time
 
 
 class Changed:
-    """The first images of a source whose prediction changes, with their labels."""
+    """The first images of a source whose prediction changes, with their labels.
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], source: str) -> None:
+    names: of some classes, by their index.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        source: str,
+        names: Mapping[int, str] | None = None,
+    ) -> None:
         self.batches, self.source = batches, source
         scaling = config(model)
         self.mean, self.std = (torch.tensor(scaling[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        self.names = class_names(int(model.num_classes))  # type: ignore[arg-type]
+        self.names = class_names(model) | readable(names or {})
         self.dense: list[int] = []
 
     def before(self, model: nn.Module) -> None:
@@ -54,7 +65,7 @@ class Changed:
 
     def name(self, label: int) -> str:
         """Return the name of a class, its number where it is not known."""
-        return self.names[label] if self.names else f"class {label}"
+        return self.names.get(label, f"class {label}")
 
     def picture(self, pixels: Tensor) -> str:
         """Return pre-processed pixels `[c, h, w]` as a thumbnail, a JPEG in base64."""
@@ -86,10 +97,19 @@ class Changed:
                 left -= len(images)
 
 
-def class_names(classes: int) -> list[str]:
-    """Return the first name of every class of an ImageNet with so many classes, else none."""
+def class_names(model: Any) -> dict[int, str]:
+    """Return the names of a model's classes by index: its own, else those of its ImageNet."""
+    own = getattr(model, "pretrained_cfg", {}).get("label_names")
+    if own and not all(map(SYNSET.fullmatch, own)):
+        return dict(enumerate(own))
+    classes = int(model.num_classes)
     subset = infer_imagenet_subset({"num_classes": classes})
     if not subset:
-        return []
+        return {}
     info = ImageNetInfo(subset)
-    return [info.index_to_description(i).partition(",")[0] for i in range(classes)]
+    return {i: info.index_to_description(i).partition(",")[0] for i in range(classes)}
+
+
+def readable(names: Mapping[int, str]) -> dict[int, str]:
+    """Return the names of folders that say what is in them: no synsets and no numbers."""
+    return {i: n for i, n in names.items() if not SYNSET.fullmatch(n) and not n.isdecimal()}

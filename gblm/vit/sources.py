@@ -48,7 +48,7 @@ class Source:
     """Images by index, with their names and, where it has any, their labels.
 
     `open(index)` gives a picture yet to be pre-processed, or a ready tensor `[c, h, w]`; it raises
-    whatever the format has against a broken image. `notes` are for the report.
+    whatever the format has against a broken image. `notes` and `classes` are for the report.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Source:
     called: Callable[[int], str]
     labels: Sequence[int] | None
     notes: Sequence[str] = ()
+    classes: Mapping[int, str] = field(default_factory=dict)  # names of some, by their index
 
 
 @dataclass
@@ -199,7 +200,7 @@ def _folder(path: Path, where: str, classes: Classes, labelled: bool) -> Source:
     files.sort()
     if not files:
         raise GblmError(f"{where}: no image in it ({', '.join(ENDINGS)}); give a folder of images")
-    labels = None
+    labels, index = None, dict[str, int]()
     if labelled:
         names = sorted({file.parts[0] for file in files if len(file.parts) > 1})
         if bare := next((file for file in files if len(file.parts) == 1), None):
@@ -215,9 +216,14 @@ def _folder(path: Path, where: str, classes: Classes, labelled: bool) -> Source:
             )
         index = dict(zip(names, classes.indices(names, where), strict=True))
         labels = [index[file.parts[0]] for file in files]
-    count = len(files)
+    classes_by_index = {number: name for name, number in index.items()}
     return Source(
-        where, count, lambda i: _picture(path / files[i]), lambda i: str(files[i]), labels
+        where,
+        len(files),
+        lambda i: _picture(path / files[i]),
+        lambda i: str(files[i]),
+        labels,
+        classes=classes_by_index,
     )
 
 
@@ -300,22 +306,25 @@ def _table(rows: Any, where: str, classes: Classes, labelled: bool) -> Source:
         raise GblmError(f"{where} has no column of images, only {', '.join(features)}; rename one")
     if hub:
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    labels = None
+    labels, known = None, dict[int, str]()
     if labelled:
-        named = [name for name in LABELS if name in features]
-        column = next(iter([*_of_kind(features, datasets.ClassLabel), *named]), None)
+        columns = [name for name in LABELS if name in features]
+        column = next(iter([*_of_kind(features, datasets.ClassLabel), *columns]), None)
         if column is None:
             raise GblmError(
                 f"{where} has no column of labels ({', '.join(LABELS)}), only "
                 f"{', '.join(features)}; rename one, or use --unlabelled"
             )
-        labels = _labels(list(rows[column]), features[column], classes, where)
+        cells, words = list(rows[column]), getattr(features[column], "names", None)
+        labels = _labels(cells, features[column], classes, where)
+        names = ((i, words[cell] if words else cell) for cell, i in zip(cells, labels, strict=True))
+        known = {i: name for i, name in names if isinstance(name, str)}
 
     def open_one(index: int) -> Image.Image:
         cell = rows[index][image]
         return _picture(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]))
 
-    return Source(where, len(rows), open_one, lambda i: f"row {i}", labels)
+    return Source(where, len(rows), open_one, lambda i: f"row {i}", labels, classes=known)
 
 
 def _of_kind(features: Any, kind: type) -> list[str]:

@@ -3,12 +3,29 @@
 import torch
 from torch import nn
 
-from gblm.llm.examples import Continuations
+from gblm.llm.examples import Continuations, whole
 
 
 def made(tokenizer, windows: int = 9, length: int = 32) -> Continuations:
     ids = torch.arange(windows * length).view(windows, length) % 60 + 1
     return Continuations(tokenizer, ids, "notes.txt")
+
+
+def test_prompts_begin_and_end_between_words(tokenizer):
+    text = "word " + "some " * 3 + "or other " * 9
+    window = torch.tensor([tokenizer(text)["input_ids"]])[:, 1:]
+    examples = Continuations(tokenizer, window, "notes.txt")
+    (prompt,) = examples.prompts
+    found, start = tokenizer.decode(prompt.tolist()), tokenizer.decode(window[0].tolist())
+    assert found.startswith(" ")
+    assert len(prompt) == 24
+    assert start[start.index(found) + len(found)] == " "
+
+
+def test_a_word_that_may_be_cut_is_left_out():
+    assert whole("it was so. We can f") == "it was so. We can …"
+    assert whole("it was so.") == "it was so."
+    assert whole("f") == "f"
 
 
 def test_what_is_written_is_what_generate_writes(llama, tokenizer):

@@ -74,6 +74,7 @@ FLAGS = [
     "--tasks",
     "--template",
     "--trust-remote-code",
+    "--uneven",
     "--unlabelled",
     "--verbose",
     "--version",
@@ -436,7 +437,7 @@ def test_a_report_is_a_page_of_the_run(folder: Path, text: Path, tmp_path: Path,
     assert "largest errors: model.layers." in said
     assert "in all, " in said
     assert f"report in {report / 'report.html'}" in said
-    assert {path.name for path in report.iterdir()} == {"report.html", "report.json"}
+    assert {path.name for path in report.iterdir()} == {"report.html", "report.json", "config.toml"}
     found = json.loads((report / "report.json").read_text())
     assert found["blocks"] == ["model.layers.0", "model.layers.1"]
     assert found["calibration"] == f"6 windows of 32 tokens from {text}"

@@ -49,7 +49,9 @@ def test_figures_take_their_ink_from_the_page(make_report):
 
 
 def test_ids_of_two_figures_do_not_meet(make_report):
-    one, two = (figures.heat_maps(make_report())[i][2] for i in (0, 1))
+    report = make_report()
+    report.linears[0].sparsity = 0.3
+    one, two = (picture for _, _, picture in figures.heat_maps(report))
 
     def ids(svg: str) -> set[str]:
         return {element.get("id") for element in ElementTree.fromstring(svg).iter()} - {None}
@@ -72,7 +74,7 @@ def test_pictures_of_masks_are_the_kept_share():
     weight[::2] = 1
     assert np.abs(picture(weight).grid() - 0.5).max() < 0.2
     corner = picture(weight, corner=True).grid()
-    assert np.array_equal(corner, (weight[:64, :64] != 0).numpy())
+    assert np.array_equal(corner, (weight[:16, :16] != 0).numpy())
     small = picture(weight[:5, :7]).grid()
     assert small.shape == (5, 7)
 
@@ -90,7 +92,8 @@ def test_masks_are_those_of_the_model(llama, batch, pattern: str):
     worst = max(report.linears, key=lambda linear: linear.relative_error).name
     assert next(iter(found)) == worst
     weight = llama.get_parameter(f"{worst}.weight")
-    assert np.array_equal(found[worst].grid(), (weight != 0).numpy())
+    cells = slice(16 if pattern == "2:4" else None)
+    assert np.array_equal(found[worst].grid(), (weight != 0)[cells, cells].numpy())
     assert 0.4 < found[worst].grid().mean() < 0.6
     assert figures.mask(worst, found[worst], weight.shape).startswith("<svg")
     assert report.parameters == sum(own.numel() for own in llama.parameters())

@@ -1,5 +1,6 @@
 """The pages: what they say, that nothing given can break out, that they need nothing else."""
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gblm.base import GblmError
-from gblm.report import Example, Gain, Report
-from gblm.report.page import common, comparison_page, run_page, write_pages
+from gblm.report import Example, Gain, Mask, Report
+from gblm.report.page import common, comparison_page, folded, run_page, write_pages
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 
@@ -84,7 +85,7 @@ def test_vision_shows_images_and_all_metrics(vision):
     page = Parsed(run_page(vision))
     assert page.tags.count("img") == 1
     text = said(run_page(vision))
-    assert "top-1 89.2 % → 82.6 % (−6.6 points), slightly worse" in text
+    assert "top-1 89.2 % → 82.6 % (−6.6 points), clearly worse" in text
     assert "dense: goldfish ✓ pruned: tench" in text
     assert "Quality before and after" in text
 
@@ -122,6 +123,55 @@ def test_an_uneven_allocation_is_told(make_report):
     report.linears[0].sparsity, report.linears[3].sparsity = 0.3, 0.7
     text = said(run_page(report))
     assert "from 30.0 % in layers.0.self_attn.q_proj to 70.0 % in layers.1.mlp.down_proj" in text
+
+
+def test_a_map_of_one_colour_is_left_out(make_report):
+    report = make_report()
+    assert "Sparsity by linear" not in run_page(report)
+    report.linears[0].sparsity = 0.3
+    assert "Sparsity by linear" in run_page(report)
+
+
+def test_where_when_and_on_what_it_ran(make_report):
+    value = {"metric": "perplexity", "dense": 48.6, "pruned": 49.3}
+    value |= {"count": 1060, "of": "windows of 256 tokens"}
+    report = make_report(
+        evaluation={"notes.txt": value},
+        device="cuda:0, a GPU",
+        dtype="bfloat16",
+        date="2030-01-02 03:04",
+        architecture="LlamaForCausalLM",
+        file_bytes=269_000_000,
+        file_zeros=0.39,
+        program="gblm llm",
+    )
+    text = said(run_page(report))
+    for words in (
+        "Measured on notes.txt, 1,060 windows of 256 tokens.",
+        "1.23 GB peak memory, on cuda:0, a GPU, weights in bfloat16",
+        "Date 2030-01-02 03:04",
+        "pruning report · LlamaForCausalLM",
+        "LlamaForCausalLM with 5.83 million parameters",
+        "Size on disk 269 MB of weights; 39.0 % of the numbers are zeros",
+        "gblm llm --config config.toml --output DIR",
+    ):
+        assert words in text
+
+
+def test_of_n_and_m_single_weights_are_seen(make_report):
+    kept = base64.b64encode(bytes([255, 255, 0, 0] * 64)).decode()
+    corner = {"layers.5.mlp.down_proj": Mask(16, 16, kept, corner=True)}
+    text = said(run_page(make_report(pattern="2:4", pictures=corner)))
+    assert "Each cell is one of the first weights" in text
+    assert "Of the 4 between two lines, 2 stay." in text
+
+
+def test_a_long_command_is_broken_before_its_flags():
+    command = "gblm llm --model a/b --calibration c --evaluate d --sparsity 0.5,2:4 --output DIR"
+    lines = folded(command).split(" \\\n    ")
+    assert " ".join(lines) == command
+    assert len(lines) == 2
+    assert all(line.startswith("-") for line in lines[1:])
 
 
 def test_little_is_enough(make_report):
@@ -197,21 +247,26 @@ def test_runs_are_compared(make_report):
         "c": run("best", "0.7", 0.7, 55.0),
         "d": run("best", "2:4", 0.5, 58.0),
     }
+    runs["e"] = run("wanda", "2:4", 0.5, 57.0)
     page = comparison_page(runs, {"a": "a/report.html"})
     text = said(page)
-    assert "4 runs of tiny-llama: the method best leads, perplexity 48.6 → 50.0 (+2.9 %)" in text
+    assert (
+        "5 runs of tiny-llama: the method best leads at 0.5, perplexity 48.6 → 50.0 (+2.9 %); "
+        "the method wanda leads at 2:4, perplexity 48.6 → 57.0 (+17.3 %)"
+    ) in text
     rows = re.findall(r"<tr(?: class=\"(\w+)\")?>\s*<th scope=\"row\">", page)
-    assert rows == ["dense", "", "front", "front", ""]
+    assert rows == ["dense", "", "front", "", "", "front"]
     assert Parsed(page).links == ["a/report.html"]
     for series in ("wanda", "best", "best, n:m", "dense"):
         assert f">{series}</text>" in page
 
 
 def test_models_are_told_apart(make_report):
-    runs = {name: make_report(model=name) for name in ("small", "large")}
+    runs = {f"{n} {i}": make_report(model=n) for n in ("small", "large") for i in range(2)}
     page = comparison_page(runs)
     assert page.count('<tr class="dense">') == 2
-    assert "leads, " in page
+    assert page.count('class="front"') == 2
+    assert "leads at 0.5 of large, " in page
     assert ">small, dense</text>" in page
 
 

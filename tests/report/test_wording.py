@@ -2,7 +2,7 @@
 
 import pytest
 
-from gblm.report import wording
+from gblm.report import merged, wording
 from gblm.report.wording import Change, metric
 
 
@@ -52,7 +52,55 @@ def test_verdicts(name: str, dense: float, pruned: float, difference: str, verdi
 def test_a_change_within_the_error_is_none():
     assert Change("rte", metric("acc"), 60.0, 55.0, 3.0, 3.0).verdict == "no significant change"
     assert Change("rte", metric("acc"), 60.0, 50.0, 3.0, 3.0).verdict == "clearly worse"
-    assert Change("rte", metric("acc"), 60.0, 55.0).verdict == "slightly worse"
+    assert Change("rte", metric("acc"), 60.0, 55.0).verdict == "clearly worse"
+
+
+def test_percentages_are_judged_by_points_and_others_by_ratio():
+    points = {
+        0.9: "almost unchanged",
+        2.9: "slightly worse",
+        9.2: "clearly worse",
+        11: "much worse",
+    }
+    for loss, words in points.items():
+        assert Change("val", metric("top1"), 92.0, 92 - loss).verdict == words
+        assert Change("val", metric("top1"), 20.0, 20 - loss).verdict == words
+    shares = {
+        1.01: "almost unchanged",
+        1.09: "slightly worse",
+        1.4: "clearly worse",
+        2: "much worse",
+    }
+    for ratio, words in shares.items():
+        assert Change("text", metric("perplexity"), 30.0, 30 * ratio).verdict == words
+
+
+def test_answers_have_the_standard_error_of_their_number():
+    before = {"val": {"top1": 80.0, "cross_entropy": 1.0}, "rte": {"acc": 0.5, "acc_stderr": 0.1}}
+    after = {"val": {"top1": 50.0, "cross_entropy": 2.0}, "rte": {"acc": 0.4, "acc_stderr": 0.2}}
+    found = merged(before, after, {"val": (101, "images")})
+    assert found["val top1"] == {
+        "metric": "top1",
+        "count": 101,
+        "of": "images",
+        "dense": 80.0,
+        "pruned": 50.0,
+        "dense_stderr": pytest.approx(100 * (0.8 * 0.2 / 100) ** 0.5),
+        "pruned_stderr": pytest.approx(5.0),
+    }
+    assert "dense_stderr" not in found["val cross_entropy"]
+    assert found["rte"] == {
+        "metric": "acc",
+        "dense": 0.5,
+        "dense_stderr": 0.1,
+        "pruned": 0.4,
+        "pruned_stderr": 0.2,
+    }
+
+
+def test_a_run_is_told_in_a_line(make_report):
+    assert wording.outcome(make_report()) == "perplexity 48.6 → 49.3"
+    assert wording.outcome(make_report(evaluation={})) == "50.0\u00a0% of the pruned weights are 0"
 
 
 def test_data_sets_of_one_name_are_told_apart(make_report):

@@ -80,10 +80,18 @@ def test_pictures_are_what_was_seen(channels: int):
 
 
 def test_imagenet_classes_have_names():
-    names = class_names(1000)
+    names = class_names(Answers(1000))
     assert len(names) == 1000
     assert names[1] == "goldfish"
-    assert class_names(10) == []
+    assert class_names(Answers(10)) == {}
+
+
+def test_classes_have_the_names_of_the_model_or_of_their_folders():
+    model = Answers(3)
+    found = Changed(model, [], "val", {0: "daisy", 1: "n01440764", 2: "7"})
+    assert [found.name(i) for i in range(3)] == ["daisy", "class 1", "class 2"]
+    model.pretrained_cfg["label_names"] = ["a", "b", "c"]
+    assert class_names(model) == {0: "a", 1: "b", 2: "c"}
 
 
 def test_the_scaling_is_the_models():
