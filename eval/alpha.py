@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 import quality
@@ -51,17 +51,20 @@ def case(name: str, cases: dict[str, str] = CASES) -> list[str]:
     return os.path.expandvars(cases[name]).split()
 
 
-def sweep(args: argparse.Namespace, alphas: str, sparsities: str, figure: Path) -> str:
+def sweep(
+    args: argparse.Namespace, alphas: str, sparsities: str, figure: Path, draws: int = 1
+) -> str:
     """Carry out the runs of flags of `eval/quality.py`; return their tables and the figure.
 
     A last line says which alphas give the linears equal medians.
     """
     methods = [*(f"gblm:alpha={alpha}" for alpha in listed(alphas)), "gradient"]
-    asked = {"methods": ",".join(methods), "patterns": sparsities, "draws": 1}
+    asked = {"methods": ",".join(methods), "patterns": sparsities, "draws": draws}
     args = argparse.Namespace(**{**vars(args), **asked})
     runs = quality.wanted(args)
     found = quality.measure(args, runs)
-    level, text = quality.dense(args, found), f"{quality.described(args)}.\n\n"
+    over = f"; mean ± standard deviation of {draws} draws" if draws > 1 else ""
+    level, text = quality.dense(args, found), f"{quality.described(args)}{over}.\n\n"
     for metric, title in quality.METRICS[args.side].items():
         values = quality.cells(args, runs, found, metric)
         values = {(short(row), column): cell for (row, column), cell in values.items()}
@@ -70,8 +73,8 @@ def sweep(args: argparse.Namespace, alphas: str, sparsities: str, figure: Path) 
         text += f"{title[0].upper()}{title[1:]} (dense: {tables.number(level[metric])}):\n\n"
         text += f"{tables.table('alpha', values)}\n"
     alone = sorted(equal_medians(args))
-    return f"""{text}{picture}Equal medians in each of the {len(alone)} linears, all dense, ask for
-alphas from {alone[0]:.3g} to {alone[-1]:.3g}, {median(alone):.3g} in the middle.
+    return f"""{text}{picture}Equal medians in each of the {len(alone)} linear layers, all dense,
+ask for alphas from {alone[0]:.3g} to {alone[-1]:.3g}, {median(alone):.3g} in the middle.
 """
 
 
@@ -106,16 +109,22 @@ def measured_medians(args: argparse.Namespace) -> list[float]:
 
 
 def draw_alphas(values: dict[tuple[str, str], list[float]], title: str, level: float) -> Any:
-    """Return what draws a metric against alpha, a line for every pattern, "auto" as a level."""
+    """Return what draws a metric against alpha, a line for every pattern, "auto" as a level.
+
+    The mean is drawn, with the standard deviation of several draws.
+    """
 
     def draw(axes: Any) -> None:
         for number, pattern in enumerate(dict.fromkeys(column for _, column in values)):
-            line = {row: mean(cell) for (row, own), cell in values.items() if own == pattern}
+            line = {row: cell for (row, own), cell in values.items() if own == pattern}
             auto = line.pop("auto", None)
             color = f"C{number}"
-            axes.plot(list(line), list(line.values()), marker="o", color=color, label=pattern)
+            middle = [mean(cell) for cell in line.values()]
+            off = [stdev(cell) if len(cell) > 1 else 0.0 for cell in line.values()]
+            look = {"marker": "o", "capsize": 3, "color": color, "label": pattern}
+            axes.errorbar(list(line), middle, off, **look)
             if auto is not None:
-                axes.axhline(auto, color=color, linestyle="--", label=f"{pattern}, auto")
+                axes.axhline(mean(auto), color=color, linestyle="--", label=f"{pattern}, auto")
         tables.level(axes, quality.DENSE, level)
         axes.set_xlabel("alpha")
         axes.tick_params(axis="x", rotation=45)

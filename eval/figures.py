@@ -9,7 +9,7 @@
         --evaluate $GBLM_ASSETS/imagenet-mini/val --write docs/figures.md
 
 sparsity: the metric of the side against sparsity, a line for every method.
-alpha: against alpha of gblm (`eval/alpha.py`).
+alpha: against alpha of gblm (`eval/alpha.py`), over several draws of the calibration samples.
 samples: against the number of calibration samples, over several draws of them.
 masks: which weights of a linear stay, by magnitude, wanda, gradient and gblm.
 
@@ -44,14 +44,6 @@ from gblm.walk.prune import unfit
 
 Structure = tuple[float, float]  # of the columns of a mask, and of its rows
 
-COLORS = {  # the same method has the same colour in every figure
-    "magnitude": "dimgray",
-    "wanda": "tab:blue",
-    "gradient": "tab:green",
-    "gblm": "tab:red",
-    "sparsegpt": "tab:purple",
-    "best": "tab:orange",
-}
 MASKED = "magnitude,wanda,gradient,gblm"
 MASKS = "masks"  # the entry of a store that holds their numbers
 PIXELS = 256  # of a side of a mask in its picture: a larger mask is averaged over cells
@@ -108,8 +100,9 @@ def draw_lines(
         for row in dict.fromkeys(row for row, _ in values):
             line = {float(x): found for (own, x), found in values.items() if own == row}
             middle = [mean(found) for found in line.values()]
-            color = COLORS.get(row.split(":")[0])
-            (drawn,) = axes.plot(list(line), middle, marker="o", ms=4, label=row, color=color)
+            name = row.split(":")[0]
+            look = {"color": tables.COLORS.get(name), "marker": tables.MARKERS.get(name, "o")}
+            (drawn,) = axes.plot(list(line), middle, ms=5, label=row, **look)
             if len(next(iter(line.values()))) > 1:
                 off = [stdev(found) for found in line.values()]
                 low, high = ([m + s * o for m, o in zip(middle, off, strict=True)] for s in (-1, 1))
@@ -139,7 +132,7 @@ def sparsity(args: argparse.Namespace, figure: Path) -> str:
 
 def against_alpha(args: argparse.Namespace, figure: Path) -> str:
     """Return the tables and the figure of the metrics against alpha."""
-    return alpha.sweep(args, args.alphas, args.patterns, figure)
+    return alpha.sweep(args, args.alphas, args.patterns, figure, args.draws)
 
 
 def samples(args: argparse.Namespace, figure: Path) -> str:
@@ -245,7 +238,7 @@ def masks(args: argparse.Namespace, figure: Path) -> str:
     text += "column and of a row, the gray band two standard deviations of a random mask.\n\n"
     text += f"![{figure.stem}]({figure.name})\n\n" if figure.exists() else ""
     text += "Variance of the number of weights that stay in a column and in a row, over that of a "
-    text += f"random mask of equal sparsity; median of {len(ratios)} linears:\n\n"
+    text += f"random mask of equal sparsity; median of {len(ratios)} linear layers:\n\n"
     return f"{text}{tables.table('method', cells)}\n"
 
 
@@ -265,7 +258,7 @@ def draw_mask(part: Any, row: str, keep: Tensor) -> None:
     """Draw a mask `[out, in]` into its part of the picture, with the shares of its lines."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    color = COLORS[row.split(":")[0]]
+    color = tables.COLORS[row.split(":")[0]]
     axes = part.subplot_mosaic(
         [["top", "."], ["mask", "side"]], width_ratios=(6, 1), height_ratios=(1, 6)
     )

@@ -1,14 +1,16 @@
 """Draw the picture of the README: what methods leave of a language model and of a ViT.
 
-    GBLM_ASSETS=… python eval/overview.py
+    GBLM_ASSETS=… [SMOLLM2=…] python eval/overview.py
 
 The runs are those of `eval/quality.py` and stand in the same store: a call does only what is
-missing there.
+missing there. The language model is SmolLM2-135M where its runs are stored, or the folder of it
+and its texts is named; else a small one of the assets.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +23,11 @@ import tables
 
 from gblm.command.side import guarded
 
+SMOLLM2 = "SmolLM2-135M"
 CASES = {  # what `eval/quality.py` takes; the methods of one picture see the same samples
+    SMOLLM2: "llm --model $SMOLLM2/smollm2 --samples 32 --length 512 --windows 40 "
+    "--calibration $SMOLLM2/wikitext-first.txt --evaluate $SMOLLM2/wikitext-rest.txt "
+    "--methods magnitude,wanda,gblm,sparsegpt,best --patterns 0.5,0.6,0.7,2:4",
     "stories260K": "llm --model $GBLM_ASSETS/llama/stories260K --length 256 --draws 3 "
     "--calibration $GBLM_ASSETS/text/tinystories-calib.txt "
     f"--evaluate {alpha.STORIES}/evaluation.npz "
@@ -34,18 +40,20 @@ CASES = {  # what `eval/quality.py` takes; the methods of one picture see the sa
 
 
 def panel(axes: Any, name: str, args: argparse.Namespace) -> None:
-    """Draw a metric of one model against the patterns, a line for every method, `best` bold."""
+    """Draw a metric of one model against the patterns."""
     values, level = figures.measured(args)
     metric = next(iter(quality.METRICS[args.side]))
-    values = {(row.partition(":")[0], column): found for (row, column), found in values.items()}
     quality.draw_patterns(args, metric, values, level)(axes)
-    for line in axes.get_lines():
-        line.set_color(figures.COLORS.get(line.get_label(), "black"))
-        line.set_linewidth(3 if line.get_label() == "best" else 1.2)
     axes.set_title(f"{name}: {figures.title(args)}", fontsize="medium")
     axes.set_ylabel("")
-    axes.tick_params(axis="x", rotation=0)
     axes.grid(alpha=0.3)
+
+
+def there(args: argparse.Namespace) -> bool:
+    """Say whether the runs of a case are stored, or its model is named by $SMOLLM2."""
+    known = quality.stored(args.store)
+    keys = (tuple(quality.key(args, run).values()) for run in (None, *quality.wanted(args)))
+    return bool(os.environ.get("SMOLLM2")) or all(key in known for key in keys)
 
 
 def main() -> None:
@@ -54,6 +62,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=Path("docs/benchmarks.md"))
     args = parser.parse_args()
     cases = {n: quality.parser().parse_args(alpha.case(n, CASES)) for n in CASES}
+    cases.pop("stories260K" if there(cases[SMOLLM2]) else SMOLLM2)
 
     def draw(canvas: Any) -> None:
         both = canvas.subplots(1, len(cases))

@@ -361,15 +361,30 @@ def described(args: argparse.Namespace) -> str:
 
 
 def draw_patterns(args: argparse.Namespace, metric: str, values: dict, level: float) -> Any:
-    """Return what draws a metric against the patterns, a line for every method."""
+    """Return what draws a metric against the patterns, by the methods that have a colour.
+
+    A line joins rising sparsities alone; n:m, and what is compared otherwise, stand for themselves.
+    """
+    columns = list(dict.fromkeys(column for _, column in values))
+    plain = [column for column in columns if column.replace(".", "").isdigit()]
+    joined = plain if plain == sorted(plain, key=float) else []
 
     def draw(axes: Any) -> None:
         for row in dict.fromkeys(row for row, _ in values):
+            name, *options = row.split(":")
+            if name not in tables.COLORS or (options and row != named(name, args.side)[0]):
+                continue
+            look = {"color": tables.COLORS[name], "marker": tables.MARKERS[name], "ms": 6}
             line = {column: mean(found) for (own, column), found in values.items() if own == row}
-            axes.plot(list(line), list(line.values()), marker="o", label=row)
+            ends = [columns.index(c) for c in joined], [line[c] for c in joined]
+            axes.plot(*ends, lw=2.5 if name == "best" else 1.2, **look)
+            alone = [column for column in line if column not in joined]
+            places = [columns.index(c) for c in alone], [line[c] for c in alone]
+            axes.plot(*places, ls="none", fillstyle="full" if not joined else "none", **look)
+            axes.plot([], [], label=name, **look)
         tables.level(axes, DENSE, level)
+        axes.set_xticks(range(len(columns)), columns, rotation=45 if len(columns) > 5 else 0)
         axes.set_ylabel(METRICS[args.side][metric])
-        axes.tick_params(axis="x", rotation=45)
         if args.side == "llm":
             tables.logarithmic(axes)
 

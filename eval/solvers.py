@@ -151,7 +151,7 @@ def main() -> None:
     found = measure(args)
     model = Path(args.model).name
     text = f"{model}, {args.samples} samples of {Path(args.calibration).name}, "
-    text += f"{tables.threads()}. Error left in a linear, %:\n\n"
+    text += f"{tables.threads()}. Error left in a linear layer, %:\n\n"
     means = {key: [sum(off) / len(off)] for key, (off, _) in found.items()}
     text += tables.table("solver", means) + "\nSeconds of all solves:\n\n"
     text += tables.table("solver", {key: [spent] for key, (_, spent) in found.items()})

@@ -12,11 +12,23 @@ from typing import Any
 
 import torch
 
+FOLDERS = ("GBLM_ASSETS", "SMOLLM2")  # variables that name those of models and data
+COLORS = {  # the same method has the same colour in every figure
+    "magnitude": "dimgray",
+    "wanda": "tab:blue",
+    "gradient": "tab:green",
+    "gblm": "tab:red",
+    "sparsegpt": "tab:purple",
+    "admm": "tab:brown",
+    "best": "tab:orange",
+}
+MARKERS = dict(zip(COLORS, "xs^Dvpo", strict=True))
+
 
 def portable(text: str) -> str:
     """Return a command line, or a path, without the folders of this machine."""
-    assets = os.environ.get("GBLM_ASSETS", "").rstrip("/")
-    for folder, name in ((assets, "$GBLM_ASSETS"), (str(Path.home()), "~")):
+    folders = [(os.environ.get(name, "").rstrip("/"), f"${name}") for name in FOLDERS]
+    for folder, name in (*folders, (str(Path.home()), "~")):
         text = text.replace(folder, name) if folder else text
     return text
 
@@ -84,7 +96,7 @@ def figure(path: Path, draw: Callable[[Any], None]) -> str:
     def single(canvas: Any) -> None:
         axes = canvas.subplots()
         draw(axes)
-        axes.legend(fontsize="small")
+        canvas.legend(fontsize="small", loc="outside right upper", frameon=False)
         axes.grid(alpha=0.3)
 
     return picture(path, single)

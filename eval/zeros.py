@@ -102,7 +102,7 @@ def int8_row(dense: PreTrainedModel) -> dict[str, str]:
         tried = trial(weights, (positions,), among="int8")
         dense_time = sum(own.number * own.seconds[own.base] for own in tried)
         quick = sum(own.number * own.seconds.get("int8", own.seconds[own.base]) for own in tried)
-        found[column] = f"{gain(quick / dense_time, most=1e9)} of the linears"
+        found[column] = f"{gain(quick / dense_time, most=1e9)} of the linear layers"
     held = sum(own.numel() for own in weights.values())
     every = sum(own.numel() for own in dense.parameters())
     smaller = 1 - held * (1 - 1 / dense.dtype.itemsize) / every
@@ -126,9 +126,11 @@ def rows(
         found[name] = {key: gain(own["pruned"] / own["dense"]) for key, own in entries.items()}
         if not name.startswith("structured"):
             whole, pruned, alone = packed_shares(model)
-            packed = f"× {whole:.2f}, linears × {pruned:.2f}"
+            packed = f"× {whole:.2f}, linear layers × {pruned:.2f}"
             found[f"{name}, packed"] = {**dict.fromkeys(COLUMNS[1:4], NO), "file": packed}
-            said.append(f"{name}: {pruned:.1%} of the linears, zstd alone {alone:.1%} of the file")
+            said.append(
+                f"{name}: {pruned:.1%} of the linear layers, zstd alone {alone:.1%} of the file"
+            )
     found["int8, dense or pruned"] = int8_row(dense)
     return found, said
 

@@ -136,7 +136,7 @@ def test_a_dry_run_says_what_a_run_would_do(flags: list[str], tmp_path: Path, ca
     assert len(report["linears"]) == 12
     weights = sum(x["shape"][0] * x["shape"][1] for x in report["linears"])
     assert f"pruned: {weights:,} of" in said
-    assert "in 12 linears" in said
+    assert "in 12 linear layers" in said
     assert "2 × mlp.down_proj: excluded" in said
     assert "written: 2 × " in said
     assert str(output) in said
@@ -157,7 +157,7 @@ def test_a_dry_run_reads_weights_where_shapes_do_not_suffice(flags: list[str], c
     assert llm_main([*flags, "--dry-run", "--verbose"]) == 0
     said = capsys.readouterr()
     assert "this model looks at its values" in said.err
-    assert "in 14 linears" in said.out
+    assert "in 14 linear layers" in said.out
 
 
 @pytest.mark.usefixtures("quick")
@@ -169,7 +169,7 @@ def test_a_dry_run_of_images_decodes_none(vit: list[str], tmp_path: Path, capsys
     monkeypatch.setattr("gblm.vit.models.load", planted)
     output = tmp_path / "pruned"
     assert vit_main([*vit[1:], "--dry-run", "--output", str(output)]) == 0
-    assert "in 8 linears" in capsys.readouterr().out
+    assert "in 8 linear layers" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -178,7 +178,7 @@ def test_a_dry_run_of_images_decodes_none(vit: list[str], tmp_path: Path, capsys
     [
         (["--sparsity", "2:5"], "q_proj"),
         (["--samples", "4000"], "windows of 16"),
-        (["--exclude", "*.up"], "no linear is called *.up"),
+        (["--exclude", "*.up"], "no linear layer is called *.up"),
         (["--model", "./none"], "no such folder"),
         (["--micro-batch", "0"], "micro-batch"),
     ],

@@ -56,7 +56,7 @@ def test_a_way_that_cannot_be_had_is_left_out(monkeypatch: pytest.MonkeyPatch):
 def test_no_gain_is_said():
     own = Gain([8, 4], 3, 1, "bfloat16", {"bfloat16": 0.01, "int8": 0.005, "CSR": 0.02})
     head, line = module.said([own, Gain([8, 4], 3, 128, "bfloat16", {"bfloat16": 0.02})])[:2]
-    assert head.split() == ["linears", "shape", "vectors", "bfloat16", "int8", "CSR"]
+    assert head.split() == ["layers", "shape", "vectors", "bfloat16", "int8", "CSR"]
     assert line.split() == "3 8 × 4 1 10\u00a0ms × 0.50 no gain".replace("\u00a0", " ").split()
 
 
@@ -97,7 +97,9 @@ def test_shapes_are_swapped_where_the_trial_says_so(quick, monkeypatch: pytest.M
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", sparse)
     said = gblm.accelerate(model, positions=9)
     assert swapped == ([quick] if quick else [])
-    expected = "1 of 3 linears run by 2:4" if quick else "no gain: 2:4 products are not quicker"
+    expected = (
+        "1 of 3 linear layers run by 2:4" if quick else "no gain: 2:4 products are not quicker"
+    )
     assert said.startswith(expected)
     assert "at 9 vectors" in said
 
@@ -132,7 +134,7 @@ def test_the_command_tries_the_pruned_linears(
     for folder in ("pruned", "small"):
         assert main([str(tmp_path / folder), "--device", "cpu"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[1].split()[:3] == ["linears", "shape", "vectors"]
+        assert lines[1].split()[:3] == ["layers", "shape", "vectors"]
         assert lines[2].split()[:4] == ["3", "64", "×", "128"]
     assert main([str(tmp_path), "--device", "cpu"]) == 2
     assert "holds no .safetensors" in capsys.readouterr().err

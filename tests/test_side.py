@@ -222,7 +222,7 @@ def test_a_dry_run_writes_nothing(hearing, tmp_path, capsys):
     assert hearing("--dry-run", "--output", "pruned", "--exclude", "*.1.down") == 0
     said = capsys.readouterr().out
     assert "ear: 2 blocks, blocks.0 … blocks.1" in said
-    assert "in 3 linears" in said
+    assert "in 3 linear layers" in said
     assert "1 × down: excluded" in said
     assert sorted(tmp_path.rglob("*.*")) == before
 

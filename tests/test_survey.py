@@ -171,7 +171,7 @@ def test_a_model_without_blocks_or_linears_is_refused():
         prune(Toy(0), toy_batch(), adapter=replace(TOY, blocks=lambda model: {}))
     model = Toy(0)
     model.layers[0] = nn.Softplus()
-    with pytest.raises(gblm.GblmError, match="no linears to prune in the blocks of Toy"):
+    with pytest.raises(gblm.GblmError, match="no linear layers to prune in the blocks of Toy"):
         prune(model, toy_batch(), adapter=TOY)
 
 

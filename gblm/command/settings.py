@@ -150,21 +150,21 @@ class Settings:
     model: Annotated[str, WHAT(FOLDER, "MODEL")] = ""
     """a folder, or a name of the hub; without it, the packaged demo"""
     include: Annotated[tuple[str, ...], WHAT(SEVERAL, "NAMES")] = ()
-    """linears to prune, with commas, * for anything"""
+    """linear layers to prune, with commas, * for anything"""
     exclude: Annotated[tuple[str, ...], WHAT(SEVERAL, "NAMES")] = ()
-    """linears to leave dense, such as '*.down_proj,model.layers.0.*'"""
+    """linear layers to leave dense, such as '*.down_proj,model.layers.0.*'"""
     method: Annotated[
         tuple[str, ...], HOW(replace(SEVERAL, offers=[*METHODS, *MENDED]), "METHODS")
     ] = ()
-    """what decides; METHOD+SOLVER mends its mask, METHOD:OPTION=VALUE; see --list methods"""
+    """how weights are chosen; METHOD+SOLVER, METHOD:OPTION=VALUE; see --list methods"""
     sparsity: Annotated[tuple[str, ...], HOW(SEVERAL, "PATTERNS")] = ()
     """0.5, 2:4, …; see --list patterns"""
     uneven: Annotated[bool, HOW()] = False
     """units of 'neurons:0.25': layers may keep different numbers; a file beside loads the result"""
     pattern_for: Annotated[tuple[str, ...], HOW(SEVERAL, "NAME=PATTERN")] = ()
-    """a pattern of its own for some linears, such as '*.down_proj=0.3,*.q_proj=dense'"""
+    """a pattern of its own for some layers, such as '*.down_proj=0.3,*.q_proj=dense'"""
     keep_zeros: Annotated[str, HOW(Value(offers=[*ZEROS]), "WHEN")] = "auto"
-    """what is 0 stays 0: always, never [in linears with many zeros]"""
+    """what is 0 stays 0: always, never [in layers with many zeros]"""
     alpha: Annotated[str, HOW(AMOUNT, "ALPHA")] = ""
     """factor of the gradient term, or auto: equal medians"""
     norm: Annotated[str, HOW(Value(offers=NORMS), "NORM")] = ""
@@ -172,7 +172,7 @@ class Settings:
     group: Annotated[str, HOW(Value(offers=["auto", *patterns.GROUPS]), "GROUP")] = "auto"
     """comparison group: row, layer [as published]"""
     allocation: Annotated[str, HOW(Value(offers=ALLOCATIONS), "NAME")] = ""
-    """spread the budget over the linears; see --list allocations"""
+    """a sparsity for each layer at the same total; see --list allocations"""
     refine: Annotated[float | None, HOW(REAL, "PASSES")] = None
     """passes over the samples that refine each block's weights"""
     calibration: Annotated[str, CALIBRATION(FILE, "SOURCE")] = ""

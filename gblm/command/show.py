@@ -42,7 +42,7 @@ def methods() -> list[tuple[str, str]]:
         options = inspect.signature(METHODS[name]).parameters.values()
         defaults = ":".join(f"{option.name}={option.default}" for option in options)
         lines.append((name, f"{text} [:{defaults}]" if defaults else text))
-    mended = "the mask of any of these, mended by"
+    mended = "the mask of any of these, the remaining weights re-fitted by"
     return lines + [(f"METHOD+{name}", f"{mended} {name}") for name in SOLVERS]
 
 
@@ -54,7 +54,7 @@ def _first_sentences(factories: Mapping[str, Callable[..., Any]]) -> list[tuple[
 PATTERNS = [
     ("0.5", "half of the weights go, compared where --group says"),
     ("0.5/row", "half of the weights of every output"),
-    ("0.5/layer", "half of the weights of every linear"),
+    ("0.5/layer", "half of the weights of every layer"),
     ("2:4", "two of every four neighbouring weights stay; any n:m"),
     ("blocks:0.2", "a fifth of the blocks goes: a model of fewer layers"),
     ("neurons:0.25", "a quarter of the neurons of every MLP goes: a narrower model"),
@@ -70,7 +70,7 @@ GAINS = [  # docs/what-zeros-buy.md has the whole table, measured by eval/zeros.
         "no gain on a CPU; on a GPU at many positions: --runtime semi-structured tries",
     ),
     ("structured", "smaller and quicker everywhere, in proportion to what is gone"),
-    ("--format packed", "linears on disk: 38 % of bfloat16 at 0.5, 37 % at 2:4, 24 % at 0.7"),
+    ("--format packed", "layers on disk: 38 % of bfloat16 at 0.5, 37 % at 2:4, 24 % at 0.7"),
     ("--also int8", "half the file and the memory; on a CPU quicker decoding under torch.compile"),
     ("on your machine", "python -m gblm.gains PRUNED, or --measure speed"),
 ]
@@ -201,7 +201,7 @@ def pruned_part(report: Report) -> Iterator[str]:
     whole, inside = (report.weights / max(1, n) for n in (report.parameters, report.block_weights))
     share = report.sparsity * whole
     yield (
-        f"sparsity is that of the pruned linears, {inside:.0%} of the weights in the blocks; "
+        f"sparsity is that of the pruned linear layers, {inside:.0%} of the weights in the blocks; "
         f"{share:.1%} of all weights are 0"
     )
     if report.smaller:
@@ -301,9 +301,9 @@ def _lines(opened: Opened, runs: list[Run], footprint: Footprint) -> list[str]:
     return [
         f"pruned: {pruned:,} of {footprint.numbers:,} weights "
         f"({pruned / footprint.numbers:.1%}), in "
-        f"{len(footprint.linears)} linears",
-        f"dense: {footprint.numbers - pruned:,} weights: what stands outside of the blocks, norms, "
-        f"biases{', and' if why else ''}",
+        f"{len(footprint.linears)} linear layers",
+        f"kept dense: {footprint.numbers - pruned:,} weights: embeddings, head, norms, biases"
+        f"{', and' if why else ''}",
         *(f"    {number} × {name}: {reason}" for (name, reason), number in why.items()),
         f"written: {f'{result}, to {output}' if output else f'nothing; {result} with --output'}",
     ]

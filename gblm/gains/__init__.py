@@ -178,7 +178,7 @@ def _made(make: Callable[[Tensor, Tensor], Work], weight: Tensor, x: Tensor) -> 
 def said(found: list[Gain]) -> list[str]:
     """Return the lines of a table: the dense seconds of every shape, and the ratios to them."""
     names = list(dict.fromkeys(way for own in found for way in own.seconds))
-    head = ["linears", "shape", "vectors", *names]
+    head = ["layers", "shape", "vectors", *names]
     rows = [head]
     for own in found:
         shape = " × ".join(map(str, own.shape))
@@ -225,8 +225,8 @@ def accelerate(model: nn.Module, *, positions: int = 128) -> str:
         return f"no gain: 2:4 products are not quicker at {positions} vectors, for any shape here"
     least, most = min(quick.values()), max(quick.values())
     return (
-        f"{swapped} of {len(modules)} linears run by 2:4 products, in {least:.2f} to {most:.2f} of "
-        f"the dense time at {positions} vectors"
+        f"{swapped} of {len(modules)} linear layers run by 2:4 products, in {least:.2f} to "
+        f"{most:.2f} of the dense time at {positions} vectors"
     )
 
 
@@ -248,4 +248,4 @@ def _nothing(modules: Mapping[str, nn.Linear]) -> str:
         return (
             "no gain: torch has 2:4 products on CUDA alone; on a CPU, int8 makes decoding quicker"
         )
-    return "no gain: no linear has two zeros of every four neighbours, in 16 bits"
+    return "no gain: no linear layer has two zeros of every four neighbours, in 16 bits"

@@ -63,7 +63,7 @@ def linears(folder: Path) -> dict[str, Tensor]:
         named = {f"{own.name}.weight" for own in Report.read(folder).linears}
         pruned = {name: own for name, own in pruned.items() if name in named} or pruned
     if not pruned:
-        raise GblmError(f"{folder} holds no linear in blocks; give a transformer")
+        raise GblmError(f"{folder} holds no linear layer in blocks; give a transformer")
     return pruned
 
 

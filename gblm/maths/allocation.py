@@ -69,12 +69,12 @@ class Allocation:
 
 
 def uniform() -> Allocation:
-    """Take the same share of every linear."""
+    """Take the same share of every linear layer."""
     return Allocation("uniform", frozenset(), lambda x, budget: [budget.sparsity] * len(x))
 
 
 def gradient(norm: str = "l1", bound: float = 0.15) -> Allocation:
-    """Take what costs least: the next weight of every linear costs the same loss.
+    """Take what costs least: the next weight of every layer costs the same loss.
 
     The loss of dropping a weight is |w|·Σ|g| (norm "l1") or w²·Σg² ("l2"), sums over the samples,
     on the dense model; each linear's curve is that of its own comparison groups (see `loss_curve`).
@@ -86,7 +86,7 @@ def gradient(norm: str = "l1", bound: float = 0.15) -> Allocation:
 
 
 def global_(norm: str = "l1", bound: float = 1.0) -> Allocation:
-    """Take of each linear the share that one threshold for the whole model would drop.
+    """Take of each layer the share that one threshold for the whole model would drop.
 
     The threshold is on |w|·Σ|g| (norm "l1") or w²·Σg² ("l2") of every weight by itself, whatever
     the comparison group of the pattern. bound: see `gradient`; 1 leaves the shares free.

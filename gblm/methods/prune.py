@@ -129,7 +129,7 @@ def _patterns(
     values = by_name(blocks, pattern)
     found = {name: _pattern(method, own) for name, own in values.items() if own is not None}
     if not found:
-        raise GblmError("the patterns leave every linear dense; give some a pattern")
+        raise GblmError("the patterns leave every layer dense; give some a pattern")
     usual = _pattern(method, pattern["*"]) if pattern.get("*") else next(iter(found.values()))
     single = {name: own for name, own in found.items() if own.name != usual.name}
     return usual, single, [name for name, own in values.items() if own is None]

@@ -50,13 +50,13 @@ LINK = "http://www.w3.org/1999/xlink"
 MAPS = (  # of which value of a linear; title, what it says, colour
     (
         "relative_error",
-        "Error by linear",
+        "Error by layer",
         "How far the outputs have moved, ‖(W\u00a0−\u00a0Ŵ)X‖\u00a0/\u00a0‖WX‖, in percent.",
         ERROR,
     ),
     (
         "sparsity",
-        "Sparsity by linear",
+        "Sparsity by layer",
         "The share of the weights that are exactly 0, in percent.",
         SPARSITY,
     ),
@@ -94,7 +94,7 @@ def _cell(linears: list[LinearReport], of: str, block: str) -> tuple[float, str]
     """Return the mean of a value over linears, each by its size, and what is said of it."""
     sizes = [linear.size for linear in linears]
     value = float(np.average([getattr(linear, of) for linear in linears], weights=sizes))
-    name = linears[0].name if len(linears) == 1 else f"{block}, {len(linears)} linears"
+    name = linears[0].name if len(linears) == 1 else f"{block}, {len(linears)} layers"
     return value, f"{name}: {percent(value)}"
 
 

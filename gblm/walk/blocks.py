@@ -159,7 +159,7 @@ def choose(blocks: list[Block], include: list[str], exclude: list[str]) -> None:
     kept = set().union(*(matches[pattern] for pattern in include)) if include else set(names)
     kept = kept.difference(*(matches[pattern] for pattern in exclude))
     if not kept:
-        raise GblmError("every linear is excluded; exclude fewer")
+        raise GblmError("every linear layer is excluded; exclude fewer")
     for linear in (linear for block in blocks for linear in block.linears):
         linear.chosen = bool(include) and linear.name in kept
     for block in blocks:
@@ -180,7 +180,8 @@ def matching(names: list[str], pattern: str) -> set[str]:
         near = f"*.{pattern}" if fnmatch.filter(names, f"*.{shell}") else f"*{pattern}*"
         hint = f"did you mean '{near}'? " if fnmatch.filter(names, near.replace("[", "[[]")) else ""
         raise GblmError(
-            f"no linear is called {pattern}; {hint}names are like {names[0]}, * stands for anything"
+            f"no linear layer is called {pattern}; {hint}names are like {names[0]}, * stands for "
+            "anything"
         )
     return found
 

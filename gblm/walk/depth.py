@@ -113,7 +113,7 @@ class Depth(Rebuilt):
             for new, old in enumerate(stay.get(name, range(len(own))))
         }
         what = f"without {', '.join(self.gone)} the config of {type(self.model).__name__}"
-        way = f"keep a block by leaving its linears out, such as --exclude '{self.gone[0]}.*'"
+        way = f"keep a block by leaving its layers out, such as --exclude '{self.gone[0]}.*'"
         self.check(walk, lambda: self.make(self._changes(self.counts, stay)), what, way)
         ones = torch.ones(1, dtype=torch.bool)
         self.lost = {

@@ -235,7 +235,7 @@ def remaining(counts: list[int], kind: str, share: float) -> dict[int, int]:
     """
     if not counts:
         raise GblmError(
-            f"no {kind} found that can go: what feeds the linears of the blocks is mixed in "
+            f"no {kind} found that can go: what feeds the linear layers of the blocks is mixed in "
             "between, or goes elsewhere too"
         )
     least = min(counts)

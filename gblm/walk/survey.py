@@ -104,7 +104,7 @@ def survey(model: nn.Module, batch: Batch, adapter: Adapter) -> list[Block]:
                 f"block {next(iter(again))} is used more than once; its weights cannot be solved "
                 "block by block; choose a model whose layers are its own"
             )
-        raise GblmError(f"no linears to prune in the blocks of {type(model).__name__}")
+        raise GblmError(f"no linear layers to prune in the blocks of {type(model).__name__}")
     ordered[0].dense |= again
     return ordered
 

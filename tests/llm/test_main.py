@@ -424,9 +424,9 @@ def test_linears_can_be_chosen_by_their_names(folder: Path, text: Path, tmp_path
     assert zeros == {f"{name}.weight" for name in names}
     capsys.readouterr()
     assert main(command(folder, text, "--exclude", "*.up")) == 2
-    assert "no linear is called *.up" in capsys.readouterr().err
+    assert "no linear layer is called *.up" in capsys.readouterr().err
     assert main(command(folder, text, "--exclude", "*")) == 2
-    assert "every linear is excluded" in capsys.readouterr().err
+    assert "every linear layer is excluded" in capsys.readouterr().err
 
 
 def test_a_report_is_a_page_of_the_run(folder: Path, text: Path, tmp_path: Path, capsys):

@@ -26,7 +26,7 @@ def test_heat_maps_have_a_cell_for_every_linear_and_block(make_report):
     error = titles(figures.heat_maps(report)[0][2])
     assert error[0].endswith(": 1.0 %")
     whole = (0.01 * 32 * 32 + 0.011 * 32 * 96) / (32 * 32 + 32 * 96)
-    assert error[12] == f"layers.0, 2 linears: {100 * whole:.1f} %"
+    assert error[12] == f"layers.0, 2 layers: {100 * whole:.1f} %"
 
 
 def test_experts_share_a_row_and_missing_linears_leave_a_gap(make_report):
@@ -35,7 +35,7 @@ def test_experts_share_a_row_and_missing_linears_leave_a_gap(make_report):
         LinearReport(f"layers.1.experts.{i}.w", [32, 32], 0.5, 0.2 * i, 0.1) for i in range(3)
     ]
     svg = figures.heat_maps(report)[0][2]
-    assert "layers.1, 3 linears: 20.0 %" in titles(svg)
+    assert "layers.1, 3 layers: 20.0 %" in titles(svg)
     assert "experts.*.w" in svg
     assert len(titles(svg)) == 4 + 1 + 2
 

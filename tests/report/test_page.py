@@ -114,7 +114,7 @@ def test_speed_and_size_are_shown_and_no_gain_is_said(make_report):
 def test_what_zeros_buy_is_shown(make_report):
     own = Gain([8, 4], 3, 128, "bfloat16", {"bfloat16": 0.01, "int8": 0.005, "CSR": 0.05})
     text = said(run_page(make_report(gains=[own])))
-    assert "linears vectors bfloat16 int8 CSR 3 of 8 × 4 128 10\u00a0ms × 0.50 no gain" in text
+    assert "layers vectors bfloat16 int8 CSR 3 of 8 × 4 128 10\u00a0ms × 0.50 no gain" in text
 
 
 def test_an_uneven_allocation_is_told(make_report):
@@ -127,9 +127,9 @@ def test_an_uneven_allocation_is_told(make_report):
 
 def test_a_map_of_one_colour_is_left_out(make_report):
     report = make_report()
-    assert "Sparsity by linear" not in run_page(report)
+    assert "Sparsity by layer" not in run_page(report)
     report.linears[0].sparsity = 0.3
-    assert "Sparsity by linear" in run_page(report)
+    assert "Sparsity by layer" in run_page(report)
 
 
 def test_where_when_and_on_what_it_ran(make_report):
