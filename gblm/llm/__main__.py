@@ -56,6 +56,8 @@ class LanguageSettings(Settings):
     """read weights that are not safetensors"""
     length: Annotated[int | None, CALIBRATION(NUMBER, "N")] = None
     """tokens in a window [2048 at most]"""
+    bos: Annotated[bool, CALIBRATION()] = False
+    """a begin-of-text token in front of each window, those of --evaluate too"""
     experts: Annotated[str, CALIBRATION(Value(offers=["routed", "all"]), "WHICH")] = "routed"
     """statistics of an expert: of the tokens sent to it, or of all [routed]"""
     evaluate_windows: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
@@ -227,6 +229,8 @@ def draw(settings: LanguageSettings) -> tuple[Any, dict[str, Any]]:
     compares = kind == llm.heads.BARE and hasattr(config, "vision_config")
     if settings.evaluate and kind == llm.heads.BARE and not compares:
         raise GblmError(f"model {settings.model} has no head to judge it by; leave --evaluate out")
+    if settings.bos and kind != llm.heads.CAUSAL:
+        raise GblmError(f"--bos is for causal models of text, and {settings.model} is none")
     if settings.unlabelled and not classifies:
         raise GblmError(f"--unlabelled is for classifiers, and {settings.model} is none")
     batch = samples(settings, settings.calibration, config, tokenizer)
@@ -285,7 +289,8 @@ def samples(settings: LanguageSettings, source: str, config: Any, tokenizer: Any
             return llm.labelled.batch(some, config, tokenizer, length, labelled)
     if hasattr(config, "vision_config"):
         log.warning("calibration on text alone: what sees the pictures stays dense")
-    size_of = {"samples": settings.samples, "length": settings.length, "seed": settings.seed}
+    size_of = {"samples": settings.samples, "length": settings.length}
+    size_of |= {"seed": settings.seed, "bos": settings.bos}
     words = getattr(tokenizer, "tokenizer", tokenizer)
     return llm.models.windows(source, config, words, **size_of)
 
@@ -306,7 +311,7 @@ def evaluated(
     """Return the windows of a source to evaluate on, as long as those of the calibration."""
     words, length = getattr(tokenizer, "tokenizer", tokenizer), settings.length
     length = llm.models.window_length(config, length or llm.models.length_of(batch))
-    ids = llm.data.evaluation(source, words, length, settings.evaluate_windows)
+    ids = llm.data.evaluation(source, words, length, settings.evaluate_windows, settings.bos)
     llm.data.check_ids(ids, llm.models.vocabulary(config), source)
     return llm.heads.samples_of(ids, config, words, settings.seed)
 

@@ -190,6 +190,7 @@ def windows(
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = False,
 ) -> Batch:
     """Return the calibration batch for a model's config: `input_ids [samples, length]`, ….
 
@@ -198,7 +199,7 @@ def windows(
     See `gblm.llm.data.calibration` for the sources. length: min(2048, what the model can take)
     where None. Raises `GblmError` where the source has too little, or ids the model does not know.
     """
-    ids = data.calibration(source, tokenizer, samples, window_length(config, length), seed)
+    ids = data.calibration(source, tokenizer, samples, window_length(config, length), seed, bos)
     data.check_ids(ids, vocabulary(config), source)
     return samples_of(ids, config, tokenizer, seed)
 

@@ -193,6 +193,8 @@ def _file(path: Path, where: str) -> Content:
         if name.endswith(".parquet"):
             rows = Rows([path])
             return rows_of(rows, rows.schema.names, where)
+        if name.endswith(".tar"):
+            return _samples(path, where)
         with gzip.open(path) if name.endswith(".gz") else path.open("rb") as handle:
             if name.removesuffix(".gz").endswith((".json", ".jsonl")):
                 return _json(handle, where)
@@ -201,6 +203,20 @@ def _file(path: Path, where: str) -> Content:
                 columns = {key: [row[key] for row in cells] for key in cells[0]} if cells else {}
                 return rows_of(columns, list(columns), where)
             return _decode(handle.read(), where).replace("\r\n", "\n")
+
+
+def _samples(path: Path, where: str) -> list[Document]:
+    """Read a shard of WebDataset: the text of each sample, or else what its JSON says."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    found = datasets.load_dataset("webdataset", data_files=str(path.resolve()), split="train")
+    column = next((name for name in ("txt", "text", "json") if name in found.column_names), None)
+    if column is None:
+        held = ", ".join(name for name in found.column_names if not name.startswith("__"))
+        raise GblmError(f"{where} holds no .txt and no .json, only {held}; give it one of them")
+    keys = (f"{where}, sample {key}" for key in found["__key__"])
+    return [_document(row, place) for row, place in zip(found[column], keys, strict=True)]
 
 
 def _rows(path: Path, where: str) -> list[Row]:

@@ -1,11 +1,14 @@
 """Laws and errors of the token windows, on tiny files and a tokenizer made here."""
 
+import copy
 import gzip
+import io
 import json
 import logging
 import os
 import random
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -572,3 +575,56 @@ def test_golden_windows(words):
     assert windows.shape == (128, 256)
     check_ids(windows, 512, "golden")
     assert evaluation(str(golden / "evaluation.npz"), words, 256).shape == (60, 256)
+
+
+def shard(path: Path, files: dict[str, str]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text.encode())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    return path
+
+
+def test_shards_of_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    texts = {f"{n}.txt": text for n, text in enumerate(DOCUMENTS[:3])}
+    about = {f"{n}.json": '{"url": "x"}' for n in range(3)}  # beside the text
+    both = dict(sorted((texts | about).items()))
+    one = shard(folder / "train-000.tar", both)
+    assert sources.read(str(one), "calibration") == DOCUMENTS[:3]
+    rows = {"a.json": json.dumps({"text": "w3"}), "b.json": json.dumps({"text": "w4"})}
+    shard(folder / "train-001.tar", rows)
+    shard(folder / "val-000.tar", {"a.txt": "w5"})
+    assert sources.read(str(folder), "calibration") == [*DOCUMENTS[:3], "w3", "w4"]
+    assert sources.read(str(folder), "evaluation") == ["w5"]
+    with pytest.raises(GblmError, match=r"holds no .txt and no .json, only cls; give it one"):
+        sources.read(str(shard(tmp_path / "none.tar", {"a.cls": "1"})), "calibration")
+    (tmp_path / "junk.tar").write_bytes(b"no shard")
+    with pytest.raises(GblmError, match=r"junk.tar cannot be read"):
+        sources.read(str(tmp_path / "junk.tar"), "calibration")
+
+
+def test_windows_begin_with_the_token_that_begins_a_text(tmp_path: Path, words):
+    words = copy.deepcopy(words)
+    file = tmp_path / "notes.txt"
+    file.write_text(text_of(*range(1, 200)))
+    with pytest.raises(GblmError, match="no begin-of-text token; leave --bos out"):
+        calibration(str(file), words, 4, 8, bos=True)
+    words.bos_token = "w7"
+    for plain, begun in (
+        (calibration(str(file), words, 4, 7), calibration(str(file), words, 4, 8, bos=True)),
+        (evaluation(str(file), words, 7), evaluation(str(file), words, 8, bos=True)),
+        (evaluation(str(file), words, 7, 3), evaluation(str(file), words, 8, 3, bos=True)),
+    ):
+        assert (begun[:, 0] == 7).all()
+        assert torch.equal(begun[:, 1:], plain)
+    own = tmp_path / "own.txt"  # as of a tokenizer that adds it by itself
+    own.write_text(text_of(7, *range(100, 200)))
+    assert evaluation(str(own), words, 8, bos=True)[0].tolist() == [7, *range(100, 107)]
+    documents = jsonl(tmp_path / "rows.jsonl", DOCUMENTS)
+    assert (calibration(str(documents), words, 3, 9, bos=True)[:, 0] == 7).all()

@@ -30,6 +30,7 @@ FLAGS = [
     "--alpha",
     "--also",
     "--backward",
+    "--bos",
     "--calibration",
     "--completion",
     "--compute-dtype",
