@@ -12,7 +12,10 @@ from gblm.llm.adapters import adapter
 from gblm.machine import offload
 from gblm.machine.files import write_tensors
 from gblm.machine.offload import UNITS, Offload, Store, offload_of, onload
+from gblm.maths import patterns
+from gblm.walk.prune import Pruning
 from gblm.walk.survey import find_adapter
+from gblm.walk.walk import Walk
 
 METHODS = ["magnitude", "wanda", "gblm", "sparsegpt", "best"]
 
@@ -146,3 +149,44 @@ def test_auto_keeps_weights_as_near_as_they_fit(monkeypatch):
         (400, "cuda"): "cpu",
         (4000, "cuda"): "disk",
     }
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["neurons:0.25+2:4", "neurons:0.25/uneven+heads:0.5/uneven", "blocks:0.34+neurons:0.25"],
+)
+def test_offloaded_models_become_as_small(make_llama, batch, kind, pattern, tmp_path):
+    plain, other = make_llama(), make_llama()
+    parts = offloaded(other, kind, tmp_path)
+    reports = [
+        gblm.prune(model, batch, methods.make("best"), pattern, backward="blocks")
+        for model in (plain, other)
+    ]
+    assert reports[0].left == reports[1].left < reports[0].parameters
+    wanted = plain.state_dict()
+    held = [name for unit in parts.units for name in unit.parameters if name in wanted]
+    assert {name for name in wanted if ".layers." in name} <= {*held}
+    with parts.home():
+        assert all(torch.equal(other.get_parameter(name), wanted[name]) for name in held)
+    with torch.no_grad():
+        assert torch.equal(other(**batch).logits, plain(**batch).logits)
+    masks = reports[0].masks()
+    assert all(torch.equal(own, masks[name]) for name, own in reports[1].masks().items())
+    parts.close()
+
+
+@pytest.mark.parametrize("pattern", ["neurons:0.25", "blocks:0.34", "mlps:0.34"])
+def test_an_offloaded_model_gets_back_what_it_had(llama, batch, pattern, tmp_path):
+    with torch.no_grad():
+        dense = llama(**batch).logits
+    parts = offloaded(llama, "disk", tmp_path)
+    pruning = Pruning(Walk.of(llama, batch), methods.make("wanda"), patterns.parse(pattern))
+    pruning.run()
+    with torch.no_grad():
+        assert not torch.equal(llama(**batch).logits, dense)
+    pruning.rebuilt.undo()
+    parts.revert()
+    with torch.no_grad():
+        assert torch.equal(llama(**batch).logits, dense)
+    parts.close()

@@ -18,6 +18,7 @@ from gblm.llm.__main__ import main
 from gblm.maths import patterns
 from gblm.maths.allocation import cheapest
 from gblm.vit.__main__ import main as vit_main
+from gblm.walk.journal import Journal
 from gblm.walk.narrow import Narrowing
 from gblm.walk.walk import Walk
 
@@ -214,12 +215,31 @@ def test_a_pattern_says_that_it_is_uneven():
     assert patterns.parse(own.name).name == own.name == "blocks:0.5+neurons:0.25/uneven"
 
 
+@pytest.mark.parametrize("pattern", [BOTH, "mlps:0.34"])
+def test_a_run_that_is_resumed_gives_the_same_model(
+    make_llama, make_batch, prune, tmp_path, pattern
+):
+    found = []
+    for resume in (False, True):
+        model = make_llama()
+        journal = Journal(tmp_path / "run", {"run": "one"}, resume)
+        if resume:
+            journal.finished.pop()
+            journal.entries = journal.entries[: -len(journal.entries) // 3]
+        prune(model, make_batch(), methods.make("best"), pattern, journal=journal)
+        found.append((model.narrowed, model.state_dict()))
+    assert found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value)
+
+
 # The command
 
 
-def test_the_command_writes_what_loads_by_code_beside_it(llm, tmp_path):
+@pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
+def test_the_command_writes_what_loads_by_code_beside_it(llm, tmp_path, offload):
     flags = [flag.replace("--windows", "--evaluate-windows") for flag in llm[1:]]
-    flags += ["--method", "best", "--sparsity", "neurons:0.25", "--uneven"]
+    flags += ["--method", "best", "--sparsity", "neurons:0.25", "--uneven", "--offload", offload]
     assert main([*flags, "--output", str(tmp_path / "out")]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import logging
 import os
 import sys
@@ -126,7 +127,7 @@ class Unit:
     """Parameters, by their names in the model, that come to the device together.
 
     depth: how many uses of them are under way. hooked: whether they come and go with the runs of
-    the module.
+    the module. past: where they rest once another module has taken its place.
     """
 
     name: str
@@ -136,6 +137,12 @@ class Unit:
     depth: int = 0
     version: int = 0
     hooked: bool = True
+    past: Store | None = None
+
+    @property
+    def store(self) -> Store:
+        """Where they rest."""
+        return self.past or self.offload.store
 
     def enter(self) -> None:
         """Bring the parameters to the device, where they are not there yet."""
@@ -154,7 +161,7 @@ class Unit:
             return
         if self._version() != self.version:
             changed = {name: parameter.detach() for name, parameter in self.parameters.items()}
-            self.offload.store.write(self.name, changed)
+            self.store.write(self.name, changed)
         self.forget()
 
     def before(self, *_: object) -> None:
@@ -202,6 +209,7 @@ class Offload:
         self.next: tuple[Unit, Future[Tensors]] | None = None
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gblm-read")
         self.hooks: list[RemovableHandle] = []
+        self.numbers = itertools.count()  # of modules that take the place of others
         away = {name for unit in self.units for name in unit.parameters}
         stays = {name: value for name, value in model.named_parameters() if name not in away}
         for name, tensor in store.read(stays).items():
@@ -209,12 +217,7 @@ class Offload:
         for buffer in model.buffers():
             buffer.data = buffer.to(self.device)
         for unit in self.units:
-            unit.forget()
-            UNITS[id(unit.module)] = unit
-            self.hooks += [
-                unit.module.register_forward_pre_hook(unit.before, prepend=True),
-                unit.module.register_forward_hook(unit.after, always_call=True),
-            ]
+            self._watch(unit)
 
     @property
     def kind(self) -> str:
@@ -225,7 +228,7 @@ class Offload:
         """Return the tensors of a unit from the store, and start to read the block likely next."""
         ahead, self.next = self.next, None
         tensors = (
-            ahead[1].result() if ahead and ahead[0] is unit else self.store.read(unit.parameters)
+            ahead[1].result() if ahead and ahead[0] is unit else unit.store.read(unit.parameters)
         )
         if unit not in self.blocks:
             return tensors
@@ -252,6 +255,41 @@ class Offload:
         units += [list(parameters)] if parameters else []
         of = f"of-{len(units):05}.safetensors"
         return {f"model-{number:05}-{of}": names for number, names in enumerate(units, 1)}
+
+    def exchange(self, old: nn.Module, new: nn.Module, name: str) -> Callable[[], None]:
+        """Let a module that takes the place of another come and go as that did.
+
+        name: of the new one in the model. The old one keeps what it has. Returns what undoes it.
+        """
+        unit, number = UNITS[id(old)], next(self.numbers)
+        parameters = {f"{name}.{key}": value for key, value in new.named_parameters()}
+        own, changed = Unit(name, new, parameters, self), dict(self.store.changed)
+        places = {key: changed.get(key, self.store.dense[key]) for key in unit.parameters}
+        unit.past = Store(places, self.store.folder)
+        self.store.write(f"{number}-{name}", {k: value.detach() for k, value in parameters.items()})
+        self._watch(own)
+        lists = self.units, self.blocks
+        for units in lists:
+            units[units.index(unit)] = own
+
+        def undo() -> None:
+            for units in lists:
+                units[units.index(own)] = unit
+            unit.past = None
+            for key in parameters:
+                self.store.changed.pop(key, None)
+            self.store.changed |= {k: changed[k] for k in {*parameters, *places} & changed.keys()}
+
+        return undo
+
+    def _watch(self, unit: Unit) -> None:
+        """Let the parameters of a unit come and go with its module."""
+        unit.forget()
+        UNITS[id(unit.module)] = unit
+        self.hooks += [
+            unit.module.register_forward_pre_hook(unit.before, prepend=True),
+            unit.module.register_forward_hook(unit.after, always_call=True),
+        ]
 
     def revert(self) -> None:
         """Make all weights dense again."""

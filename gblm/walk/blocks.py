@@ -49,6 +49,11 @@ class Linear:
         return self.matrix.view(self.parameter.detach())
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """The strides of its parameter, which an offloaded one lacks while it is away."""
+        return torch.empty(self.parameter.shape, device="meta").stride()
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.matrix.shape
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from gblm.base import GblmError, Pattern, Statistics
 from gblm.machine.carry import SHORTER
 from gblm.walk.blocks import take
 from gblm.walk.call import Output
-from gblm.walk.rebuilt import Rebuilt, fill, settings_of
+from gblm.walk.rebuilt import Rebuilt, settings_of
 from gblm.walk.sample import evaluations, least_loss
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
@@ -128,8 +129,8 @@ class Depth(Rebuilt):
         for name in self.counts:
             own, new = (model.get_submodule(name) for model in (self.model, self.empty))
             old = [*own.children()]
-            for i, module in zip(self._stay(name), new.children(), strict=True):
-                fill(module, old[i], dict(old[i].named_parameters()))
+            for i, (key, module) in zip(self._stay(name), new.named_children(), strict=True):
+                self.fill(module, old[i], f"{name}.{key}", partial(_parameters, old[i]))
             self.put(name, new)
         self.state()
         self.before.append((self.model, SHORTER, None))
@@ -211,6 +212,10 @@ class _Passing:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Output:
         return self.bypass.of(tree_flatten((args, kwargs))[0])
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters())
 
 
 def find_bypasses(walk: Walk) -> dict[str, Bypass]:

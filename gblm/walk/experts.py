@@ -23,7 +23,7 @@ from gblm.machine import processes
 from gblm.maths.structure import kept
 from gblm.walk.blocks import Block, Linear
 from gblm.walk.products import Products, Use
-from gblm.walk.rebuilt import Rebuilt, fill, settings_of
+from gblm.walk.rebuilt import Rebuilt, settings_of
 from gblm.walk.sample import some
 from gblm.walk.units import within
 from gblm.walk.visit import Visit, forward
@@ -118,11 +118,8 @@ class Experts(Rebuilt):
                 continue
             new = self.empty.get_submodule(block.name)
             shapes = {name: x.shape for name, x in new.named_parameters()}
-            left = {
-                name: nn.Parameter(_left(x.detach(), shapes[name], own), x.requires_grad)
-                for name, x in block.module.named_parameters()
-            }
-            fill(new, block.module, left)
+            left = partial(_left_of, block.module, shapes, own)
+            self.fill(new, block.module, block.name, left)
             self.put(block.name, new)
         self.state()
 
@@ -182,6 +179,16 @@ def _given(visit: Visit, own: Mixture) -> Iterator[Tensor]:
         for piece in call.pieces(visit.samples_at_once):
             given: Any = call.run(call.arguments(piece), watch=Closed([own]))
             yield from (x for x in tree_flatten(given)[0] if isinstance(x, Tensor))
+
+
+def _left_of(
+    module: nn.Module, shapes: dict[str, torch.Size], own: Mixture
+) -> dict[str, nn.Parameter]:
+    """Return what is left of the parameters of a block."""
+    return {
+        name: nn.Parameter(_left(x.detach(), shapes[name], own), x.requires_grad)
+        for name, x in module.named_parameters()
+    }
 
 
 def _left(value: Tensor, shape: torch.Size, own: Mixture) -> Tensor:

@@ -14,6 +14,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 
 from gblm.base import Adapter, GblmError, Pattern, Statistics
 from gblm.machine.narrowed import narrow
+from gblm.machine.offload import onload
 from gblm.maths.allocation import cheapest
 from gblm.maths.scores import gradient
 from gblm.maths.stats import wide
 from gblm.maths.structure import MULTIPLE, kept, unit_scores
 from gblm.walk.blocks import Block, Linear, Units, take
-from gblm.walk.rebuilt import Rebuilt, fill, settings_of
+from gblm.walk.rebuilt import Rebuilt, settings_of
 from gblm.walk.units import find_units, kind_of
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
@@ -35,7 +37,7 @@ from gblm.walk.widths import Setting, copied, find_settings, modules_of
 log = logging.getLogger(__name__)
 
 LOSS = "grad_abs"  # the sums of gradients that say what a unit costs
-BOUND = 0.15  # how far the share of a layer may lie from that of the model
+BOUND = 0.3  # how far the share of a layer may lie from that of the model
 
 Shapes = dict[str, tuple[int, ...]]
 # Where a unit lies in a parameter: the expert, None for all, and the dimension.
@@ -119,12 +121,16 @@ class Narrowing(Rebuilt):
         assert self.pattern
         if not self.pattern.uneven:
             return
+        curve: dict[str, Tensor] = {}
+        for block in self.blocks:
+            with onload(block.module):
+                curve |= {x.reader.name: _losses(x, gradients) for x in self.units[block.name]}
         for kind, share in self.pattern.units:
             layers: dict[nn.Parameter, list[Units]] = {}
             for own in self._of_kind(kind):
                 layers.setdefault(own.reader.parameter, []).append(own)
             curves = [
-                torch.stack([_losses(x, gradients) for x in own]).mean(0) for own in layers.values()
+                torch.stack([curve[x.reader.name] for x in own]).mean(0) for own in layers.values()
             ]
             sizes = [sum(x.weights * len(x.channels) for x in own) for own in layers.values()]
             shares = cheapest(curves, sizes, share, BOUND)
@@ -198,7 +204,7 @@ class Narrowing(Rebuilt):
         for block in self.blocks:
             new = self.empty.get_submodule(block.name)
             shapes = {name: own.shape for name, own in new.named_parameters()}
-            fill(new, block.module, self._cut(block, shapes))
+            self.fill(new, block.module, block.name, partial(self._cut, block, shapes))
             self.put(block.name, new)
         self.state()
 
@@ -290,16 +296,16 @@ def biases(module: nn.Module, weight: nn.Parameter) -> list[nn.Parameter]:
 
 def _place(linear: Linear, axis: int) -> tuple[int | None, int, int]:
     """Return the expert, the dimension of the parameter, and where the matrix begins in that."""
-    parameter, matrix, expert = linear.parameter, linear.matrix, None
+    matrix, shape, strides, expert = linear.matrix, linear.parameter.shape, linear.strides, None
     offset = matrix.offset
-    if parameter.ndim == 3 and offset // parameter.stride(0) == matrix.last // parameter.stride(0):
-        expert, offset = divmod(offset, parameter.stride(0))
+    if len(shape) == 3 and offset // strides[0] == matrix.last // strides[0]:
+        expert, offset = divmod(offset, strides[0])
     dim = next(
         dim
-        for dim, (size, stride) in enumerate(zip(parameter.shape, parameter.stride(), strict=True))
+        for dim, (size, stride) in enumerate(zip(shape, strides, strict=True))
         if size > 1 and stride == matrix.stride[axis] and not (dim == 0 and expert is not None)
     )
-    return expert, dim, offset // parameter.stride(dim) % parameter.shape[dim]
+    return expert, dim, offset // strides[dim] % shape[dim]
 
 
 def _without(value: Tensor, gone: dict[Place, Tensor]) -> Tensor:

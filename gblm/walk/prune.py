@@ -16,7 +16,7 @@ from torch import Tensor
 from gblm.base import DENSE_OUTPUTS, GblmError, Method, Pattern, Statistics, Step
 from gblm.machine import processes
 from gblm.machine.device import memory_errors
-from gblm.machine.offload import offload_of, onload
+from gblm.machine.offload import onload
 from gblm.maths import allocation, patterns, stats
 from gblm.maths.allocation import Allocation, Weighed
 from gblm.report import LinearReport, Report, clock
@@ -234,8 +234,6 @@ class Pruning:
 
 def rebuilt(walk: Walk, pattern: Pattern) -> Rebuilt:
     """Return how a model becomes smaller by a pattern of units; raises `GblmError` if it cannot."""
-    if offload_of(walk.model):
-        raise GblmError(f"{pattern.name} needs all weights at hand; use --offload none")
     if pattern.then and pattern.then.units:
         rebuilt(walk, pattern.then)  # what it would raise later
     (kind, _), *_ = pattern.units

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gblm.base import Adapter, GblmError, Pattern, Statistics, reason
+from gblm.machine.offload import offload_of, onload
 from gblm.walk.blocks import Block, Units, frozen, take, to_device
 from gblm.walk.walk import Walk
 
@@ -30,8 +31,8 @@ class Rebuilt(ABC):
     units: those of each block from which some go, by its name. gone: the names of blocks that go.
     renamed: of each block that stays, its name by that in the smaller model, where it has another.
     lost: which rows of linears go, by their names, where that is chosen beforehand. empty: the
-    copy. `undo` gives the model back what it had before `apply`, whose weights that
-    leaves as they are.
+    copy. before, moves: what `undo` undoes; it gives the model back what it had before `apply`,
+    whose weights that leaves as they are.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Rebuilt(ABC):
     lost: dict[str, Tensor] = field(default_factory=dict)
     empty: nn.Module = field(default_factory=nn.Module)
     before: list[tuple[Any, str, Any]] = field(default_factory=list)
+    moves: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
     @abstractmethod
@@ -92,6 +94,19 @@ class Rebuilt(ABC):
         self.before.append((self.model, name, self.model.get_submodule(name)))
         self.model.set_submodule(name, new)
 
+    def fill(
+        self, new: nn.Module, old: nn.Module, name: str, left: Callable[[], dict[str, nn.Parameter]]
+    ) -> None:
+        """Fill a module of the copy with what is left of an old one, which rests where that did.
+
+        name: of the new one in the model. left: gives its parameters, those of the old at hand.
+        """
+        offload = offload_of(self.model)
+        with onload(old):
+            fill(new, old, left())
+            if offload:
+                self.moves.append(offload.exchange(old, new, name))
+
     def state(self) -> None:
         """Give the model the config of the copy."""
         for name, module in self.empty.named_modules():
@@ -111,6 +126,9 @@ class Rebuilt(ABC):
             else:
                 setattr(owner, name, value)
         self.before.clear()
+        for move in reversed(self.moves):
+            move()
+        self.moves.clear()
 
 
 def _hidden(walk: Walk, batch: Any) -> list[Tensor]:

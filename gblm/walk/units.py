@@ -96,8 +96,8 @@ def within(linear: Linear) -> tuple[int, int, tuple[int, int]] | None:
     parameter, matrix = linear.parameter, linear.matrix
     if parameter.ndim != 3:
         return None
-    expert, offset = divmod(matrix.offset, parameter.stride(0))
-    whole = expert == matrix.last // parameter.stride(0)
+    expert, offset = divmod(matrix.offset, linear.strides[0])
+    whole = expert == matrix.last // linear.strides[0]
     return (expert, offset, matrix.stride) if whole else None
 
 

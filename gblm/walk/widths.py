@@ -40,11 +40,14 @@ def copied(module: nn.Module) -> Any:
         id(own): nn.Parameter(torch.empty_like(own, device="meta"), own.requires_grad)
         for own in module.parameters()
     }
-    waiting = [own for own in module.modules() if "forward" in vars(own)]
-    memo |= {id(vars(own)["forward"]): None for own in waiting}
+    for own in module.modules():  # what waits or brings weights is not copied
+        hooks = [*own._forward_pre_hooks.values(), *own._forward_hooks.values()]
+        memo |= {id(x): None for x in [*hooks, vars(own).get("forward")]}
     new = copy.deepcopy(module, memo)
     for own in new.modules():
         vars(own).pop("forward", None)
+        own._forward_pre_hooks.clear()
+        own._forward_hooks.clear()
     return new
 
 
