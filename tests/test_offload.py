@@ -171,8 +171,9 @@ def test_offloaded_models_become_as_small(make_llama, batch, kind, pattern, tmp_
         assert all(torch.equal(other.get_parameter(name), wanted[name]) for name in held)
     with torch.no_grad():
         assert torch.equal(other(**batch).logits, plain(**batch).logits)
-    masks = reports[0].masks()
-    assert all(torch.equal(own, masks[name]) for name, own in reports[1].masks().items())
+    if "blocks" not in pattern:  # those that stay share their weights with the shorter model
+        masks = reports[0].masks()
+        assert all(torch.equal(own, masks[name]) for name, own in reports[1].masks().items())
     parts.close()
 
 

@@ -256,40 +256,48 @@ class Offload:
         of = f"of-{len(units):05}.safetensors"
         return {f"model-{number:05}-{of}": names for number, names in enumerate(units, 1)}
 
-    def exchange(self, old: nn.Module, new: nn.Module, name: str) -> Callable[[], None]:
+    def exchange(self, old: nn.Module, new: nn.Module | None, name: str = "") -> Callable[[], None]:
         """Let a module that takes the place of another come and go as that did.
 
-        name: of the new one in the model. The old one keeps what it has. Returns what undoes it.
+        new: None where none does; name: of it in the model. The old one keeps what it has. Returns
+        what undoes it.
         """
-        unit, number = UNITS[id(old)], next(self.numbers)
-        parameters = {f"{name}.{key}": value for key, value in new.named_parameters()}
-        own, changed = Unit(name, new, parameters, self), dict(self.store.changed)
+        unit, before = UNITS[id(old)], (list(self.units), list(self.blocks))
+        changed = dict(self.store.changed)
         places = {key: changed.get(key, self.store.dense[key]) for key in unit.parameters}
-        unit.past = Store(places, self.store.folder)
-        self.store.write(f"{number}-{name}", {k: value.detach() for k, value in parameters.items()})
-        self._watch(own)
-        lists = self.units, self.blocks
-        for units in lists:
-            units[units.index(unit)] = own
+        unit.past, written = Store(places, self.store.folder), {*places}
+        instead, hooks = list[Unit](), list[RemovableHandle]()
+        if new is not None:
+            parameters = {f"{name}.{key}": value for key, value in new.named_parameters()}
+            own = Unit(f"{next(self.numbers)}-{name}", new, parameters, self)
+            self.store.write(own.name, {key: value.detach() for key, value in parameters.items()})
+            hooks = self._watch(own)
+            instead, written = [own], {*places, *parameters}
+        for units in (self.units, self.blocks):
+            at = units.index(unit)
+            units[at : at + 1] = instead
 
         def undo() -> None:
-            for units in lists:
-                units[units.index(own)] = unit
+            self.units, self.blocks = before
             unit.past = None
-            for key in parameters:
+            for hook in hooks:
+                hook.remove()
+            for key in written:
                 self.store.changed.pop(key, None)
-            self.store.changed |= {k: changed[k] for k in {*parameters, *places} & changed.keys()}
+            self.store.changed |= {key: changed[key] for key in written & changed.keys()}
 
         return undo
 
-    def _watch(self, unit: Unit) -> None:
+    def _watch(self, unit: Unit) -> list[RemovableHandle]:
         """Let the parameters of a unit come and go with its module."""
         unit.forget()
         UNITS[id(unit.module)] = unit
-        self.hooks += [
+        hooks = [
             unit.module.register_forward_pre_hook(unit.before, prepend=True),
             unit.module.register_forward_hook(unit.after, always_call=True),
         ]
+        self.hooks += hooks
+        return hooks
 
     def revert(self) -> None:
         """Make all weights dense again."""

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gblm.base import GblmError, Pattern, Statistics
 from gblm.machine.carry import SHORTER
+from gblm.machine.offload import offload_of
 from gblm.walk.blocks import take
 from gblm.walk.call import Output
 from gblm.walk.rebuilt import Rebuilt, settings_of
@@ -126,6 +127,9 @@ class Depth(Rebuilt):
 
     def apply(self) -> None:
         """Give the model lists of blocks of the copy, with the parameters of those that stay."""
+        if offload := offload_of(self.model):
+            gone = map(self.model.get_submodule, self.gone)
+            self.moves += [offload.exchange(module, None) for module in gone]
         for name in self.counts:
             own, new = (model.get_submodule(name) for model in (self.model, self.empty))
             old = [*own.children()]

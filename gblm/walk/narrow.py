@@ -62,7 +62,7 @@ class Narrowing(Rebuilt):
         units: dict[str, list[Units]] = {name: [] for name in found}
         for kind, share in pattern.units:
             own = [one for parts in found.values() for one in parts if one.kind == kind]
-            counts = remaining([len(one.channels) for one in own], kind, share)
+            counts = remaining([len(x.channels) for x in own], kind, share, pattern.uneven)
             for name, parts in found.items():
                 units[name] += [
                     replace(one, kept=counts[len(one.channels)])
@@ -234,10 +234,11 @@ class Narrowing(Rebuilt):
         }
 
 
-def remaining(counts: list[int], kind: str, share: float) -> dict[int, int]:
+def remaining(counts: list[int], kind: str, share: float, uneven: bool) -> dict[int, int]:
     """Return how many units stay where there are so many, the same share of each.
 
-    Raises `GblmError` where there are none, or none would go.
+    uneven: whether layers will share out those that go; some of each do until then. Raises
+    `GblmError` where there are none, or none would go.
     """
     if not counts:
         raise GblmError(
@@ -246,10 +247,12 @@ def remaining(counts: list[int], kind: str, share: float) -> dict[int, int]:
         )
     least = min(counts)
     stay = kept(least, share, multiple_of(kind))
+    if uneven and stay == least > 1 and round(share * sum(counts)):
+        stay = least - 1
     if stay == least:
         raise GblmError(f"{kind}:{share:g} of {least} removes none; use {kind}:{1 / least:.2g}")
-    if uneven := next((n for n in counts if n * stay % least), 0):
-        raise GblmError(f"{kind}:{share:g} keeps {stay} of {least}, and no such share of {uneven}")
+    if other := next((n for n in counts if n * stay % least), 0):
+        raise GblmError(f"{kind}:{share:g} keeps {stay} of {least}, and no such share of {other}")
     return {n: n * stay // least for n in counts}
 
 
