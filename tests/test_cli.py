@@ -9,7 +9,7 @@ from rich.console import Console
 
 import gblm
 from gblm.command import side
-from gblm.command.show import columned, say
+from gblm.command.show import columned, say, warnings
 from gblm.llm.__main__ import main
 from gblm.machine import processes
 
@@ -137,3 +137,12 @@ def test_finished_runs_are_told_in_a_terminal_while_others_go_on(flags, monkeypa
     assert said.index("2/2 sparsegpt-0.5") > first
     assert first < second
     assert "perplexity" in said[first:second]
+
+
+@pytest.mark.parametrize("method", ["wanda", "best", "best(distill=1)"])
+def test_a_broken_model_is_told_once_with_what_may_help(method):
+    worse = {"metric": "perplexity", "dense": 20.0, "pruned": 50.0}
+    report = gblm.Report(method, "2:4", evaluation={"a": worse | {"pruned": 30.0}, "b": worse})
+    (said,) = warnings([report])
+    assert f"{method}, 2:4 has likely broken the model (b 20.00 → 50.00)" in said
+    assert ("--method best" in said) == (method == "wanda")

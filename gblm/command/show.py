@@ -187,12 +187,13 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
 def warnings(reports: list[Report]) -> Iterator[str]:
     """Yield a warning for every result that is likely of no use."""
     for report in reports:
+        better = "" if report.method.startswith("best") else "--method best, "
         found = ((data, entry) for data, entry in report.evaluation.items() if broken(entry))
         for data, entry in islice(found, 1):
             yield (
                 f"warning: {report.method}, {report.pattern} has likely broken the model "
-                f"({data} {shown(entry, 'dense')} → {shown(entry, 'pruned')}); try --method "
-                "best, a lower sparsity, or more --samples of text or pictures like its own"
+                f"({data} {shown(entry, 'dense')} → {shown(entry, 'pruned')}); try {better}a "
+                "lower sparsity, or more --samples of text or pictures like its own"
             )
 
 

@@ -9,6 +9,7 @@ from gblm.report import Report
 from gblm.report.wording import changes, percent, short, size
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+UNTOUCHED = " What was neither pruned nor refined is that of the original."
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -44,7 +45,7 @@ def card(report: Report, source: Path | None, folder: Path, name: str = "") -> s
         f"layers set to zero, {percent(whole)} of all its weights. gblm pruned it without "
         f"retraining: method `{report.method}`, pattern `{report.pattern}`, "
         f"{samples}{of}{short(place)}."
-        f"{'' if report.smaller else ' All else is that of the original.'}\n",
+        f"{'' if report.smaller else UNTOUCHED}\n",
         *(table if rows else []),
         f"The weights take {size(report.file_bytes)}: zeros are stored like any other weight.\n",
         "## Load it\n",

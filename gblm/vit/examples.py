@@ -57,7 +57,9 @@ class Changed:
         lost = sum(label == before for _, label, before, _ in changed)
         first = sorted(changed, key=lambda image: image[1] != image[2])[:SHOWN]  # the lost ones
         where = f"of the first {len(self.dense)} images of {self.source} changed class"
-        note = f"{len(changed)} {where}; {lost} were correct before; the first {len(first)}:"
+        were = f"{lost} {'was' if lost == 1 else 'were'} correct before"
+        some = f"; the first {len(first)}:" if len(first) < len(changed) else ":"
+        note = f"{len(changed)} {where}; {were}{some}"
         return note if changed else f"None {where}.", [
             Example(self.name(label), self.name(before), self.name(now), self.picture(pixels))
             for pixels, label, before, now in first
