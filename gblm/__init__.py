@@ -1,5 +1,7 @@
 """gblm: one-shot pruning of trained transformers, with the gradients of a few samples."""
 
+from importlib.metadata import version
+
 from gblm.base import Adapter, GblmError, Method, Pattern, Statistics, Step
 from gblm.gains import accelerate, gains
 from gblm.maths.patterns import nm, parse, unstructured
@@ -32,3 +34,9 @@ __all__ = [
     "unpack",
     "unstructured",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        return version("gblm")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

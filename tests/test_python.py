@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 import gblm
 from gblm import GblmError, llm
+from gblm.report import versions
 
 WINDOWS = {"input_ids": torch.randint(3, 60, (6, 12), generator=torch.Generator().manual_seed(0))}
 
@@ -231,3 +232,8 @@ def test_adapters_of_peft_are_never_pruned(make_llama):
     assert all((x != 0).all() for x in own.values())
     q = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
     assert (q == 0).float().mean() == 0.5
+
+
+def test_the_package_has_a_version():
+    assert gblm.__version__ == versions()["gblm"]
+    assert not hasattr(gblm, "nothing")
