@@ -6,8 +6,8 @@
         --share 0.2 --patterns neurons:0.33
 
 share: of the weights in the blocks that the others remove, none of them for 0; patterns and
-methods: what gblm does. The others of a language model are written here by their formulas, on the
-same windows:
+methods: what gblm does; --speed times the blocks that it leaves. The others of a language model are
+written here by their formulas, on the same windows:
 
     taylor   Σ |w·g| of each unit, g the gradient of the mean loss (LLM-Pruner, arXiv 2305.11627),
              the same share of every layer; the first-order term of its elements
@@ -27,20 +27,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from torch import Tensor, nn
 
 import gblm
 from gblm import llm, methods, vit
 from gblm.base import Batch
+from gblm.machine.speed import take_turns
 from gblm.maths import patterns
 from gblm.walk.blocks import Units
 from gblm.walk.depth import Depth
@@ -49,6 +51,7 @@ from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
 TOGETHER = 4
+SECONDS = 2.0  # of each model at each use
 
 
 def block_weights(walk: Walk, model: nn.Module) -> int:
@@ -159,7 +162,7 @@ def sliced(model: Any, batch: Batch, share: float) -> Iterator[float]:
         return 1 - kept / width - 2 * len(layers) * kept**2 / whole
 
     kept = max(n for n in range(1, width) if removed(n) >= share)
-    bases = [torch.linalg.eigh(own).eigenvectors[:, -kept:].float() for own in grams]
+    bases = [torch.linalg.eigh(own).eigenvectors[:, -kept:].to(model.dtype) for own in grams]
 
     def keep(i: int, module: Any, args: Any, output: Any) -> Any:
         """Let what is added to the stream leave it in the subspace of the next norm."""
@@ -191,22 +194,22 @@ def threshold(scores: list[Tensor], every: list[Units], share: float) -> list[Te
     return list(gone.split([len(own.channels) for own in every]))
 
 
-def language(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
+def language(args: argparse.Namespace) -> Iterator[Row]:
     """Yield each contestant, the share of the blocks' weights it removed, and the perplexity."""
     model, tokenizer = llm.models.load(args.model, dtype="float32")
     windows = {"samples": args.samples, "length": args.length}
     batch = llm.models.windows(args.calibration, model.config, tokenizer, **windows)
     ids = llm.data.evaluation(args.evaluate, tokenizer, args.length, args.windows)
-    yield "dense", 0.0, llm.evaluate.perplexity(model, ids)
+    yield Row("dense", 0.0, llm.evaluate.perplexity(model, ids))
     if args.share:
         depth = Depth.of(walk := Walk.of(model, batch), patterns.parse(f"blocks:{args.share}"))
         influence = influences(walk, depth)
         depth.gone = sorted(influence, key=lambda name: influence[name])[: depth.number]
         with depth.passing(depth.gone):
             removed = depth.number / len(walk.blocks)
-            yield "ShortGPT, blocks", removed, llm.evaluate.perplexity(model, ids)
+            yield Row("ShortGPT, blocks", removed, llm.evaluate.perplexity(model, ids))
         with sliced(model, batch, args.share) as removed:
-            yield "SliceGPT", removed, llm.evaluate.perplexity(model, ids)
+            yield Row("SliceGPT", removed, llm.evaluate.perplexity(model, ids))
     for kinds in (("neurons",), ("neurons", "heads")) if args.share else ():
         for name in ("taylor", "flap"):
             own = copy.deepcopy(model)
@@ -229,12 +232,14 @@ def language(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
                 remove(units, mask)
             lost = sum(int(m.sum()) * x.weights for x, m in zip(every, gone, strict=True))
             removed = lost / block_weights(walk, own)
-            yield f"{name}, {' and '.join(kinds)}", removed, llm.evaluate.perplexity(own, ids)
+            yield Row(f"{name}, {' and '.join(kinds)}", removed, llm.evaluate.perplexity(own, ids))
+    timed = {f"{n} tokens": {"input_ids": ids[:1, :n]} for n in (128, 1) if args.speed}
     for method, pattern in ways(args):
-        yield ours(model, batch, method, pattern, lambda own: llm.evaluate.perplexity(own, ids))
+        measure = partial(llm.evaluate.perplexity, windows=ids)
+        yield ours(model, batch, method, pattern, measure, timed)
 
 
-def images(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
+def images(args: argparse.Namespace) -> Iterator[Row]:
     """Yield each contestant, the share of the blocks' weights it removed, and the top-1."""
     model = vit.load(args.model, args.checkpoint)
     batch = vit.data.calibration(
@@ -245,7 +250,7 @@ def images(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     def top1(own: nn.Module) -> float:
         return vit.evaluate.evaluate(own, loader)["top1"]
 
-    yield "dense", 0.0, top1(model)
+    yield Row("dense", 0.0, top1(model))
     walk = Walk.of(model, batch)
     whole = block_weights(walk, model)
     rivals: list[tuple[str, dict[str, bool], bool]] = [
@@ -260,9 +265,10 @@ def images(args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
             torch_pruned(own, batch, ratio, mlp, kind)
             removed = 1 - block_weights(walk, own) / whole
             low, high = (ratio, high) if removed < args.share else (low, ratio)
-        yield name, removed, top1(own)
+        yield Row(name, removed, top1(own))
+    inputs = {f"{n} images": {"images": batch["images"][:n]} for n in (1, 16) if args.speed}
     for method, pattern in ways(args):
-        yield ours(model, batch, method, pattern, top1)
+        yield ours(model, batch, method, pattern, top1, inputs)
 
 
 def torch_pruned(
@@ -305,26 +311,64 @@ def ways(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [(method, pattern) for pattern in named for method in args.methods.split(",")]
 
 
+@dataclass
+class Row:
+    """A contestant: the share of the blocks' weights it removed, and what is measured of the rest.
+
+    seconds: of processor time that it took. times: of the blocks, and their bytes, by those of the
+    dense model.
+    """
+
+    name: str
+    removed: float
+    value: float
+    seconds: float = 0.0
+    times: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        more = "".join(f"  {name} × {ratio:.2f}" for name, ratio in self.times.items())
+        return f"{self.name:48} {self.removed:6.1%} {self.value:9.3f}{more}"
+
+
 def ours(
     model: nn.Module,
     batch: Batch,
     method: str,
     pattern: str,
     measure: Callable[[nn.Module], float],
-) -> tuple[str, float, float]:
-    """Return a method of gblm, the share it removed, and what is measured of the result."""
+    inputs: dict[str, Batch],
+) -> Row:
+    """Return the row of a method of gblm; inputs: of which the blocks' time is taken, by name."""
     own, start = copy.deepcopy(model), time.process_time()
     whole = block_weights(walk := Walk.of(own, batch), own)
     name, options = methods.parse(method)
     gblm.prune(own, batch, methods.make(name, **options), pattern)
-    removed = 1 - block_weights(walk, own) / whole
-    seconds = time.process_time() - start
-    return f"gblm {method}, {pattern} ({seconds:.0f} s)", removed, measure(own)
+    left, seconds = block_weights(walk, own), time.process_time() - start
+    row = Row(f"gblm {method}, `{pattern}`", 1 - left / whole, measure(own), seconds)
+    for of, part in inputs.items():
+        works = [partial(walk.adapter.trunk, each, part) for each in (model, own)]
+        with torch.no_grad():
+            dense, small = take_turns(works, torch.device("cpu"), SECONDS)
+        row.times |= {f"time of {of}": small.seconds / dense.seconds, "bytes": left / whole}
+    return row
+
+
+def page(rows: list[Row], args: argparse.Namespace, metric: str) -> str:
+    """Return the table of all rows, in Markdown."""
+    columns = list(dict.fromkeys(name for row in rows for name in row.times))
+    lines = [["", "removed", metric, *columns], ["---", *["--:"] * (2 + len(columns))]]
+    for row in rows:
+        times = [f"× {row.times[name]:.2f}" if row.times else "" for name in columns]
+        removed = f"{row.removed:.1%}" if row.removed else ""
+        lines.append([row.name, removed, f"{row.value:.2f}", *times])
+    about = f"{Path(args.model).name}: {args.samples} samples of {Path(args.calibration).name}"
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{about}; {tables.threads()}.\n\n{text}"
 
 
 def main() -> None:
     """Run the contestants of a command line, and print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("side", choices=["llm", "vit"])
     for name in ("calibration", "evaluate"):
         parser.add_argument(f"--{name}", required=True)
@@ -336,14 +380,17 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.2)
     parser.add_argument("--patterns", default="")
     parser.add_argument("--methods", default="best")
-    parser.add_argument("--write", type=Path, help="a JSON file of the results")
+    parser.add_argument("--speed", action="store_true", help="time the blocks of what gblm leaves")
+    parser.add_argument("--write", type=Path, help="a Markdown page for the table")
+    parser.add_argument("--section", default="", help="its name there")
     args = parser.parse_args()
     rows = []
-    for name, removed, value in (language if args.side == "llm" else images)(args):
-        rows.append({"contestant": name, "removed": removed, "value": value})
-        print(f"{name:48} {removed:6.1%} {value:9.3f}", flush=True)
-        if args.write:
-            args.write.write_text(json.dumps(rows, indent=1) + "\n")
+    for row in (language if args.side == "llm" else images)(args):
+        rows.append(row)
+        print(row, flush=True)
+    text = page(rows, args, "perplexity" if args.side == "llm" else "top-1 in %")
+    name = args.section or f"structure-{Path(args.model).name}"
+    tables.publish(text, args.write, name, f"### {name}")
 
 
 if __name__ == "__main__":

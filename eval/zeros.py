@@ -3,8 +3,9 @@
     python eval/zeros.py --model MODEL --write docs/what-zeros-buy.md
 
 The masks are those of magnitude: for size and time it matters how many weights are zero, not which.
-The structured model has fewer neurons in every MLP, so that 30 % of the weights of its blocks are
-gone. Both models of a row run in turns. What only a GPU can show is published, and marked so.
+Of the structured models gblm has removed neurons of every MLP, or whole blocks, so that about 30 %
+of the weights of the blocks are gone. Both models of a row run in turns. What only a GPU can show
+is published, and marked so.
 """
 
 from __future__ import annotations
@@ -75,14 +76,16 @@ def zeroed(dense: PreTrainedModel, pattern: str) -> PreTrainedModel:
     return model
 
 
-def narrowed(dense: PreTrainedModel, share: float) -> PreTrainedModel:
-    """Return a model of random weights with that share of the weights of its blocks gone."""
-    config = copy.deepcopy(dense.config)
-    whole = sum(own.weight.numel() for own in linears(dense).values())
-    neurons = share * whole / (3 * config.num_hidden_layers * config.hidden_size)
-    step = 64 if config.intermediate_size >= 512 else 1
-    config.intermediate_size = round((config.intermediate_size - neurons) / step) * step
-    return type(dense)._from_config(config, dtype=dense.dtype).eval()
+def smaller(dense: PreTrainedModel, kind: str, share: float) -> PreTrainedModel:
+    """Return the model without that share of the weights of its blocks: "neurons", or "blocks"."""
+    model, count = copy.deepcopy(dense), 1.0
+    if kind == "neurons":
+        sizes = {name: own.weight.numel() for name, own in linears(dense).items()}
+        count = sum(size for name, size in sizes.items() if ".mlp." in name) / sum(sizes.values())
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (16, 32), generator=draw)
+    gblm.prune(model, {"input_ids": ids}, "magnitude", f"{kind}:{share / count:.3g}")
+    return model
 
 
 def packed_shares(model: PreTrainedModel) -> tuple[float, float, float]:
@@ -105,8 +108,8 @@ def int8_row(dense: PreTrainedModel) -> dict[str, str]:
         found[column] = f"{gain(quick / dense_time, most=1e9)} of the linear layers"
     held = sum(own.numel() for own in weights.values())
     every = sum(own.numel() for own in dense.parameters())
-    smaller = 1 - held * (1 - 1 / dense.dtype.itemsize) / every
-    return {"file": gain(smaller), "memory": gain(smaller), **found}
+    left = 1 - held * (1 - 1 / dense.dtype.itemsize) / every
+    return {"file": gain(left), "memory": gain(left), **found}
 
 
 def rows(
@@ -116,7 +119,8 @@ def rows(
     found: dict[str, dict[str, str]] = {}
     said = []
     models = {pattern: partial(zeroed, dense, pattern) for pattern in ("0.5", "0.7", "2:4")}
-    models["structured, 30 %"] = partial(narrowed, dense, 0.3)
+    for kind in ("neurons", "blocks"):
+        models[f"structured, 30 % by {kind}"] = partial(smaller, dense, kind, 0.3)
     for name, make in models.items():
         model = make()
         with torch.no_grad():
