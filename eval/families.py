@@ -1,11 +1,14 @@
 """Build a tiny random member of every family, prune it, reload it, and tell what stays dense.
 
     python eval/families.py [--task causal,masked,seq2seq,vision,timm] [--only llama,bert]
-        [--methods wanda,gblm,sparsegpt,best] [--patterns 0.5,2:4] [--output docs/families.md]
+        [--methods wanda,gblm,sparsegpt,best] [--patterns 0.5,2:4] [--large 1e7]
+        [--json families.json] [--output docs/families.md]
 
 The families are those that transformers maps to a task, and the modules of timm whose models hold
 attention or token mixing. Each is made of its config class with small sizes; one that cannot be
 built so is listed with the reason. `share` is the part of the weights in the blocks that is pruned.
+A model of more than `--large` weights, as of timm some are, is pruned by the first method alone.
+`--json` keeps what was found; families that are in that file are not examined again.
 """
 
 import argparse
@@ -52,7 +55,9 @@ def too_long(signum: int, frame: Any) -> None:
     raise TimeoutError(f"more than {SECONDS} s")
 
 
-def examine(task: str, family: str, names: list[str], patterns: list[str]) -> Result:
+def examine(
+    task: str, family: str, names: list[str], patterns: list[str], large: float = 1e7
+) -> Result:
     """Prune a family by every method and pattern, and load it again."""
     result, start = Result(task, family), time.perf_counter()
     signal.signal(signal.SIGALRM, too_long)
@@ -71,7 +76,7 @@ def examine(task: str, family: str, names: list[str], patterns: list[str]) -> Re
         whole = task != "timm" and reloads(model)
     if task != "timm" and not whole:
         result.note = "transformers does not load what it has saved, dense ones too"
-    for name in names:
+    for name in names[: 1 if result.parameters > large else None]:
         for pattern in patterns:
             try:
                 signal.alarm(SECONDS)
@@ -106,10 +111,11 @@ def page(results: list[Result]) -> Iterator[str]:
     """Yield the lines of docs/families.md."""
     yield "# Which families gblm prunes, and how much of each"
     yield ""
-    yield "`python eval/families.py --methods wanda,gblm --patterns 0.5` builds a tiny member"
-    yield "of every family, prunes it and loads it again. `pruned` is the part of the weights"
-    yield "in the matrices of the blocks that is pruned; the rest is named with the reason. A"
-    yield "family whose sizes or inputs the script does not know is not built."
+    yield "`python eval/families.py --output docs/families.md` builds a tiny member of every"
+    yield "family, prunes it by wanda, gblm, sparsegpt and best to 50 % and 2:4, and loads it"
+    yield "again; a model of timm with more than ten million weights by wanda alone. `pruned` is the"
+    yield "part of the weights in the matrices of the blocks that is pruned; the rest is named with"
+    yield "the reason. A family whose sizes or inputs the script does not know is not built."
     for task in dict.fromkeys(result.task for result in results):
         own = [result for result in results if result.task == task]
         made = [result for result in own if not result.built]
@@ -141,17 +147,24 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--methods", default="wanda,gblm,sparsegpt,best")
     parser.add_argument("--patterns", default="0.5,2:4")
+    parser.add_argument("--large", type=float, default=1e7)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     results = []
+    if args.json and args.json.exists():
+        results = [Result(**one) for one in json.loads(args.json.read_text())]
+    done = {(result.task, result.family) for result in results}
     for task in args.task.split(","):
         for family in args.only.split(",") if args.only else families(task):
-            if args.only and task != "timm" and family not in TASKS[task]:
+            if (task, family) in done or (
+                args.only and task != "timm" and family not in TASKS[task]
+            ):
                 continue
-            found = examine(task, family, args.methods.split(","), args.patterns.split(","))
+            runs = args.methods.split(","), args.patterns.split(",")
+            found = examine(task, family, *runs, args.large)
             results.append(found)
             note = found.built or " | ".join(found.errors.values())
             print(f"{task} {family}: {100 * found.share:.0f} % {note}", flush=True)
