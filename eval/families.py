@@ -113,9 +113,9 @@ def page(results: list[Result]) -> Iterator[str]:
     yield ""
     yield "`python eval/families.py --output docs/families.md` builds a tiny member of every"
     yield "family, prunes it by wanda, gblm, sparsegpt and best to 50 % and 2:4, and loads it"
-    yield "again; a model of timm with more than ten million weights by wanda alone. `pruned` is the"
-    yield "part of the weights in the matrices of the blocks that is pruned; the rest is named with"
-    yield "the reason. A family whose sizes or inputs the script does not know is not built."
+    yield "again; a model of more than ten million weights, by wanda alone. `pruned` is the part"
+    yield "of the weights in the matrices of the blocks that is pruned; the rest is named with the"
+    yield "reason. A family whose sizes or inputs the script does not know is not built."
     for task in dict.fromkeys(result.task for result in results):
         own = [result for result in results if result.task == task]
         made = [result for result in own if not result.built]

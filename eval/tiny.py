@@ -118,8 +118,11 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "phi4_multimodal_vision": {"crop_size": IMAGE},
     "vipllava": {"vision_feature_layers": [-1, -2]},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [64, 64], "activation_sparsity_pattern": [0.0, 0.0],
-        "layer_types": ["full_attention", "sliding_attention"]},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0, "intermediate_size": [64, 64],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "janus_vqgan": {
         "base_channels": 32, "channel_multiplier": [1, 2], "latent_channels": 32,
         "num_embeddings": 16, "projection_dim": 32, "image_token_embed_dim": 32,
