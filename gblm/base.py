@@ -134,11 +134,18 @@ class Step(ABC):
         return
 
     def begin(self, walk: Any) -> Any:
-        """Return what the step must know of the dense model at the end, before the first block."""
+        """Return what the step must know of the dense model at the end, before the first block.
+
+        It may change the model into one that gives the same.
+        """
         return None
 
     def end(self, walk: Any, known: Any) -> None:
         """Work on the whole model after the last block; known: what `begin` has returned."""
+        return
+
+    def undo(self, walk: Any, known: Any) -> None:
+        """Give the model back what `begin` has changed, but for the parameters of its blocks."""
         return
 
     @abstractmethod
@@ -222,6 +229,8 @@ class Adapter:
     batch(model, data, **options): the calibration samples that a user's data are.
     narrows(model): whether what is saved of it can be loaded with widths that its config cannot
         state, by what `gblm.machine.carry.write_widths` writes beside the weights.
+    untied(model): gives the head weights of its own where it shares those of the embedding; returns
+        what undoes that.
     coupled(model, batch): the batch with what the loss of each sample takes of the others, of the
         dense model; by default the batch as it is, for a loss of each sample by itself.
     """
@@ -237,4 +246,5 @@ class Adapter:
     batch: Callable[..., Batch] = lambda model, data: data
     logits: Callable[[nn.Module, Any, Batch], Tensor] | None = None
     narrows: Callable[[nn.Module], bool] = lambda model: False
+    untied: Callable[[nn.Module], Callable[[], None]] = lambda model: lambda: None
     coupled: Callable[[nn.Module, Batch], Batch] = lambda model, batch: batch

@@ -247,8 +247,8 @@ def compare(job: Job, runs: list[Run]) -> list[Report]:
                 keep(job, runs, reports, shared)
             if len(runs) > 1:
                 show.say(f"{show.run}: {outcome(reports[-1])}")
-            if own and len(runs) > 1:
-                own.undo()
+            if len(runs) > 1:
+                pruning.undo()
     return reports
 
 

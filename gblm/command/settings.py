@@ -173,6 +173,8 @@ class Settings:
     """comparison group: row, layer [as published]"""
     allocation: Annotated[str, HOW(Value(offers=ALLOCATIONS), "NAME")] = ""
     """a sparsity for each layer at the same total; see --list allocations"""
+    rotate: Annotated[int | None, HOW(WHOLE, "STEPS")] = None
+    """steps that first learn a rotation of the stream between the blocks, 60 is usual"""
     refine: Annotated[float | None, HOW(REAL, "PASSES")] = None
     """passes over the samples that refine each block's weights"""
     calibration: Annotated[str, CALIBRATION(FILE, "SOURCE")] = ""

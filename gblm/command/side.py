@@ -35,7 +35,7 @@ from gblm.machine.processes import launched, rank, world
 from gblm.machine.program import guarded
 from gblm.machine.tables import NONE
 from gblm.maths import patterns
-from gblm.methods import make, options_of, refined
+from gblm.methods import make, options_of, refined, rotated
 from gblm.methods import parse as parse_method
 from gblm.report import check_pages, versions
 from gblm.report.card import check_hub
@@ -185,6 +185,8 @@ def find_runs(settings: Settings) -> list[Run]:
                 method = replace(method, allocation=settings.allocation)
             if settings.refine is not None:
                 method = refined(method, settings.refine)
+            if settings.rotate is not None:
+                method = rotated(method, settings.rotate)
             group = method.group if settings.group == "auto" else settings.group
             pattern = patterns.parse(text, group, settings.uneven)
             window = "-" if pattern.units else "of"

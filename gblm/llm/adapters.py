@@ -5,7 +5,7 @@ Causal models, encoder-decoders, masked models, classifiers, and models of pictu
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -65,7 +65,27 @@ def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
         given = Adapter(blocks, contrast.trunk, contrast.loss, unpad, seeing, config, batch_of)
         return replace(given, coupled=partial(contrast.coupled, given))
     known = Adapter(blocks, trunk, loss, unpad, seeing, config, batch_of, logits)
-    return replace(known, narrows=narrows)
+    return replace(known, narrows=narrows, untied=untied)
+
+
+def untied(model: Any) -> Callable[[], None]:
+    """Give the head weights of its own where it shares the embedding's; return what undoes it."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    tied = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    if getattr(head, "weight", None) is not tied:
+        return lambda: None
+    configs = [own for own in (model.config, config) if hasattr(own, "tie_word_embeddings")]
+    known = {id(own): own.tie_word_embeddings for own in configs}
+
+    def tie() -> None:
+        head.weight = tied
+        for own in configs:
+            own.tie_word_embeddings = known[id(own)]
+
+    head.weight = nn.Parameter(tied.detach().clone(), requires_grad=False)
+    for own in configs:
+        own.tie_word_embeddings = False
+    return tie
 
 
 def narrows(model: nn.Module) -> bool:

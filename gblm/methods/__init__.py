@@ -16,13 +16,14 @@ from torch import Tensor
 from gblm.base import GblmError, Method, Pattern, Solver, Statistics, one_of
 from gblm.machine.speed import Cost
 from gblm.maths import admm as _admm
-from gblm.maths import scores
+from gblm.maths import scores, stats
 from gblm.maths import sparsegpt as _sparsegpt
 from gblm.maths.allocation import ALLOCATIONS
 from gblm.maths.scores import NORMS, Factor, Score, lift
 from gblm.methods.distill import Distill
 from gblm.methods.refine import Refine
 from gblm.methods.regional import Regional
+from gblm.methods.rotate import Rotate
 from gblm.methods.solve import Solve, SolverCost
 
 
@@ -137,6 +138,7 @@ def best(
     mix: float = 0.5,
     refine: float = 0.75,
     distill: float = 0.0,
+    rotate: int = 0,
 ) -> Method:
     """Choose by gradients which weights go, and re-fit the rest by least squares.
 
@@ -144,7 +146,8 @@ def best(
     it make, towards mix·dense + (1 − mix)·own outputs; positions weighted by their gradients
     (focus), the budget spread over the linears by them (allocation), and every block refined
     (refine: passes over the samples). Gradients are those of an eighth of the samples. distill:
-    passes over the samples that fit the whole model to the dense one's logits afterwards.
+    passes over the samples that fit the whole model to the dense one's logits afterwards. rotate:
+    steps that learn a rotation of the stream beforehand (see `Rotate`), 60 being the usual ones.
     docs/benchmarks.md shows what each part is worth.
 
     Raises `GblmError` where focus or mix is outside [0, 1], refine below 0, the allocation unknown.
@@ -165,7 +168,23 @@ def best(
     method = refined(Method("best", (step,), allocation, "layer", share=0.125), refine)
     if not 0 <= distill < math.inf:
         raise GblmError(f"distill {distill:g} is no number of passes; 1 is the usual one")
-    return replace(method, steps=(*method.steps, Distill(float(distill)))) if distill else method
+    if distill:
+        method = replace(method, steps=(*method.steps, Distill(float(distill))))
+    return rotated(method, rotate)
+
+
+def rotated(method: Method, steps: int) -> Method:
+    """Return a method that turns the stream first, by a rotation learnt in so many steps.
+
+    Raises `GblmError` for fewer than 0, and for a method whose scores take gradients: those are of
+    the weights as they were.
+    """
+    if steps < 0:
+        raise GblmError(f"rotate {steps} is no number of steps; 60 is the usual one")
+    others = tuple(step for step in method.steps if not isinstance(step, Rotate))
+    if steps and method.needs & set(stats.GRADIENT) - {"grad_position"}:
+        raise GblmError(f"{method.name} scores by gradients of weights, which a rotation changes")
+    return replace(method, steps=(Rotate(steps), *others) if steps else others)
 
 
 def refined(method: Method, passes: float) -> Method:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Pruning:
 
         And where a step cannot work on the model.
         """
-        self.work = at_work(self.method, self.pattern)
+        self.work, self.known = at_work(self.method, self.pattern), list[Any]()
         for step in self.work.steps:
             step.check_model(self.walk)
         self.unfit = unfit(self.walk.blocks, self.method, self.pattern, self.own)
@@ -113,7 +114,7 @@ class Pruning:
                 report.allocation = "gradient" if self.pattern.uneven else report.allocation
             lost = self.rebuilt.lost if self.rebuilt else {}
             beside = (DENSE_OUTPUTS if lost else "cross_gram") in self.work.needs
-            known = [step.begin(self.walk) for step in self.work.steps]
+            self.known = known = [step.begin(self.walk) for step in self.work.steps]
             forward(self.walk, self.visit, chosen, self.gradients, beside)
             left = [block for block in blocks if block.name not in self.gone]
             with self.rebuilt.passing(self.gone) if self.rebuilt else nullcontext():
@@ -126,6 +127,13 @@ class Pruning:
         if processes.world() > 1:
             processes.agree("the pruned model", [_checksum(block) for block in blocks])
         return report
+
+    def undo(self) -> None:
+        """Give the model back what it was, but for the parameters of its blocks."""
+        for step, own in zip(self.work.steps, self.known, strict=True):
+            step.undo(self.walk, own)
+        if self.rebuilt:
+            self.rebuilt.undo()
 
     def visit(self, visit: Visit) -> None:
         """Let the steps of the method work on one block, or take it from the journal."""

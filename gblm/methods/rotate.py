@@ -1,0 +1,99 @@
+"""Rotate: turn the stream between the blocks, so that fewer weights are worth more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from gblm.base import GblmError, Step
+from gblm.machine import processes
+from gblm.machine.offload import offload_of
+from gblm.machine.speed import Cost
+from gblm.maths.rotation import Part, learn
+from gblm.maths.stats import wide
+from gblm.walk.blocks import take
+from gblm.walk.footprint import Footprint
+from gblm.walk.stream import Stream, Whole, check_turns, find_stream
+from gblm.walk.visit import Visit, forward
+from gblm.walk.walk import Walk
+
+FEWEST, SHARE = 16, 0.125  # samples whose Gram matrices it takes
+
+
+@dataclass(frozen=True)
+class Rotate(Step):
+    """Turns the stream of a model by one rotation, which leaves what the model gives as it is.
+
+    The rotation gathers the importance of the weights in few of them: see `gblm.maths.rotation`.
+    It is merged into the weights. Norms are folded into what reads them, and a head that shares the
+    weights of the embedding gets its own.
+
+    steps: that learn the rotation.
+    """
+
+    steps: int = 60
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def visit(self, visit: Visit) -> None:
+        """Leave the blocks to the other steps."""
+
+    def check_model(self, walk: Walk) -> None:
+        if offload_of(walk.model):
+            raise GblmError("rotate needs the whole model in memory; use --offload none")
+        check_turns(walk)
+
+    def begin(self, walk: Walk) -> Whole:
+        """Turn the model; return what it was outside of its blocks."""
+        whole = Whole(walk)
+        try:
+            with torch.no_grad():
+                stream = find_stream(walk)
+                stream.fold()
+                rotation = learn(parts(walk, stream), self.steps, stream.centred)
+                stream.turn(processes.sent(rotation, 0))
+            whole.forget(walk.blocks)
+        except BaseException:
+            whole.undo()
+            raise
+        return whole
+
+    def undo(self, walk: Walk, known: Whole) -> None:
+        known.undo()
+
+    def cost(self, footprint: Footprint) -> Cost:
+        """A forward pass of some samples, their Gram matrices, and the steps."""
+        samples = min(footprint.samples, max(FEWEST, SHARE * footprint.samples))
+        total = Cost(samples * footprint.trunk, memory=2 * footprint.weights)
+        for linear in footprint.linears:
+            outputs, inputs = linear.shape
+            total += Cost(1.1 * inputs**2 * samples * linear.positions + inputs**3)
+            width = min(outputs, inputs)
+            total += Cost(6 * width**2 * (width + inputs) * self.steps)
+        return total
+
+
+def parts(walk: Walk, stream: Stream) -> list[Part]:
+    """Return what turns in the blocks, with the Gram matrices of some samples."""
+    reading = ([x for x in own.matrices if x.linear] for own in stream.readings)
+    together = [*(own for own in reading if own), *([own] for own in stream.writers)]
+    seen = {own[0].linear.name: own for own in together if own[0].linear}
+    found = []
+
+    def work(visit: Visit) -> None:
+        block = visit.block
+        own = [x.linear for (x, *_) in seen.values() if x.linear]
+        groups = [[x] for x in own if x.name.startswith(f"{block.name}.")]
+        few = replace(visit, block=replace(block, groups=groups))
+        for inputs in few.inputs_of(visit.calls, frozenset({"input_gram"})):
+            matrices = seen[inputs.group[0].name]
+            weight = torch.cat([wide(x.weight) for x in matrices])
+            writes = matrices[0] in stream.writers
+            found.append(Part(weight, inputs.statistics["input_gram"], writes))
+
+    few = take(walk.batch, slice(0, max(FEWEST, round(SHARE * walk.samples))))
+    forward(replace(walk, batch=few), work)
+    return found
