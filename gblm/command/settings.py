@@ -173,7 +173,7 @@ class Settings:
     """comparison group: row, layer [as published]"""
     allocation: Annotated[str, HOW(Value(offers=ALLOCATIONS), "NAME")] = ""
     """a sparsity for each layer at the same total; see --list allocations"""
-    rotate: Annotated[int | None, HOW(WHOLE, "STEPS")] = None
+    rotate: Annotated[int | None, HOW(NUMBER, "STEPS")] = None
     """steps that first learn a rotation of the stream between the blocks, 60 is usual"""
     refine: Annotated[float | None, HOW(REAL, "PASSES")] = None
     """passes over the samples that refine each block's weights"""

@@ -71,7 +71,7 @@ def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
 def untied(model: Any) -> Callable[[], None]:
     """Give the head weights of its own where it shares the embedding's; return what undoes it."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    tied = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    tied: nn.Parameter = model.get_input_embeddings().weight
     if getattr(head, "weight", None) is not tied:
         return lambda: None
     configs = [own for own in (model.config, config) if hasattr(own, "tie_word_embeddings")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RATE = 0.01  # of Adam, falling as a cosine
+RATE = 0.02  # of Adam, falling as a cosine
 DAMPING = 0.01  # of H, times its mean diagonal
 
 
@@ -26,7 +26,7 @@ class Part:
     def prepared(self) -> tuple[Tensor, Tensor]:
         """Return the matrix with d columns, and [H⁻¹] of a reader, its diagonal of a writer."""
         gram = self.gram / self.gram.diagonal().mean().clamp_min(1e-30)
-        inverse = torch.linalg.inv(gram + DAMPING * torch.eye(len(gram), device=gram.device))
+        inverse = torch.linalg.inv(gram + DAMPING * torch.eye(len(gram)).to(gram))
         return (self.weight.T, inverse.diagonal()) if self.writes else (self.weight, inverse)
 
 
@@ -40,8 +40,8 @@ def learn(parts: Sequence[Part], steps: int, centred: bool = False) -> Tensor:
     Source: DenoiseRotator (arXiv 2505.23049), which leaves its rotations in the model.
     """
     known = [(*part.prepared(), part.writes) for part in parts]
-    width = known[0][0].shape[1]
-    free = torch.eye(width, device=known[0][0].device).requires_grad_()
+    like, width = known[0][0], known[0][0].shape[1]
+    free = torch.eye(width, dtype=like.dtype, device=like.device).requires_grad_()
     optimiser = torch.optim.Adam([free], RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     draw = torch.Generator().manual_seed(0)

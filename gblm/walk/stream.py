@@ -48,19 +48,19 @@ class Reading:
     matrices: list[Turned] = field(default_factory=list)
 
     def fold(self) -> None:
-        """Let the matrices do what the weights of the norm do; those then do nothing."""
+        """Let the matrices do what the weights w of the norm do; its bias b becomes b / w."""
         scale, neutral = scales(self.norm)
-        shift = getattr(self.norm, "bias", None)
         for own in self.matrices:
-            weight = wide(own.weight)
-            if shift is not None and own.bias is not None:
-                own.bias.copy_(wide(own.bias) + weight @ wide(shift))
-            elif shift is not None and shift.any():
-                raise GblmError("a norm has a bias, and what reads it has none")
-            own.weight.copy_(weight * scale)
+            own.weight.copy_(wide(own.weight) * scale)
         self.norm.weight.fill_(neutral)
-        if shift is not None:
-            shift.zero_()
+        if self.bias is not None:
+            self.bias.copy_(wide(self.bias) / scale)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the norm."""
+        own: Tensor | None = getattr(self.norm, "bias", None)
+        return own
 
 
 @dataclass
@@ -84,15 +84,22 @@ class Stream:
 
     def turn(self, rotation: Tensor) -> None:
         """Turn the stream by a rotation R `[d, d]`: readers W become WR, writers RᵀW."""
+        exact = rotation.double().cpu()
+        exact = exact @ (1.5 * torch.eye(len(exact)) - 0.5 * exact.T @ exact)
+
+        def turned(value: Tensor) -> Tensor:
+            return wide(value) @ exact.to(wide(value))
+
         for own in (own for reading in self.readings for own in reading.matrices):
-            own.weight.copy_(wide(own.weight) @ rotation)
+            own.weight.copy_(turned(own.weight))
         for own in self.writers:
-            own.weight.copy_(rotation.T @ wide(own.weight))
-            if own.bias is not None:
-                own.bias.copy_(rotation.T @ wide(own.bias))
+            own.weight.copy_(turned(own.weight.T).T)
+        biases = [*(own.bias for own in self.writers), *(own.bias for own in self.readings)]
+        for bias in biases:
+            if bias is not None:
+                bias.copy_(turned(bias))
         for parameter, dim in self.before:
-            turned = wide(parameter.detach()).movedim(dim, -1) @ rotation
-            parameter.copy_(turned.movedim(-1, dim))
+            parameter.copy_(turned(parameter.detach().movedim(dim, -1)).movedim(-1, dim))
 
 
 class Whole:
