@@ -1,5 +1,6 @@
 """The script of the quality tables: what it measures, what it keeps, what it writes."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import quality
 import tables
+from matplotlib.figure import Figure
 
 import gblm
 from gblm import GblmError
@@ -207,3 +209,21 @@ def test_the_same_values_give_the_same_figure(tmp_path):
     first = path.read_text()
     tables.figure(path, draw)
     assert path.read_text() == first
+
+
+@pytest.mark.parametrize("columns", [["0.5", "0.6", "2:4", "4:8"], ["0.5/row", "0.5/layer", "2:4"]])
+def test_a_line_joins_rising_sparsities_alone(columns):
+    rows = ["wanda", "best", "best:focus=0", "mine"]
+    values = {(row, column): [float(i)] for row in rows for i, column in enumerate(columns, 1)}
+    args = argparse.Namespace(side="llm")
+    axes = Figure().subplots()
+    quality.draw_patterns(args, "perplexity", values, 1.0)(axes)
+    joined = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
+    assert {tuple(line.get_xdata()) for line in joined} == {(0, 1) if "0.6" in columns else (), ()}
+    alone = [line for line in axes.get_lines() if line.get_linestyle() == "None"]
+    assert {tuple(line.get_xdata()) for line in alone} == {
+        (2, 3) if "0.6" in columns else (0, 1, 2)
+    }
+    labels = [text for text in axes.get_legend_handles_labels()[1] if text != quality.DENSE]
+    assert labels == ["wanda", "best"]  # few, and the same colour and marker everywhere
+    assert len({line.get_marker() for line in alone}) == 2
