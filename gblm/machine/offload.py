@@ -1,7 +1,7 @@
 """Offloading: weights that live in main memory or on disk, and come to the device block by block.
 
 The parameters of a model are cut into units: each block, and each embedding or linear outside of
-the blocks; what little is left stays on the device, such as an embedding of a few rows, whose
+the blocks; what little is left stays on the device, such as an embedding of positions, whose
 weight the model's code may read by itself. While a unit is away its parameters hold NaN,
 in the memory of a single number, so that whatever would use them by mistake is found out. Hooks
 bring a unit to the device when its module runs, read the next one meanwhile, and put back what has
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 OFFLOADS = ("auto", "none", "cpu", "disk")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-LITTLE = 0.01  # of the parameters of the largest block
+LITTLE = 0.1  # of the parameters of the largest block
 AGAIN = "check its disk, and run again"  # where a file of our own is damaged
 Tensors = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
