@@ -28,6 +28,7 @@ from gblm.maths.scores import gradient
 from gblm.maths.stats import wide
 from gblm.maths.structure import MULTIPLE, kept, unit_scores
 from gblm.walk.blocks import Block, Linear, Units, take
+from gblm.walk.inputs import with_gradients
 from gblm.walk.rebuilt import Rebuilt, settings_of
 from gblm.walk.units import find_units, kind_of
 from gblm.walk.visit import Visit, forward
@@ -263,10 +264,13 @@ def multiple_of(kind: str) -> int:
 
 def _losses(units: Units, gradients: Mapping[str, Statistics]) -> Tensor:
     """Return the loss per weight of every unit, `[units]`, the lowest first."""
-    losses = unit_scores(
-        (gradient(wide(x.weight), gradients[x.name]).movedim(axis, 0), places)
-        for x, axis, places in units.parts()
-    )
+    device = units.reader.weight.device
+    parts = []
+    for linear, axis, places in units.parts():
+        own = with_gradients(Statistics({}), gradients.get(linear.name), device)
+        score = gradient(wide(linear.weight), own).movedim(axis, 0)
+        parts.append((score, places.to(device)))
+    losses = unit_scores(parts)
     return losses.double().cpu().sort().values / units.weights
 
 

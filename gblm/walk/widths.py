@@ -80,7 +80,8 @@ def find_settings(
     try:
         for own in units:
             for linear, axis, places in own.parts():
-                linear.weight.index_fill_(axis, places[own.kept :].flatten(), 0)
+                gone = places[own.kept :].flatten().to(linear.weight.device)
+                linear.weight.index_fill_(axis, gone, 0)
         wanted = _tensors(call.run(list(given)))
         for chosen in itertools.islice(_subsets(known), TRIALS):
             try:

@@ -48,6 +48,20 @@ def test_a_command_gives_the_masks_of_the_cpu(side, offload, request, tmp_path):
     check_alike(tmp_path / "cpu", tmp_path / "second")
 
 
+@pytest.mark.parametrize("pattern", ["neurons:0.25/uneven+heads:0.34/uneven", "attention:0.5"])
+@pytest.mark.parametrize("side", MAIN)
+def test_units_go_on_it(side, pattern, request, tmp_path):
+    given = request.getfixturevalue(side)
+    for device in ("cpu", "second"):
+        flags = arguments(given, device, tmp_path / device, "--method", "wanda")
+        flags[flags.index("0.5")] = pattern
+        assert MAIN[side](flags) == 0
+    here, there = weights(tmp_path / "cpu"), weights(tmp_path / "second")
+    assert {name: own.shape for name, own in here.items()} == {
+        name: own.shape for name, own in there.items()
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 @pytest.mark.parametrize("side", MAIN)
