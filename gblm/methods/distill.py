@@ -24,7 +24,7 @@ from gblm.walk.head import hidden
 from gblm.walk.visit import Visit
 from gblm.walk.walk import Walk
 
-RATE = 0.003  # see `Tuned`
+RATE = 0.2  # over the inputs of a linear, for wide ones take smaller steps: see `Tuned`
 POSITIONS = 1024  # about so many in a step
 JUDGED = 8  # one of so many parts is not learnt from, and tells whether it was worth it
 
@@ -68,7 +68,7 @@ class Distill(Step):
 
     def end(self, walk: Walk, known: list[Part]) -> None:
         """Fit the model, and take it back where that has not helped."""
-        tuned = Tuned(walk.blocks, RATE)
+        tuned = Tuned(walk.blocks, RATE, by_inputs=True)
         positions = max(linear.positions for block in walk.blocks for linear in block.linears)
         steps = list(_steps(known, max(1, POSITIONS // processes.world() // positions)))
         held = steps[::JUDGED]

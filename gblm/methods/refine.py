@@ -92,10 +92,10 @@ class Tuned:
     """The parameters of blocks that are fitted: linears where they are not 0, vectors whole.
 
     values: in fp32, for the optimiser. keep: where a weight may change. rate: of the optimiser,
-    times the mean size of the weights of a tensor.
+    times the mean size of the weights of a tensor; by_inputs: over the number of its inputs.
     """
 
-    def __init__(self, blocks: list[Block], rate: float = RATE) -> None:
+    def __init__(self, blocks: list[Block], rate: float = RATE, by_inputs: bool = False) -> None:
         linears = [linear for block in blocks for linear in block.linears]
         self.weights = list(dict.fromkeys(linear.parameter for linear in linears))
         known, own = set(self.weights), (p for block in blocks for p in block.module.parameters())
@@ -106,7 +106,9 @@ class Tuned:
             if p.ndim == 1 and p.is_floating_point() and p not in known and (not gone or p.any())
         )
         self.parameters = self.weights + list(dict.fromkeys(vectors))
-        self.rate = rate
+        inputs = {linear.parameter: linear.shape[1] for linear in linears}
+        sizes = [inputs.get(own, own.numel()) if by_inputs else 1 for own in self.parameters]
+        self.rates = [rate / size for size in sizes]
         self.before = [parameter.detach().clone() for parameter in self.parameters]
         self.reset()
 
@@ -135,9 +137,9 @@ class Tuned:
     def optimiser(self, steps: int) -> tuple[Any, Any]:
         """Return Adam with a rate for each tensor, and the schedule of so many steps."""
         groups = []
-        for values in self.values:
+        for values, rate in zip(self.values, self.rates, strict=True):
             kept = max(1, int((values != 0).sum()))
-            groups.append({"params": [values], "lr": self.rate * values.abs().sum().item() / kept})
+            groups.append({"params": [values], "lr": rate * values.abs().sum().item() / kept})
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         warm = max(1, steps // 10)
 
