@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 
 import gblm
 from gblm import methods
+from gblm.base import GblmError
 from gblm.walk.blocks import Block
-from gblm.walk.survey import survey
+from gblm.walk.survey import find_adapter, survey
 from gblm.walk.visit import forward
 from gblm.walk.walk import Walk, micro_batch_for
 
@@ -309,3 +310,18 @@ def test_micro_batches_change_nothing_for_routed_linears(method, micro_batch):
 def test_what_cannot_be_cut_into_samples_overrules_a_micro_batch():
     block = Block("a", nn.Linear(2, 2), uncut=True)
     assert micro_batch_for([block], 8, 4, torch.device("cpu")).samples == 1
+
+
+def test_a_model_whose_samples_do_not_stand_first_is_refused(make_llama):
+    model = make_llama()
+    given = find_adapter(model)
+
+    def pairs(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        ids = batch["input_ids"]
+        return given.trunk(model, {"input_ids": ids.view(-1, 2, ids.shape[1])[:, 0]})
+
+    way = "does not run on one sample of the batch .* hold the samples in their first dimension"
+    with pytest.raises(GblmError, match=way):
+        survey(
+            model, {"input_ids": torch.ones(4, 6, dtype=torch.long)}, replace(given, trunk=pairs)
+        )

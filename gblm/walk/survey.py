@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
-from gblm.base import Adapter, Batch, GblmError
-from gblm.machine.device import memory_errors
+from gblm.base import Adapter, Batch, GblmError, reason
+from gblm.machine.device import memory_errors, out_of_memory
 from gblm.machine.offload import onload
 from gblm.walk.blocks import (
     Block,
@@ -29,6 +29,7 @@ from gblm.walk.blocks import (
     hooked,
     micro_batches,
     parameters,
+    size,
     to_device,
 )
 from gblm.walk.products import CONVOLUTIONS, Matrix, Products, Use, depthwise, valueless
@@ -309,7 +310,16 @@ def _runs(
             for module in found:
                 stack.enter_context(adapter.everywhere(module))
             with frozen(model), torch.no_grad(), hooked(watch.hooks), watch:
-                adapter.trunk(model, to_device(samples, device))
+                try:
+                    adapter.trunk(model, to_device(samples, device))
+                except RuntimeError as error:
+                    if size(batch) == 1 or out_of_memory(error):
+                        raise
+                    raise GblmError(
+                        f"{type(model).__name__} does not run on one sample of the batch "
+                        f"({reason(error)}); give batches whose tensors hold the samples in their "
+                        "first dimension"
+                    ) from error
         runs.append(watch.visits)
         repeated |= watch.repeated
         news = sum(len(own.linears) for own in found.values()) > known
