@@ -61,13 +61,13 @@ class LanguageSettings(Settings):
     experts: Annotated[str, CALIBRATION(Value(offers=["routed", "all"]), "WHICH")] = "routed"
     """statistics of an expert: of the tokens sent to it, or of all [routed]"""
     evaluate_windows: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
-    """the first windows, texts or pairs alone; of classes of pictures a choice of so many"""
+    """evaluate on the first N windows, texts or pairs only, or on N pictures of all classes"""
     tasks: Annotated[tuple[str, ...], EVALUATION(SEVERAL, "TASKS")] = ()
     """zero-shot tasks of lm-evaluation-harness, with commas; paper: its six"""
     task_data: Annotated[Path | None, EVALUATION(PATH, "DIR")] = None
     """their items, TASK_….jsonl [from the hub]"""
     task_limit: Annotated[int | None, EVALUATION(NUMBER, "N")] = None
-    """the first items of each task alone"""
+    """evaluate on the first N items of each task only"""
     template: Annotated[str, EVALUATION(TEXT, "TEXT")] = "a photo of a {}."
     """what CLIP is told of a class, with {} for its name ['a photo of a {}.']"""
     exact_match: Annotated[bool, EVALUATION()] = False
@@ -90,6 +90,11 @@ class Language(Opened):
     classes: dict[str, Any] = field(default_factory=dict)
     tasks: Any = None
 
+    @property
+    def words(self) -> Any:
+        """The tokenizer, that of the processor where there is one."""
+        return getattr(self.tokenizer, "tokenizer", self.tokenizer)
+
     def evaluate(self, bars: Bars) -> Evaluation:
         """Return how good it is on every data set, the accuracy on every task and their mean."""
         bar, metrics = partial(bars, "evaluate"), Evaluation()
@@ -102,7 +107,7 @@ class Language(Opened):
             inputs = self.model, classes, self.tokenizer
             metrics[name] = {"top1": llm.contrast.top1(*inputs, progress=bar)}
         if self.tasks:
-            inputs, bar = (self.model, self.tokenizer, self.tasks), partial(bars, "zero-shot")
+            inputs, bar = (self.model, self.words, self.tasks), partial(bars, "zero-shot")
             metrics |= llm.zero_shot.entries(llm.zero_shot.accuracy(*inputs, progress=bar))
         return metrics
 
@@ -168,7 +173,7 @@ class Language(Opened):
         if llm.heads.head(self.model.config) != llm.heads.CAUSAL:
             return None
         source, batch = next(iter(self.sets.items()), (self.settings.calibration, self.batch))
-        return llm.examples.Continuations(self.tokenizer, batch["input_ids"], short(source))
+        return llm.examples.Continuations(self.words, batch["input_ids"], short(source))
 
 
 def load(

@@ -49,7 +49,7 @@ class ImageSettings(shell.Settings):
     class_map: Annotated[Path | None, shell.CALIBRATION(CLASSES, "FILE")] = None
     """names of the class folders in the order of the classes, a line each, or JSON"""
     evaluate_images: Annotated[int | None, shell.EVALUATION(shell.NUMBER, "N")] = None
-    """a choice of this many"""
+    """evaluate on N images only, drawn evenly over the classes"""
     workers: Annotated[int | None, shell.MEMORY(shell.WHOLE, "N")] = None
     """processes that decode images [auto]"""
 

@@ -1,8 +1,12 @@
 """Text before and after: greedy, within the model's positions, ended where a sequence ends."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
+from gblm.llm.__main__ import Language, LanguageSettings
+from gblm.llm.adapters import adapter
 from gblm.llm.examples import Continuations, whole
 
 
@@ -57,6 +61,15 @@ def test_the_model_is_not_asked_for_more_than_it_can_take(llama, tokenizer):
     examples = made(tokenizer, length=64)
     examples.prompts = examples.prompts[:, :1].expand(-1, 60)  # of the model's 64 positions
     assert len(tokenizer(examples.written(llama)[0])["input_ids"]) == 4
+
+
+def test_of_a_processor_the_tokenizer_writes(llama, tokenizer, batch):
+    settings = LanguageSettings(calibration="notes.txt")
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    given = {"settings": settings, "model": llama, "batch": batch, "adapter": adapter(llama)}
+    examples = Language(**given, tokenizer=processor, sets={}).examples()
+    examples.before(llama)
+    assert len(examples.dense) == 3
 
 
 def test_text_ends_with_the_sequence(tokenizer):

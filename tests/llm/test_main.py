@@ -66,6 +66,7 @@ FLAGS = [
     "--refine",
     "--report",
     "--resume",
+    "--rotate",
     "--runtime",
     "--samples",
     "--seed",
