@@ -25,7 +25,7 @@ from gblm.walk.visit import Visit
 from gblm.walk.walk import Walk
 
 RATE = 0.2  # over the inputs of a linear, for wide ones take smaller steps: see `Tuned`
-POSITIONS = 1024  # about so many in a step
+POSITIONS = 512  # about so many in a step
 JUDGED = 8  # one of so many parts is not learnt from, and tells whether it was worth it
 
 Part = tuple[MicroBatch, Any]  # some samples, and what the dense model's head takes of them
