@@ -125,6 +125,11 @@ class Step(ABC):
     def needs(self) -> frozenset[str]:
         """The names of the statistics."""
 
+    @property
+    def solver(self) -> Solver | None:
+        """The function that prunes one linear, None of a step that prunes none."""
+        return None
+
     @abstractmethod
     def visit(self, visit: Any) -> None:
         """Work on one block: a `gblm.walk.visit.Visit` gives its calls, its inputs, its targets."""
@@ -201,7 +206,7 @@ class Method:
     @property
     def solve(self) -> Solver:
         """The function that prunes one linear: that of its first step that has one."""
-        solvers: list[Solver] = [step.solve for step in self.steps if hasattr(step, "solve")]
+        solvers = [step.solver for step in self.steps if step.solver]
         if not solvers:
             raise GblmError(f"method {self.name} has no step that prunes; add one")
         return solvers[0]

@@ -57,6 +57,10 @@ class Solve(Step):
     def needs(self) -> frozenset[str]:
         return self.statistics | ({"grad_position"} if self.focus else set())
 
+    @property
+    def solver(self) -> Solver:
+        return self.solve
+
     def check(self, pattern: Pattern) -> None:
         if pattern.units:
             Chooser.of(self.solve, self.name)

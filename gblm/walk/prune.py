@@ -147,7 +147,7 @@ class Pruning:
             self.report.linears += [own for own in visit.reports if own.name not in self.unfit]
             if self.journal:
                 self.journal.finish(block)
-        if isinstance(self.rebuilt, Depth) and block.name in self.gone:
+        if self.rebuilt and block.name in self.gone:
             visit.outputs = self.rebuilt.outputs(visit)
         errors = [entry.relative_error for entry in visit.reports]
         mean = sum(errors) / max(1, len(errors))
@@ -266,7 +266,7 @@ def at_work(method: Method, pattern: Pattern) -> Method:
         return replace(method, steps=())
     if not shortens(pattern):
         return method
-    return replace(method, steps=tuple(step for step in method.steps if not hasattr(step, "solve")))
+    return replace(method, steps=tuple(step for step in method.steps if not step.solver))
 
 
 def allocated(method: Method, pattern: Pattern) -> Allocation | None:

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_flatten
 from gblm.base import Adapter, GblmError, Pattern, Statistics, reason
 from gblm.machine.offload import offload_of, onload
 from gblm.walk.blocks import Block, Units, frozen, take, to_device
+from gblm.walk.call import Output
+from gblm.walk.visit import Visit
 from gblm.walk.walk import Walk
 
 STATED = ("config", "_model_args", "narrowed")  # where models keep what made them
@@ -53,6 +55,10 @@ class Rebuilt(ABC):
     def choose(self, walk: Walk, gradients: Mapping[str, Statistics]) -> None:
         """Choose what the steps of a method do not choose."""
         return
+
+    def outputs(self, visit: Visit) -> list[Output] | None:
+        """Return what stands for the outputs of a block that goes, None where it still runs."""
+        return None
 
     @contextmanager
     def passing(self, names: list[str]) -> Iterator[None]:
