@@ -78,3 +78,14 @@ def test_autocast_decides_the_dtype(dtype, within):
     assert (found is not None) == (within or dtype == torch.bfloat16)
     if found is not None:
         assert found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mask_in_a_wider_dtype_fills_narrow_scores(dtype):
+    scores, mask = torch.zeros(2, 2, dtype=dtype), torch.tensor([[True, False], [False, False]])
+    with HalfProducts():
+        least = scores.masked_fill(mask, torch.finfo(torch.float32).min)
+        none = scores.masked_fill(mask, float("-inf"))
+    assert least[0, 0] == torch.finfo(dtype).min
+    assert none[0, 0] == -torch.inf
+    assert (least[~mask] == 0).all()

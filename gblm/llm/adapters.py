@@ -371,6 +371,11 @@ def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     inputs = wide(logits.flatten(0, 1)), targets.flatten()
+    if not valueless(targets) and (most := int(targets.max())) >= logits.shape[-1]:
+        raise GblmError(
+            f"a target is {most} and the head gives {logits.shape[-1]} logits; check the ids of "
+            "the calibration samples, or choose a method without gradients, such as wanda"
+        )
     losses = cross_entropy(*inputs, ignore_index=-100, reduction="none").view(len(targets), -1)
     counts = (targets != -100).sum(dim=1)
     if valueless(targets) or (counts == targets.shape[1]).all():

@@ -1,5 +1,6 @@
 """Attention in plain products, where a CPU is quicker with them than with the fused kernel."""
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,18 @@ WRITES |= {Tensor.index_put, Tensor.index_add, Tensor.index_copy, torch.index_ad
 WRITES |= {Tensor.scatter_, Tensor.scatter_add_, Tensor.masked_scatter_}
 
 
+FILLS = {Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill}
+
+
 class HalfProducts(TorchFunctionMode):
     """A context for products in 16 bits: attention of a CPU by plain ones, and writes that cast.
 
-    What is written into a tensor by index takes its dtype, for under autocast products are narrower
-    than the tensors that a model has made to hold them. Attention in bfloat16 on a CPU is
-    softmax(QKᵀ·scale)V of some heads at a time, with scores in bfloat16. For samples of up to 512
-    positions that takes 0.6 to 0.9 of the time of torch's fused kernel, and half with its backward.
-    Longer samples, a mask that is not the causal one, dropout and other dtypes are left to torch.
+    What is written into a tensor by index takes its dtype, and a number that fills it becomes the
+    nearest that it can hold, for under autocast products are narrower than a model expects.
+    Attention in bfloat16 on a CPU is softmax(QKᵀ·scale)V of some heads at a time, with scores in
+    bfloat16. For samples of up to 512 positions that takes 0.6 to 0.9 of the time of torch's fused
+    kernel, and half with its backward. Longer samples, a mask that is not the causal one, dropout
+    and other dtypes are left to torch.
     """
 
     def __torch_function__(
@@ -34,6 +39,12 @@ class HalfProducts(TorchFunctionMode):
             args = tuple(
                 x.to(args[0].dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
                 for x in args
+            )
+        if func in FILLS and args[0].is_floating_point() and isinstance(args[-1], float):
+            most = torch.finfo(args[0].dtype).max
+            args = (
+                *args[:-1],
+                args[-1] if math.isinf(args[-1]) else min(max(args[-1], -most), most),
             )
         if func is F.scaled_dot_product_attention:
             with suppress(TypeError):  # of an argument that only torch knows

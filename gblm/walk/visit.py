@@ -95,6 +95,8 @@ class Visit:
         known = [self.gradients[x.name] for x in group if x.name in self.gradients]
         if not focus or len(known) < len(group) or any(linear.alone for linear in group):
             return None
+        if len({own["grad_position"].shape for own in known}) > 1:  # one is used elsewhere, too
+            return None
         return stats.position_weights(known, focus)
 
     def inputs(self, needs: frozenset[str], focus: float = 0.0) -> Generator[list[Inputs]]:
