@@ -123,8 +123,11 @@ def page(results: list[Result]) -> Iterator[str]:
         yield ""
         yield f"## {task}"
         yield ""
+        idle = [r for r in made if r not in whole and not r.errors and unused(r)]
         counts = f"{len(own)} families, {len(made)} built"
         yield f"{counts}, {len(whole)} of them pruned to 95 % or more."
+        if idle:
+            yield f"Of {len(idle)} more only matrices that their blocks do not use stay dense."
         yield ""
         yield "| family | pruned | stays dense, or why not |"
         yield "|---|---|---|"
@@ -139,6 +142,12 @@ def page(results: list[Result]) -> Iterator[str]:
                 notes += [text for text, _ in reasons.most_common(3)]
             share = "–" if result.built else f"{100 * result.share:.0f} %"
             yield f"| {result.family} | {share} | {'; '.join(notes).replace('|', '/')} |"
+
+
+def unused(result: Result) -> bool:
+    """Say whether no matrix stays dense that a block uses."""
+    reasons = set(result.dense.values())
+    return bool(reasons) and reasons <= {"not used by its block"}
 
 
 def main() -> None:
