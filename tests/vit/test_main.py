@@ -32,6 +32,7 @@ OF_LANGUAGE = [
     "--allow-pickle",
     "--evaluate-windows",
     "--also",
+    "--bos",
     "--exact-match",
     "--experts",
     "--length",
