@@ -153,6 +153,8 @@ def best(
     Raises `GblmError` where focus or mix is outside [0, 1], refine below 0, the allocation unknown.
     """
     one_of(allocation or "auto", ["auto", *ALLOCATIONS], "allocation")
+    given = {"allocation": allocation, "focus": focus, "mix": mix, "refine": refine}
+    title = _title("best", best, {**given, "distill": distill, "rotate": rotate})
     for name, value in {"focus": focus, "mix": mix}.items():
         if not 0 <= value <= 1:
             raise GblmError(f"{name} {value:g} is outside [0, 1]; 0.5 is the usual one")
@@ -165,7 +167,7 @@ def best(
         _admm_cost,
         narrow=True,
     )
-    method = refined(Method("best", (step,), allocation, "layer", share=0.125), refine)
+    method = refined(Method(title, (step,), allocation, "layer", share=0.125), refine)
     if not 0 <= distill < math.inf:
         raise GblmError(f"distill {distill:g} is no number of passes; 1 is the usual one")
     if distill:
@@ -185,6 +187,14 @@ def rotated(method: Method, steps: int) -> Method:
     if steps and method.needs & set(stats.GRADIENT) - {"grad_position"}:
         raise GblmError(f"{method.name} scores by gradients of weights, which a rotation changes")
     return replace(method, steps=(Rotate(steps), *others) if steps else others)
+
+
+def _title(name: str, maker: Callable[..., Method], given: dict[str, Any]) -> str:
+    """Return a name with those of the options that are not the usual ones."""
+    usual = inspect.signature(maker).parameters
+    own = {key: value for key, value in given.items() if value != usual[key].default}
+    texts = (f"{k}={v:g}" if isinstance(v, int | float) else f"{k}={v}" for k, v in own.items())
+    return f"{name}({', '.join(texts).lower()})" if own else name
 
 
 def refined(method: Method, passes: float) -> Method:
