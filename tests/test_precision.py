@@ -45,3 +45,29 @@ def test_gradients_in_float16_are_those_in_float32(spread, head, backward):
         for key, value in expected.sums.items():
             apart = (sums[0][name][key] - value).abs().sum() / value.abs().sum()
             assert apart < 0.005, f"{name}: {key} is {apart:.1%} off"
+
+
+class Between(nn.Module):
+    """Blocks that end with a product, and a product of the model's own between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2))
+        self.between, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.between(self.blocks[0](x)))
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "best:distill=1"])
+def test_code_between_blocks_goes_on_in_the_dtype_of_the_model(name, monkeypatch):
+    monkeypatch.setattr("gblm.walk.walk.find_compute_dtype", lambda *_: torch.bfloat16)
+    sides = gblm.Adapter(
+        blocks=lambda model: {f"blocks.{i}": block for i, block in enumerate(model.blocks)},
+        trunk=lambda model, batch: model(batch["x"]),
+        loss=lambda model, hidden, batch: model.head(hidden).square().mean(dim=1),
+        logits=lambda model, hidden, batch: model.head(hidden),
+    )
+    report = gblm.prune(Between(), {"x": torch.randn(32, 16)}, name, "0.5", adapter=sides)
+    assert report.sparsity == 0.5

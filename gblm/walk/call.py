@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from gblm.machine.device import halved
 from gblm.machine.placement import Placement
@@ -59,13 +59,21 @@ class Call:
         """Return what the block's own forward gives for these leaves.
 
         It runs with the context variables and the modes of the model's code around it. half:
-        products are in the dtype of the walk, where that is narrower than the block's. watch: sees
-        the products.
+        products are in the dtype of the walk, where that is narrower than the block's; what the
+        block gives has its own, for the model's code goes on in that. watch: sees the products.
         """
         args, kwargs = tree_unflatten(leaves, self.spec)
-        products = halved(self.block.module, self.compute_dtype if half else torch.float32)
-        with self.scope.inside() as context, watch or nullcontext(), products:
-            return context.run(self.forward, *args, **kwargs)
+        narrow = self.compute_dtype if half else torch.float32
+        with (
+            self.scope.inside() as context,
+            watch or nullcontext(),
+            halved(self.block.module, narrow),
+        ):
+            output = context.run(self.forward, *args, **kwargs)
+        own = next(self.block.module.parameters()).dtype
+        if own == torch.float32 != narrow:
+            output = tree_map(lambda x: x.to(own) if _is(x, narrow) else x, output)
+        return output
 
     def outputs(self, step: int, half: bool = False) -> Output:
         """Return the outputs for all samples, computed `step` samples at a time."""
@@ -124,3 +132,7 @@ def first_differentiable(outputs: list[Any]) -> int | None:
     """Return which of a block's outputs, flattened, is the first that a gradient can reach."""
     reached = (i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.requires_grad)
     return next(reached, None)
+
+
+def _is(leaf: Any, dtype: torch.dtype) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype == dtype
