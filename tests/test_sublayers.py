@@ -63,8 +63,17 @@ def zeroed(model: nn.Module, ends: list[str], gone: list[str]) -> nn.Module:
     return new
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlps"])
-@pytest.mark.parametrize("name", MODELS)
+QUICK = "GPT2LMHeadModel", "attention"  # the others start a process each, too
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (x, kind) if (x, kind) == QUICK else pytest.param(x, kind, marks=pytest.mark.slow)
+        for x in MODELS
+        for kind in ("attention", "mlps")
+    ],
+)
 def test_a_language_model_without_layers_is_the_zeroed_one_and_loads_elsewhere(
     tmp_path, name, kind
 ):

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,12 @@ def loaded_elsewhere(folder: Path, batch: dict[str, Tensor], kind: str) -> Tenso
     return found
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+def mostly_slow(names: Iterable[str], quick: str) -> list[Any]:
+    """Return parameters of which all but one are slow: each starts a process of its own."""
+    return [x if x == quick else pytest.param(x, marks=pytest.mark.slow) for x in names]
+
+
+@pytest.mark.parametrize("name", mostly_slow(LANGUAGE, "GPT2LMHeadModel"))
 def test_a_language_model_loads_elsewhere_as_it_is_and_is_the_zeroed_one(
     monkeypatch, tmp_path, name
 ):
@@ -130,7 +136,7 @@ def test_a_language_model_loads_elsewhere_as_it_is_and_is_the_zeroed_one(
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", mostly_slow(IMAGES, "vit_tiny_patch16_224"))
 def test_an_image_classifier_loads_elsewhere_as_it_is_and_is_the_zeroed_one(
     monkeypatch, tmp_path, name
 ):
