@@ -96,6 +96,7 @@ def test_a_language_model_without_layers_is_the_zeroed_one_and_loads_elsewhere(
     assert torch.equal(ids, plain)
 
 
+@pytest.mark.slow
 def test_an_image_classifier_without_layers_loads_elsewhere(tmp_path):
     model, batch = image_classifier()
     gblm.prune(model, batch, methods.make("wanda"), "mlps:0.25+neurons:0.25")

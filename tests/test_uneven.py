@@ -136,7 +136,8 @@ def test_a_language_model_loads_elsewhere_as_it_is_and_is_the_zeroed_one(
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", mostly_slow(IMAGES, "vit_tiny_patch16_224"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGES)
 def test_an_image_classifier_loads_elsewhere_as_it_is_and_is_the_zeroed_one(
     monkeypatch, tmp_path, name
 ):

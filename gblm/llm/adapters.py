@@ -371,7 +371,8 @@ def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     inputs = wide(logits.flatten(0, 1)), targets.flatten()
-    if not valueless(targets) and (most := int(targets.max())) >= logits.shape[-1]:
+    known = targets.numel() and not valueless(targets)
+    if known and (most := int(targets.max())) >= logits.shape[-1]:
         raise GblmError(
             f"a target is {most} and the head gives {logits.shape[-1]} logits; check the ids of "
             "the calibration samples, or choose a method without gradients, such as wanda"
