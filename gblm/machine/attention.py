@@ -15,8 +15,6 @@ SCORES = 1 << 18  # at a time, which the caches of a CPU still hold
 WRITES = {Tensor.__setitem__, Tensor.index_put_, Tensor.index_add_, Tensor.index_copy_}
 WRITES |= {Tensor.index_put, Tensor.index_add, Tensor.index_copy, torch.index_add}
 WRITES |= {Tensor.scatter_, Tensor.scatter_add_, Tensor.masked_scatter_}
-
-
 FILLS = {Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill}
 
 
@@ -41,11 +39,8 @@ class HalfProducts(TorchFunctionMode):
                 for x in args
             )
         if func in FILLS and args[0].is_floating_point() and isinstance(args[-1], float):
-            most = torch.finfo(args[0].dtype).max
-            args = (
-                *args[:-1],
-                args[-1] if math.isinf(args[-1]) else min(max(args[-1], -most), most),
-            )
+            most = math.inf if math.isinf(args[-1]) else torch.finfo(args[0].dtype).max
+            args = (*args[:-1], min(max(args[-1], -most), most))
         if func is F.scaled_dot_product_attention:
             with suppress(TypeError):  # of an argument that only torch knows
                 output = _Attention(*args, **kwargs).plain()

@@ -12,13 +12,12 @@ from gblm.machine.offload import offload_of
 from gblm.machine.speed import Cost
 from gblm.maths.rotation import Part, learn
 from gblm.maths.stats import wide
-from gblm.walk.blocks import take
 from gblm.walk.footprint import Footprint
+from gblm.walk.gradients import FEWEST, first
+from gblm.walk.sample import SHARE
 from gblm.walk.stream import Stream, Whole, check_turns, find_stream
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
-
-FEWEST, SHARE = 16, 0.125  # samples whose Gram matrices it takes
 
 
 @dataclass(frozen=True)
@@ -78,22 +77,20 @@ class Rotate(Step):
 
 def parts(walk: Walk, stream: Stream) -> list[Part]:
     """Return what turns in the blocks, with the Gram matrices of some samples."""
-    reading = ([x for x in own.matrices if x.linear] for own in stream.readings)
-    together = [*(own for own in reading if own), *([own] for own in stream.writers)]
-    seen = {own[0].linear.name: own for own in together if own[0].linear}
+    readers = ([x for x in own.matrices if x.linear] for own in stream.readings)
+    together = [(own, False) for own in readers if own] + [([x], True) for x in stream.writers]
+    linears = [own[0].linear for own, _ in together if own[0].linear]
+    seen = {linear.name: own for linear, own in zip(linears, together, strict=True)}
     found = []
 
     def work(visit: Visit) -> None:
-        block = visit.block
-        own = [x.linear for (x, *_) in seen.values() if x.linear]
-        groups = [[x] for x in own if x.name.startswith(f"{block.name}.")]
-        few = replace(visit, block=replace(block, groups=groups))
+        groups = [[x] for x in linears if x.name.startswith(f"{visit.block.name}.")]
+        few = replace(visit, block=replace(visit.block, groups=groups))
         for inputs in few.inputs_of(visit.calls, frozenset({"input_gram"})):
-            matrices = seen[inputs.group[0].name]
+            matrices, writes = seen[inputs.group[0].name]
             weight = torch.cat([wide(x.weight) for x in matrices])
-            writes = matrices[0] in stream.writers
             found.append(Part(weight, inputs.statistics["input_gram"], writes))
 
-    few = take(walk.batch, slice(0, max(FEWEST, round(SHARE * walk.samples))))
+    few = first(walk.model, walk.batch, walk.adapter, SHARE)
     forward(replace(walk, batch=few), work)
     return found

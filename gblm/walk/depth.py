@@ -9,7 +9,7 @@ entry for each block lose those of the blocks that go.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,8 +23,8 @@ from gblm.machine.carry import SHORTER
 from gblm.machine.offload import offload_of
 from gblm.walk.blocks import take
 from gblm.walk.call import Output
-from gblm.walk.rebuilt import Rebuilt, settings_of
-from gblm.walk.sample import evaluations, least_loss
+from gblm.walk.rebuilt import Rebuilt, forwards, settings_of
+from gblm.walk.sample import least_loss
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
@@ -106,8 +106,7 @@ class Depth(Rebuilt):
 
         Raises `GblmError` where the config cannot state what is left.
         """
-        total = evaluations(len(self.bypasses), self.number)
-        least_loss(walk, self.gone, self.number, self._free, self.passing, total)
+        least_loss(walk, self.gone, self.number, self._free, self.passing)
         stay = {name: self._stay(name) for name in self.counts}
         self.renamed = {
             own[old]: f"{name}.{new}"
@@ -147,11 +146,7 @@ class Depth(Rebuilt):
 
     @contextmanager
     def passing(self, names: list[str]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name in names:
-                module = self.model.get_submodule(name)
-                stack.callback(vars(module).pop, "forward")
-                module.forward = _Passing(self.bypasses[name])
+        with forwards(self.model, {name: _Passing(self.bypasses[name]) for name in names}):
             yield
 
     def _free(self) -> list[str]:

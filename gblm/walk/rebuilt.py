@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,17 @@ class Rebuilt(ABC):
         for move in reversed(self.moves):
             move()
         self.moves.clear()
+
+
+@contextmanager
+def forwards(model: nn.Module, instead: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Have modules, by their names in a model, do something else for a time."""
+    with ExitStack() as stack:
+        for name, forward in instead.items():
+            module = model.get_submodule(name)
+            stack.callback(vars(module).pop, "forward")
+            module.forward = forward
+        yield
 
 
 def _hidden(walk: Walk, batch: Any) -> list[Tensor]:

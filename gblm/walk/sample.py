@@ -65,14 +65,13 @@ def least_loss(
     number: int,
     free: Callable[[], list[str]],
     passing: Callable[[list[str]], AbstractContextManager[None]],
-    total: int,
 ) -> None:
     """Add to what goes, one after the other, that without which the loss of some is lowest.
 
-    free: gives what can still go; passing: has the model do without some for a time; total: how
-    often the loss will be taken. Raises `GblmError` where no loss is finite.
+    free: gives what can still go; passing: has the model do without some for a time. Raises
+    `GblmError` where no loss is finite.
     """
-    few, done = some(walk), 0
+    few, done, total = some(walk), 0, evaluations(len(free()), number)
     while len(gone) < number:
         losses = {}
         for name in free():

@@ -88,7 +88,8 @@ class Stream:
         exact = exact @ (1.5 * torch.eye(len(exact)) - 0.5 * exact.T @ exact)
 
         def turned(value: Tensor) -> Tensor:
-            return wide(value) @ exact.to(wide(value))
+            value = wide(value)
+            return value @ exact.to(value)
 
         for own in (own for reading in self.readings for own in reading.matrices):
             own.weight.copy_(turned(own.weight))

@@ -8,7 +8,7 @@ gives 0 where each of them was (`gblm.machine.narrowed`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from gblm.base import GblmError, Pattern, Statistics
 from gblm.machine.narrowed import Gone
-from gblm.walk.blocks import take
+from gblm.walk.blocks import hooked, take
 from gblm.walk.call import Output
-from gblm.walk.rebuilt import Rebuilt
-from gblm.walk.sample import evaluations, least_loss
+from gblm.walk.rebuilt import Rebuilt, forwards
+from gblm.walk.sample import least_loss
 from gblm.walk.units import find_units
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
@@ -73,12 +73,11 @@ class Sublayers(Rebuilt):
 
     def choose(self, walk: Walk, gradients: Mapping[str, Statistics]) -> None:
         """Choose the layers that go, one after the other by the loss of some samples."""
-        total = evaluations(len(self.layers), self.number)
 
         def free() -> list[str]:
             return [name for name in self.layers if name not in self.gone]
 
-        least_loss(walk, self.gone, self.number, free, self.passing, total)
+        least_loss(walk, self.gone, self.number, free, self.passing)
         for block in self.blocks:
             self.lost |= {
                 linear.name: torch.ones(linear.shape[0], dtype=torch.bool)
@@ -98,11 +97,7 @@ class Sublayers(Rebuilt):
 
     @contextmanager
     def passing(self, names: list[str]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name in names:
-                module = self.model.get_submodule(name)
-                stack.callback(vars(module).pop, "forward")
-                module.forward = Gone(self.layers[name]).forward
+        with forwards(self.model, {name: Gone(self.layers[name]).forward for name in names}):
             yield
 
 
@@ -116,12 +111,9 @@ def _given(walk: Walk, names: dict[str, list[str]]) -> dict[str, int]:
             found[name] = len(output) if several else 0
 
     def work(visit: Visit) -> None:
-        for name in names.get(visit.block.name, ()):
-            inner = name.removeprefix(f"{visit.block.name}.")
-            module = visit.block.module.get_submodule(inner)
-            hook = module.register_forward_hook(partial(note, name))
-            visit.calls[0].outputs(1)
-            hook.remove()
+        modules = {name: walk.model.get_submodule(name) for name in names.get(visit.block.name, ())}
+        with hooked(own.register_forward_hook(partial(note, x)) for x, own in modules.items()):
+            visit.outputs = list(visit.finished())
 
     forward(replace(walk, batch=take(walk.batch, slice(0, 1))), work)
     return found

@@ -114,7 +114,7 @@ class Probe:
         watch = _MadeUp(linears)
         with torch.enable_grad():
             given = call.run(list(self.given), watch=watch)
-        self.inputs, self.outputs, self.output = watch.inputs, watch.outputs, _tensors(given)
+        self.inputs, self.outputs, self.output = watch.inputs, watch.outputs, tensors(given)
 
     @torch.enable_grad()
     def feeding(self, reader: Linear, channels: Tensor) -> Rows:
@@ -144,7 +144,7 @@ class Probe:
             pairs = zip(uses, self.inputs[name], strict=True)
             changed = [(x != before).flatten(0, -2).any(dim=0) for x, before in pairs]
             found[name] = torch.stack(changed).any(dim=0).cpu()
-        same = all(map(torch.equal, _tensors(given), self.output))
+        same = all(map(torch.equal, tensors(given), self.output))
         return {name: mask for name, mask in found.items() if mask.any()}, not same
 
     def single_inputs(self, reader: Linear) -> Units | None:
@@ -236,7 +236,8 @@ class Probe:
         return True
 
 
-def _tensors(given: Any) -> list[Tensor]:
+def tensors(given: Any) -> list[Tensor]:
+    """Return the tensors among what a block gives."""
     return [x.detach() for x in tree_flatten(given)[0] if isinstance(x, Tensor)]
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from gblm.base import GblmError
 from gblm.machine.narrowed import Modules, narrow
 from gblm.walk.blocks import Block, Snapshot, Units
 from gblm.walk.call import Call
 from gblm.walk.rebuilt import fill
+from gblm.walk.units import tensors
 
 SIZES = (("out_features", "out_channels", "nf"), ("in_features", "in_channels", "nx"))
 COUNTS = re.compile("head|dim|size|width|channels|embed|inner|^groups$")  # in names of settings
@@ -76,13 +76,13 @@ def find_settings(
     known, error = [*_candidates(block, units)], "no setting counts them"
     given = call.arguments(slice(0, call.samples))
     before = Snapshot(block)
-    dense = _tensors(call.run(list(given)))
+    dense = tensors(call.run(list(given)))
     try:
         for own in units:
             for linear, axis, places in own.parts():
                 gone = places[own.kept :].flatten().to(linear.weight.device)
                 linear.weight.index_fill_(axis, gone, 0)
-        wanted = _tensors(call.run(list(given)))
+        wanted = tensors(call.run(list(given)))
         for chosen in itertools.islice(_subsets(known), TRIALS):
             try:
                 new = copied(block.module)
@@ -90,7 +90,7 @@ def find_settings(
                 own_shapes = {name: own.shape for name, own in new.named_parameters()}
                 fill(new, block.module, cut(block, own_shapes))
                 trial = replace(call, block=replace(block, module=new), forward=new.forward)
-                found = _tensors(trial.run(list(given)))
+                found = tensors(trial.run(list(given)))
             except Exception as reason:  # whatever the model's code has against it
                 error = str(reason)
                 continue
@@ -160,10 +160,6 @@ def _counts(units: Units) -> set[int]:
 def _subsets(known: list[Setting]) -> Iterator[tuple[Setting, ...]]:
     for size in range(len(known), -1, -1):
         yield from itertools.combinations(known, size)
-
-
-def _tensors(given: Any) -> list[Tensor]:
-    return [x.detach() for x in tree_flatten(given)[0] if isinstance(x, Tensor)]
 
 
 def _alike(found: Tensor, wanted: Tensor, dense: Tensor) -> bool:
