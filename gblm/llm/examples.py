@@ -57,9 +57,13 @@ class Continuations:
 
     def _prompt(self, window: Tensor, length: int) -> Tensor:
         """Return the first part of a window that begins and ends between words, else the first."""
-        text = [self.tokenizer.decode(window[:i].tolist()) for i in range(len(window) + 1)]
-        words = {i for i in range(1, len(window)) if text[i + 1][len(text[i]) :][:1] in (" ", "\n")}
-        starts = (i for i in range(len(window) - length) if {i, i + length} <= words)
+
+        def begins(i: int) -> bool:
+            before, text = (self.tokenizer.decode(window[:n].tolist()) for n in (i, i + 1))
+            return text[len(before) :][:1] in (" ", "\n")
+
+        places = range(1, len(window) - length)
+        starts = (i for i in places if begins(i) and begins(i + length))
         start = next(starts, 0)
         return window[start : start + length]
 
