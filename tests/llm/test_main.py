@@ -389,8 +389,6 @@ def test_ctrl_c_leaves_no_partial_output(folder: Path, text: Path, tmp_path: Pat
         [sys.executable, "-m", "gblm.llm", *flags, "--method", methods],
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A shell that runs the tests in the background has them ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not output.exists() and process.poll() is None:
         time.sleep(0.005)
