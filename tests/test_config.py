@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import gblm
 from gblm.command import settings
+from gblm.llm import demo
 from gblm.llm.__main__ import SIDE
 from gblm.llm.__main__ import main as llm_main
 from gblm.vit.__main__ import main as vit_main
@@ -195,6 +196,8 @@ def test_a_result_holds_no_folder_of_this_machine(llm, tmp_path, monkeypatch):
 
 def test_the_demo_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    text = demo.text
+    monkeypatch.setattr(demo, "text", lambda split: text(split)[:100_000])  # all takes seconds
     few = ["--method", "wanda", "--samples", "2", "--evaluate-windows", "2"]
     assert llm_main([*few, "--output", "one"]) == 0
     assert 'model = "demo"' in (tmp_path / "one" / settings.NAME).read_text()

@@ -4,9 +4,8 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import gblm
 from gblm.llm.__main__ import main
 from gblm.machine import files
 from gblm.vit.__main__ import main as prune_vit
+from tests.forked import ended, start
 
 TENSORS = {"weight": torch.ones(3, 2), "bias": torch.arange(2)}
 
@@ -279,10 +279,9 @@ for write in (
 
 def test_a_file_that_finds_no_space_is_an_error_with_a_way_out(tmp_path: Path):
     (tmp_path / "file").write_text("old")
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True
-    )
-    said = done.stdout.splitlines()
+    output = tmp_path.with_suffix(".said")
+    assert ended(start(LIMITED, [str(tmp_path)], output)) == 0, output.read_text()
+    said = output.read_text().splitlines()
     assert len(said) == 2
     assert all("file cannot be written (" in line for line in said)
     assert all("; make space, check the rights, or go elsewhere" in line for line in said)
@@ -373,25 +372,25 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path):
 
 
 HOLD = """
-import sys
+import sys, time
 from pathlib import Path
 from gblm.machine import files
 with files.claimed(Path(sys.argv[1])):
     print("in", flush=True)
-    sys.stdin.read()
+    time.sleep(300)
 """
 
 
 def test_a_lock_goes_with_the_process_that_is_killed(tmp_path: Path):
     folder = tmp_path / "pruned"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"in\n"
+    said = tmp_path.with_suffix(".said")
+    process = start(HOLD, [str(folder)], said)
+    while not (said.exists() and said.read_text()) and process.is_alive():
+        time.sleep(0.005)
     with pytest.raises(gblm.GblmError, match="in use"):
         files.claimed(folder).__enter__()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert ended(process) == -signal.SIGKILL, said.read_text()
     assert [path.name for path in tmp_path.iterdir()] == [".pruned.lock"]
     with files.claimed(folder):
         pass

@@ -124,7 +124,8 @@ ANSWERS = """
 import sys
 from gblm.llm.__main__ import main as llm
 from gblm.vit.__main__ import main as vit
-heavy = {"transformers", "timm", "datasets", "torchvision", "accelerate", "matplotlib"}
+heavy = {"transformers", "timm", "datasets", "torchvision", "accelerate", "lm_eval"}
+heavy |= {"matplotlib", "jinja2"}
 for main in (llm, vit):
     for argv in (["--help"], ["--sparsty", "0.5"], ["--completion", "bash"]):
         main(argv)

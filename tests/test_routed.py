@@ -3,8 +3,6 @@
 As a program this file is one of the processes that prune the models of these tests.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,8 +18,7 @@ import gblm
 from gblm import methods
 from gblm.machine import device
 from gblm.report import Report
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+from tests.forked import ended, start
 
 EXPERTS, WIDE, LENGTH = 5, 8, 6
 # The experts that each sample is sent to: two and three are beyond the first sample, and beyond the
@@ -157,17 +154,10 @@ def main(folder: Path, rank: int, world: int) -> None:
 @cache
 def run_processes(count: int, folder: Path) -> None:
     """Let so many processes prune the models, and leave the results in a folder."""
-    command = [sys.executable, __file__, str(folder)]
-    started = [
-        subprocess.Popen([*command, str(rank), str(count)], env=ENVIRONMENT)
-        for rank in range(count)
-    ]
-    try:
-        for process in started:
-            process.wait(timeout=600)
-    finally:
-        for process in started:
-            process.kill()
+    script = Path(__file__).read_text()
+    argv = [[str(folder), str(rank), str(count)] for rank in range(count)]
+    for process in [start(script, own, folder / "said") for own in argv]:
+        ended(process)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +172,7 @@ def test_processes_get_the_masks_of_one(case, count, folders):
     expected = work(method).state_dict()
     run_processes(count, folders[count])
     files = [folders[count] / f"{case} {rank}.pt" for rank in range(count)]
-    assert all(file.exists() for file in files), "a process has come to its end before"
+    assert all(file.exists() for file in files), (folders[count] / "said").read_text()
     found = [torch.load(file) for file in files]
     assert not [weights for weights in found if isinstance(weights, str)]
     for name, value in expected.items():
@@ -226,11 +216,11 @@ def prune_halved() -> None:
     assert all(torch.isfinite(value).all() for value in model.parameters())
 
 
-def test_a_block_may_put_what_its_linears_give_into_a_tensor_of_its_own():
+def test_a_block_may_put_what_its_linears_give_into_a_tensor_of_its_own(tmp_path):
     # y[mask] = expert(x) is an assignment to a tensor of another dtype where expert(x) is in
     # bfloat16, which torch refuses. In a process of its own, which that may bring down.
-    done = subprocess.run([sys.executable, __file__], env=ENVIRONMENT, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    process = start(Path(__file__).read_text(), [], tmp_path / "said")
+    assert ended(process) == 0, (tmp_path / "said").read_text()
 
 
 if __name__ == "__main__":

@@ -1,26 +1,23 @@
 """Laws of scale, by the command line: any offload, any number of processes, cut off anywhere."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed import TCPStore
 
 from gblm.llm.__main__ import main as prune_llm
 from gblm.vit.__main__ import main as prune_vit
 from gblm.walk import gradients
+from tests.forked import COMMAND, ENVIRONMENT, ended, start, together
 
 METHODS = ["--method", "gblm,sparsegpt", "--sparsity", "0.5"]
 FOLDERS = ["gblm-0.5", "sparsegpt-0.5"]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def arguments(fixture: list[str]) -> list[str]:
@@ -42,57 +39,6 @@ def same(one: Path, other: Path) -> bool:
     first, second = weights(one), weights(other)
     assert set(first) == set(second)
     return all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-# Processes of their own. They are forked from one that has imported all they need: most of the time
-# of a short run goes into imports.
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["gblm.llm.__main__", "gblm.vit.__main__", "transformers.models.llama", "timm", "datasets"]
-)
-PROCESS = """
-import os, sys
-os.environ |= environment
-sys.argv = ["gblm", *argv]
-file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.dup2(file, 1)
-os.dup2(file, 2)
-exec(script, {"__name__": "__main__"})
-"""
-COMMAND = """
-import sys
-from gblm.{side}.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def start(script: str, argv: list[str], said: Path, **environment: str) -> BaseProcess:
-    """Start a process that runs a script; what it says goes to a file."""
-    given = {"script": script, "argv": argv, "said": said}
-    given["environment"] = {**ENVIRONMENT, **environment}
-    process = FORKS.Process(target=exec, args=(PROCESS, given))
-    process.start()
-    return process
-
-
-def ended(process: BaseProcess) -> int:
-    """Return the exit code of a process."""
-    process.join(300)
-    if process.exitcode is None:
-        process.kill()
-        pytest.fail("a process did not end")
-    return process.exitcode
-
-
-def together(processes: int, script: str, argv: list[str], said: Path) -> list[int]:
-    """Run a script in so many processes, as torchrun starts them; return their exit codes."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    every = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    every |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(processes)}
-    ranks = map(str, range(processes))
-    started = [start(script, argv, said, **every, RANK=rank, LOCAL_RANK=rank) for rank in ranks]
-    return [ended(process) for process in started]
 
 
 @pytest.mark.parametrize("side", ["llm", "vit"])

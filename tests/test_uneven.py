@@ -1,8 +1,6 @@
 """Widths that no config states: layers share a budget, and what is written loads without gblm."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from gblm.vit.__main__ import main as vit_main
 from gblm.walk.journal import Journal
 from gblm.walk.narrow import Narrowing
 from gblm.walk.walk import Walk
+from tests.forked import ended, start
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -98,11 +97,12 @@ def loaded_elsewhere(folder: Path, batch: dict[str, Tensor], kind: str) -> Tenso
         f"import sys, torch; FOLDER = {str(folder)!r}; torch.set_num_threads(1)\n"
         f"{LOAD[kind]}\n"
         f"given = torch.load({str(folder.parent / 'given.pt')!r})\n"
-        "with torch.no_grad(): out = model(given)\n"
+        "with torch.no_grad():\n    out = model(given)\n"
         "assert not any(name.partition('.')[0] == 'gblm' for name in sys.modules)\n"
         f"torch.save(getattr(out, 'logits', out), {str(folder.parent / 'out.pt')!r})"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder.parent)
+    process = start(code, [], folder.parent / "said")
+    assert ended(process) == 0, (folder.parent / "said").read_text()
     found: Tensor = torch.load(folder.parent / "out.pt")
     return found
 

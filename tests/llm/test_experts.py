@@ -7,14 +7,12 @@ from torch.nn.functional import silu
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
 import gblm
 from gblm import GblmError, methods
-from gblm.llm import demo
 from gblm.llm.__main__ import main
 from gblm.llm.adapters import adapter
 from gblm.maths.patterns import parse
@@ -161,11 +159,14 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(experts, tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
-def test_a_run_of_other_statistics_is_not_gone_on_with(tmp_path, capsys):
-    PreTrainedTokenizerFast.from_pretrained(demo.FOLDER).save_pretrained(tmp_path / "moe")
-    config = Qwen3MoeConfig(**SIZES | {"vocab_size": 2048})
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
-    command = ["--model", str(tmp_path / "moe"), "--calibration", "demo", "--samples", "4"]
+def test_a_run_of_other_statistics_is_not_gone_on_with(tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "moe")
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES | {"vocab_size": 256})).save_pretrained(
+        tmp_path / "moe"
+    )
+    (tmp_path / "notes.txt").write_text("words " * 200)
+    command = ["--model", str(tmp_path / "moe"), "--samples", "4"]
+    command += ["--calibration", str(tmp_path / "notes.txt")]
     command += ["--length", "16", "--method", "wanda", "--sparsity", "0.5"]
     command += ["--work-dir", str(tmp_path / "work")]
     assert main([*command, "--experts", "all"]) == 0

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import (
 from gblm import METHODS
 from gblm.command.settings import flags
 from gblm.llm.__main__ import SIDE, main
+from tests.forked import COMMAND, ended, start
 
 FLAGS = [
     "--allocation",
@@ -385,19 +385,15 @@ def test_ctrl_c_leaves_no_partial_output(folder: Path, text: Path, tmp_path: Pat
         folder, text, "--output", str(output), "--sparsity", "0.5,0.6,0.7", "--seed", "1"
     )
     methods = ",".join(METHODS)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gblm.llm", *flags, "--method", methods],
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while not output.exists() and process.poll() is None:
+    said = tmp_path / "said"
+    process = start(COMMAND.format(side="llm"), [*flags, "--method", methods], said)
+    while not output.exists() and process.is_alive():
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    assert process.returncode == 130, error
-    assert b"interrupted" in error
-    assert b"Traceback" not in error
-    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    os.kill(process.pid, signal.SIGINT)
+    assert ended(process) == 130, said.read_text()
+    assert "interrupted" in said.read_text()
+    assert "Traceback" not in said.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "said"}
     for result in output.iterdir():  # what was finished is whole
         assert not result.name.startswith(".")
         assert (result / "report.json").exists()

@@ -2,12 +2,9 @@
 
 import io
 import json
-import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from gblm import METHODS
 from gblm.vit import data
 from gblm.vit.__main__ import main
+from tests.forked import COMMAND, ended, start
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 FIRST = "class0/0.png"
@@ -429,17 +427,10 @@ def test_results_are_the_same_bits_every_time(run, model, images, sealed):
         torch.set_num_threads(threads)
     output = sealed.root / "again"
     before = sealed.tree(output)
-    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "gblm.vit", *command(model, images)),
-            *("--method", "gblm,best", "--output", output),
-        ],
-        check=True,
-        env={**os.environ, **more},
-        capture_output=True,
-    )
-    assert sealed.tree(output) == before, "nothing is written elsewhere"
+    flags = [*command(model, images), "--method", "gblm,best", "--output", str(output)]
+    said = sealed.root / "said"
+    assert ended(start(COMMAND.format(side="vit"), flags, said)) == 0, said.read_text()
+    assert sealed.tree(output, said) == before, "nothing is written elsewhere"
     first = sealed.result(sealed.root / "out")
     assert len(first) == 4
     assert sealed.result(output) == first
