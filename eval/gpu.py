@@ -6,7 +6,8 @@
     python eval/gpu.py --part zeros --write docs/what-zeros-buy.md
 
 Each part runs alone and takes minutes; none reads a model or a data set. `--device cpu --tiny` goes
-through all of it with toy sizes, the kernels by Triton's interpreter, whose times mean nothing.
+through all of it with toy sizes, the kernels by Triton's interpreter, whose times mean nothing. So
+does the second device of the tests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 import gblm
 from gblm import methods
 from gblm.gains import said
-from gblm.machine.device import peak_memory
+from gblm.machine.device import peak_memory, reset_peak
 from gblm.machine.offload import offloaded
 from gblm.walk.gradients import sweep
 from gblm.walk.journal import GradientFolder
@@ -53,13 +55,13 @@ class Sizes:
     some: int = 4  # samples for the kernels
 
 
-TINY = Sizes(64, 128, 2, 256, 2, 4, 32, 2)
+TINY = Sizes(16, 32, 2, 64, 2, 4, 16, 2)
 
 
 def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 10) -> float:
-    """Return the median seconds of a piece of work, after three rounds to warm up; one on a CPU."""
+    """Return the median seconds of some work: of rounds on a GPU, after three, else of one."""
     cuda = device.type == "cuda"
-    for _ in range(3 if cuda else 1):
+    for _ in range(3 if cuda else 0):
         work()
     found = []
     for _ in range(rounds if cuda else 1):
@@ -72,9 +74,15 @@ def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 10) -> 
 
 
 def sync(device: torch.device) -> None:
-    """Wait until a GPU has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Wait until a device has done its work."""
+    torch.get_device_module(device).synchronize()
+
+
+def clear(device: torch.device) -> None:
+    """Free what is held for nothing, and let the peak of memory begin anew."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+    reset_peak(device)
 
 
 @dataclass
@@ -94,92 +102,108 @@ class Race:
     unit: str
 
 
+Draw = Callable[..., Tensor]  # random tensors by their shape
+
+
 def races(sizes: Sizes, device: torch.device) -> list[Race]:
     """Return the kernels with what they compete against, on the shapes of a block."""
-    from gblm.kernels import gradient_sums, input_gram, nm_keep, row_keep, score_mask
-
-    draw = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=draw, device=device).to(dtype)
-
-    found = []
-    for inputs, outputs in ((sizes.width, sizes.width), (sizes.width, sizes.inner)):
-        shape = f"[{outputs}, {inputs}]"
-        x = random(sizes.some, sizes.length, inputs, dtype=torch.bfloat16)
-        dy = random(sizes.some, sizes.length, outputs, dtype=torch.bfloat16)
-        flat_x, flat_dy = x.flatten(0, 1), dy.flatten(0, 1)
-        flops = 2.0 * len(flat_x) * inputs * outputs
-        sums = torch.zeros(outputs, inputs, device=device)
-
-        def multiplied(a: Tensor = flat_dy, b: Tensor = flat_x) -> Tensor:
-            return a.T @ b
-
-        def batched(a: Tensor = dy, b: Tensor = x, total: Tensor = sums) -> Tensor:
-            return total.add_(torch.bmm(a.mT, b).float().abs().sum(dim=0))
-
-        work = (x, dy, sums, None)
-        found.append(
-            Race(
-                f"gradient_sums {shape}, {sizes.some}×{sizes.length}",
-                lambda work=work: gradient_sums.gradient_sums(*work),
-                lambda work=work: gradient_sums.reference(*work),
-                multiplied,
-                flops,
-                flops,
-                "TFLOP/s",
-            )
-        )
-        found.append(
-            Race("bmm and accumulate", batched, batched, multiplied, flops, flops, "TFLOP/s")
-        )
-        total = torch.zeros(inputs, inputs, device=device)
-        half = 1.0 * len(flat_x) * inputs * (inputs + 1)
-        if outputs == inputs:
-            gram = (total, flat_x)
-            found.append(
-                Race(
-                    f"input_gram [{inputs}, {inputs}], {len(flat_x)} positions",
-                    lambda gram=gram: input_gram.input_gram(*gram),
-                    lambda gram=gram: input_gram.reference(*gram),
-                    lambda a=flat_x: a.T @ a,
-                    half,
-                    2.0 * len(flat_x) * inputs * inputs,
-                    "TFLOP/s",
-                )
-            )
-        weight, gradient = random(outputs, inputs), random(outputs, inputs).abs()
-        norm, other = random(inputs).abs(), torch.empty_like(weight)
-        moved = 2.0 * weight.nbytes
-
-        def copied(a: Tensor = other, b: Tensor = weight) -> Tensor:
-            return a.copy_(b)
-
-        fused = (weight, norm, gradient, 100.0, 2, 4)
-        pairs: list[tuple[str, Any, Any, float]] = [
-            (  # W and G read, W and the mask written
-                "score_mask 2:4",
-                lambda fused=fused: score_mask.score_mask(*fused),
-                lambda fused=fused: score_mask.reference(*fused),
-                13.0,
-            ),
-            (
-                "nm_keep 2:4",
-                lambda w=gradient: nm_keep.nm_keep(w, 2, 4),
-                lambda w=gradient: nm_keep.reference(w, 2, 4),
-                5.0,
-            ),
-            (
-                "row_keep 50 %",
-                lambda w=gradient: row_keep.row_keep(w, w.shape[1] // 2),
-                lambda w=gradient: row_keep.reference(w, w.shape[1] // 2),
-                5.0,
-            ),
-        ]
-        for name, kernel, reference, bytes_ in pairs:
-            amount = bytes_ * weight.numel()
-            found.append(Race(f"{name} {shape}", kernel, reference, copied, amount, moved, "TB/s"))
+    torch.manual_seed(0)
+    draw = partial(torch.randn, device=device)
+    found = gram_races(sizes, draw)
+    for outputs in (sizes.width, sizes.inner):
+        found += gradient_races(sizes, outputs, draw) + mask_races(sizes.width, outputs, draw)
     return found
+
+
+def gram_races(sizes: Sizes, draw: Draw) -> list[Race]:
+    """Return the sums of products of inputs, of which the kernel computes half."""
+    from gblm.kernels import input_gram
+
+    width = sizes.width
+    x = draw(sizes.some * sizes.length, width).bfloat16()
+    work = (x.new_zeros(width, width, dtype=torch.float32), x)
+    return [
+        Race(
+            f"input_gram [{width}, {width}], {len(x)} positions",
+            lambda: input_gram.input_gram(*work),
+            lambda: input_gram.reference(*work),
+            lambda: x.T @ x,
+            1.0 * len(x) * width * (width + 1),
+            2.0 * len(x) * width * width,
+            "TFLOP/s",
+        )
+    ]
+
+
+def gradient_races(sizes: Sizes, outputs: int, draw: Draw) -> list[Race]:
+    """Return the sums of gradients of samples, by the kernel and by plain calls."""
+    from gblm.kernels import gradient_sums
+
+    x, dy = (draw(sizes.some, sizes.length, size).bfloat16() for size in (sizes.width, outputs))
+    total = x.new_zeros(outputs, sizes.width, dtype=torch.float32)
+    flops = 2.0 * x.numel() * outputs
+    work = (x, dy, total, None)
+
+    def product() -> Tensor:
+        return dy.flatten(0, 1).T @ x.flatten(0, 1)
+
+    def batched() -> Tensor:
+        return total.add_(torch.bmm(dy.mT, x).float().abs().sum(dim=0))
+
+    return [
+        Race(
+            f"gradient_sums [{outputs}, {sizes.width}], {sizes.some}×{sizes.length}",
+            lambda: gradient_sums.gradient_sums(*work),
+            lambda: gradient_sums.reference(*work),
+            product,
+            flops,
+            flops,
+            "TFLOP/s",
+        ),
+        Race("bmm and accumulate", batched, batched, product, flops, flops, "TFLOP/s"),
+    ]
+
+
+def mask_races(inputs: int, outputs: int, draw: Draw) -> list[Race]:
+    """Return the choices of masks, whose ceiling is to copy the weight."""
+    from gblm.kernels import nm_keep, row_keep, score_mask
+
+    weight, score = draw(outputs, inputs), draw(outputs, inputs).abs()
+    fused = (weight, draw(inputs).abs(), score, 100.0, 2, 4)
+    half = (score, inputs // 2)
+    other = torch.empty_like(weight)
+
+    def race(name: str, kernel: Callable, reference: Callable, bytes_: float) -> Race:
+        return Race(
+            f"{name} [{outputs}, {inputs}]",
+            kernel,
+            reference,
+            lambda: other.copy_(weight),
+            bytes_ * weight.numel(),
+            2.0 * weight.nbytes,
+            "TB/s",
+        )
+
+    return [
+        race(  # W and G read, W and the mask written
+            "score_mask 2:4",
+            lambda: score_mask.score_mask(*fused),
+            lambda: score_mask.reference(*fused),
+            13.0,
+        ),
+        race(
+            "nm_keep 2:4",
+            lambda: nm_keep.nm_keep(score, 2, 4),
+            lambda: nm_keep.reference(score, 2, 4),
+            5.0,
+        ),
+        race(
+            "row_keep 50 %",
+            lambda: row_keep.row_keep(*half),
+            lambda: row_keep.reference(*half),
+            5.0,
+        ),
+    ]
 
 
 def kernels_part(sizes: Sizes, device: torch.device) -> str:
@@ -232,14 +256,14 @@ def made(sizes: Sizes, device: torch.device, place: torch.device) -> nn.Module:
 
 def draw_weights(model: nn.Module, device: torch.device) -> None:
     """Give a model new random weights, norms of 1."""
-    draw = torch.Generator(device).manual_seed(0)
+    torch.manual_seed(0)
     with torch.no_grad():
         for own in model.parameters():
             if own.ndim == 1:
                 own.fill_(1)
             else:
                 drawn = torch.empty(own.shape, dtype=own.dtype, device=device)
-                own.copy_(drawn.normal_(std=own.shape[-1] ** -0.5, generator=draw))
+                own.copy_(drawn.normal_(std=own.shape[-1] ** -0.5))
 
 
 def samples(sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
@@ -269,9 +293,7 @@ def model_part(sizes: Sizes, device: torch.device, pattern: str, names: list[str
     ]
     for name in names:
         draw_weights(model, device)  # of a pruned one the equal zeros would cost more
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+        clear(device)
         sync(device)
         start = time.perf_counter()
         report = gblm.prune(model, batch, methods.make(name), pattern)
@@ -300,9 +322,7 @@ def shape(model: nn.Module, sizes: Sizes) -> str:
 def offload_part(sizes: Sizes, device: torch.device, pattern: str) -> str:
     """Return the peak memory of the device with weights in main memory, gradients in a folder."""
     model = made(sizes, device, torch.device("cpu"))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    clear(device)
     adapter = find_adapter(model)
     offload = offloaded("cpu", model, adapter.blocks(model), Path(), device)
     assert offload
@@ -351,7 +371,8 @@ def machine(device: torch.device) -> str:
     import transformers
     import triton
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, toy sizes"
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{device}, toy sizes"
     return (
         f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}, triton "
         f"{triton.__version__}, transformers {transformers.__version__}"
@@ -375,7 +396,7 @@ def main() -> None:
     add("--write", type=Path, help="Markdown file for the tables")
     args = parser.parse_args()
     device = torch.device(args.device)
-    if device.type == "cpu":
+    if device.type != "cuda":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     elif not torch.cuda.is_available():
         raise SystemExit("no GPU here; --device cpu --tiny tries the script")
