@@ -18,6 +18,7 @@ from gblm.maths.allocation import Budget, Weighed
 SHAPES = [(256, 256), (64, 256), (64, 256), (256, 256), (768, 256), (256, 768)]
 BUDGETS = ["0.3", "0.42", "0.5", "0.666", "0.8", "0.3/layer", "0.4321/layer", "0.8/layer"]
 WINDOWS = ["2:4", "1:4", "4:8", "5:8", "3:16"]
+STATED = [name for name in allocation.ALLOCATIONS if name != "search"]  # which draws, and tries
 few = settings(max_examples=10)
 seeds = st.integers(0, 2**31)
 
@@ -44,6 +45,14 @@ def draw(seed: int = 0, blocks: int = 3, shapes: list[tuple[int, int]] = SHAPES)
 def sparsity(pattern: str) -> float:
     n, _, m = pattern.partition(":")
     return 1 - int(n) / int(m) if m else float(pattern.partition("/")[0])
+
+
+def loss_of(linears: list[Weighed]) -> allocation.Loss:
+    """Return a loss of the shares of linears, in which every other one counts three times."""
+    sizes = [linear.weight.numel() * (1 + 2 * (i % 2)) for i, linear in enumerate(linears)]
+    return lambda shares, fewer: sum(
+        size * share**2 for size, share in zip(sizes, shares, strict=True)
+    )
 
 
 def dropped(linears: list[Weighed], found: dict[str, patterns.Pattern]) -> list[int]:
@@ -74,7 +83,7 @@ def check_count(linears: list[Weighed], pattern: str, counts: list[int]) -> None
 @pytest.mark.parametrize("name", allocation.ALLOCATIONS)
 def test_the_count_of_the_model_is_the_budget(name, pattern):
     linears, made = draw(blocks=2), allocation.make(name)
-    found = allocation.patterns_for(made, linears, patterns.parse(pattern))
+    found = allocation.patterns_for(made, linears, patterns.parse(pattern), loss_of(linears))
     check_count(linears, pattern, dropped(linears, found))
     assert made.name.startswith(name)
 
@@ -96,7 +105,8 @@ def test_odd_shapes_keep_the_count(pattern, seed, data):
     linears = draw(seed, 2, shapes)
     total = sum(linear.weight.numel() for linear in linears)
     for name in allocation.ALLOCATIONS:
-        found = allocation.patterns_for(allocation.make(name), linears, patterns.parse(pattern))
+        made, loss = allocation.make(name), loss_of(linears)
+        found = allocation.patterns_for(made, linears, patterns.parse(pattern), loss)
         counts = dropped(linears, found)
         assert 0 <= math.floor(sparsity(pattern) * total + 1e-6) - sum(counts) < 40
         assert all(
@@ -135,7 +145,7 @@ def scaled(sums: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("budget", [Budget(0.5), Budget(0.6, "layer"), Budget(0.5, window=8)])
-@pytest.mark.parametrize("name", allocation.ALLOCATIONS)
+@pytest.mark.parametrize("name", STATED)
 @few
 @given(seed=seeds, data=st.data(), factor=st.integers(-20, 20))
 def test_shares_know_no_order_of_the_linears_and_no_scale_of_the_loss(
@@ -185,6 +195,30 @@ def test_no_exchange_between_linears_lowers_the_loss(norm, budget, seed):
         if taken + 1 <= most:
             following.append(curve[taken].item())
     assert max(last, default=0) <= min(following, default=math.inf)
+
+
+@pytest.mark.parametrize("budget", [Budget(0.5), Budget(0.7, "layer"), Budget(0.5, window=8)])
+def test_a_search_lowers_the_loss_it_is_given_within_the_bound(budget):
+    linears = draw(2, 3)
+    loss, start = loss_of(linears), allocation.gradient().shares(linears, budget)
+    asked = [0, 0]
+
+    def counted(shares: list[float], fewer: bool) -> float:
+        asked[not fewer] += 1
+        return loss(shares, fewer)
+
+    made = allocation.search(generations=20)
+    found = made.shares(linears, replace(budget, loss=counted))
+    assert loss(found, False) < loss(start, False)
+    assert max(abs(share - budget.sparsity) for share in found) <= 0.15 + 1e-6
+    sizes = [linear.weight.numel() for linear in linears]
+    for shape in {linear.weight.shape for linear in linears}:  # budget stays with its shape
+        own = [i for i, linear in enumerate(linears) if linear.weight.shape == shape]
+        spent = [sum(shares[i] * sizes[i] for i in own) for shares in (found, start)]
+        assert spent[0] == pytest.approx(spent[1])
+    assert tuple(asked) == made.trials
+    with pytest.raises(GblmError, match="give 1 or more"):
+        allocation.search(children=0)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])

@@ -10,8 +10,9 @@ from torch import nn
 import gblm
 from gblm import methods
 from gblm.llm.adapters import adapter
-from gblm.methods import distill
+from gblm.methods import distill, refine
 from gblm.methods.distill import Distill
+from gblm.walk.divergence import mean_divergence
 
 DISTILLED = replace(methods.make("wanda"), steps=(*methods.make("wanda").steps, Distill(4.0)))
 
@@ -57,7 +58,8 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def test_a_distillation_that_does_not_help_is_taken_back(make_llama, batch, monkeypatch):
-    monkeypatch.setattr(distill, "RATE", 1000.0)
+    monkeypatch.setattr(distill, "RATE", 1e6)
+    monkeypatch.setattr(refine, "MOST", 1e6)
     pruned, distilled = make_llama(), make_llama()
     gblm.prune(pruned, batch, methods.make("wanda"), "0.5")
     gblm.prune(distilled, batch, DISTILLED, "0.5")
@@ -70,8 +72,7 @@ def test_its_loss_is_the_mean_divergence_of_the_samples(make_llama, batch):
 
     class Watched(Distill):
         def end(self, walk, known):
-            steps = list(distill._steps(known, 1))
-            seen.append(distill.judge(walk, steps))
+            seen.append(mean_divergence(walk, known))
 
     dense, pruned = make_llama(torch.float64), make_llama(torch.float64)
     steps = (*methods.make("wanda").steps, Watched(1.0))

@@ -29,6 +29,7 @@ from gblm.machine.device import peak_memory, resident
 from gblm.machine.speed import Cost, Machine, seconds
 from gblm.maths import stats
 from gblm.walk.blocks import Linear
+from gblm.walk.budget import FEWER, POSITIONS
 from gblm.walk.footprint import Footprint
 from gblm.walk.gradients import FEWEST
 from gblm.walk.prune import allocated, at_work, needed, shortens
@@ -135,7 +136,14 @@ def _allocation(run: Footprint, method: Method, pattern: Pattern) -> Cost:
         return Cost()
     weights = sum(linear.weight.numel() for linear in run.linears)
     passes = run.samples if allocation.needs & stats.INPUT.keys() else 0
-    return Cost(passes * run.trunk, 400 * weights)
+    total = Cost(passes * run.trunk, 400 * weights)
+    if any(allocation.trials):
+        fewer, whole = allocation.trials
+        positions = max(linear.positions for linear in run.linears)
+        samples = min(run.samples, max(1, POSITIONS // positions))
+        passes = fewer * -(-samples // FEWER) + whole * samples
+        total += Cost(passes * (run.trunk + run.head), memory=4 * weights)
+    return total
 
 
 def _choice(run: Footprint, pattern: Pattern) -> Cost:

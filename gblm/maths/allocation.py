@@ -6,8 +6,10 @@ the shares it gives into a pattern for each linear, and keeps the count of the w
 
 import inspect
 import math
+import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from gblm.maths import patterns, scores, stats
 from gblm.maths.scores import NORMS
 
 STEPS = 4096  # points at most on the loss curve of a linear
+MOVED = 1 / 32  # of a linear, in a step of the search
+
+Loss = Callable[[list[float], bool], float]  # of shares of all linears; True: on fewer samples
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,13 @@ class Budget:
     """The share of all prunable weights that goes, and where scores are compared.
 
     `group` is "row" or "layer"; `window` is the m of n:m, where scores are compared within m.
+    loss: of the model without some shares of its linears, for an allocation that asks for trials.
     """
 
     sparsity: float
     group: str = "row"
     window: int | None = None
+    loss: Loss | None = None
 
     def width(self, weight: Tensor) -> int:
         """Return the number of weights of one comparison group of a weight `[out, in]`."""
@@ -60,12 +67,14 @@ class Allocation:
     """A way to spend a budget: a name, the statistics it needs, and the function that does it.
 
     `shares(linears, budget)` returns the share of each linear that goes, about the budget's
-    sparsity in all; `patterns_for` makes the count exact.
+    sparsity in all; `patterns_for` makes the count exact. trials: how often it asks for the loss of
+    the budget on fewer samples, and on all.
     """
 
     name: str
     needs: frozenset[str]
     shares: Callable[[Sequence[Weighed], Budget], list[float]]
+    trials: tuple[int, int] = (0, 0)
 
 
 def uniform() -> Allocation:
@@ -122,11 +131,43 @@ def owl(m: float = 5, lam: float = 0.08) -> Allocation:
     return Allocation(f"owl(m={m:g}, lam={lam:g})", frozenset({"input_sq"}), shares)
 
 
+def search(generations: int = 30, children: int = 8, bound: float = 0.15) -> Allocation:
+    """Take what loses least in trials, from `gradient`'s shares on (EvoPress, arXiv 2410.14649).
+
+    A child of the best shares so far drops 1/32, or one of m, more of a linear and less of another
+    of its shape, one to three times. Of each generation's children, the two of the lowest loss on
+    fewer samples are tried on all, and the best of them takes the place of its parent if it is
+    better. bound: see `gradient`.
+
+    Raises `GblmError` where a number is below 1 or the bound outside (0, 1].
+    """
+    if min(generations, children) < 1:
+        raise GblmError(f"{generations} generations of {children} children; give 1 or more")
+    start = gradient(bound=bound)
+
+    def shares(linears: Sequence[Weighed], budget: Budget) -> list[float]:
+        assert budget.loss
+        loss, draw, best = budget.loss, random.Random(0), start.shares(linears, budget)
+        pairs = _pairs([tuple(linear.weight.shape) for linear in linears])
+        lowest = loss(best, False)
+        for _ in range(generations if pairs else 0):
+            young = [_moved(best, pairs, budget, bound, draw) for _ in range(children)]
+            young.sort(key=lambda child: loss(child, True))
+            for child in young[:2]:
+                if (found := loss(child, False)) < lowest:
+                    best, lowest = child, found
+        return best
+
+    trials = (generations * children, 1 + 2 * generations)
+    return Allocation("search", start.needs | {"input_sq"}, shares, trials)
+
+
 ALLOCATIONS: dict[str, Callable[..., Allocation]] = {
     "uniform": uniform,
     "gradient": gradient,
     "global": global_,
     "owl": owl,
+    "search": search,
 }
 
 
@@ -141,7 +182,10 @@ def make(name: str, **options: Any) -> Allocation:
 
 
 def patterns_for(
-    allocation: Allocation, linears: Sequence[Weighed], pattern: Pattern
+    allocation: Allocation,
+    linears: Sequence[Weighed],
+    pattern: Pattern,
+    loss: Loss | None = None,
 ) -> dict[str, Pattern]:
     """Return the pattern of each linear by its name; a linear that is not in it stays dense.
 
@@ -149,12 +193,13 @@ def patterns_for(
     they drop as many weights as floor(sparsity · all weights) lets them: with "layer" exactly that,
     else less by fewer weights than the smallest step of a linear (`out` for a row, size / m for
     n:m). With n:m every linear keeps 1 to m − 1 of m; a row or layer keeps one weight at least.
+    loss: of the model, see `Budget`.
 
     Raises `GblmError` where a linear lacks a statistic or cannot have the pattern.
     """
     for linear in linears:
         _check(allocation, linear, pattern)
-    budget = _budget(pattern)
+    budget = replace(budget_of(pattern), loss=loss)
     counts = _counts(linears, allocation.shares(linears, budget), budget)
     by_name: dict[str, Pattern] = {}
     for linear, count in zip(linears, counts, strict=True):
@@ -215,6 +260,31 @@ def cheapest(curves: list[Tensor], sizes: list[int], sparsity: float, bound: flo
     return [(a + k) / n for a, k, n in zip(low, more, steps, strict=True)]
 
 
+def _pairs(shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Return all pairs of linears of one shape, in both orders."""
+    alike = defaultdict(list)
+    for i, shape in enumerate(shapes):
+        alike[shape].append(i)
+    return [(a, b) for own in alike.values() for a in own for b in own if a != b]
+
+
+def _moved(
+    shares: list[float],
+    pairs: list[tuple[int, int]],
+    budget: Budget,
+    bound: float,
+    draw: random.Random,
+) -> list[float]:
+    """Return shares moved between linears one to three times, few moves being likelier."""
+    new, step = list(shares), 1 / budget.window if budget.window else MOVED
+    low, high = budget.sparsity - max(bound, step), budget.sparsity + max(bound, step)
+    for _ in range(min(draw.randint(1, 3), draw.randint(1, 3))):
+        a, b = draw.choice(pairs)
+        if new[a] + step <= min(high, 1) + 1e-6 and new[b] - step >= max(low, 0) - 1e-6:
+            new[a], new[b] = new[a] + step, new[b] - step
+    return new
+
+
 def _counts(linears: Sequence[Weighed], shares: list[float], budget: Budget) -> list[int]:
     """Return how many weights of each comparison group of a linear go, the total kept.
 
@@ -259,7 +329,7 @@ def _outliers(block: list[Weighed], m: float) -> float:
     return sum((score > threshold).sum().item() for score in values) / size
 
 
-def _budget(pattern: Pattern) -> Budget:
+def budget_of(pattern: Pattern) -> Budget:
     """Return the budget that a pattern names; raises `GblmError` where it names none."""
     patterns.parse(pattern.name)
     if pattern.window and pattern.kept:

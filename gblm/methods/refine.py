@@ -20,7 +20,7 @@ from gblm.walk.call import Call, first_differentiable, part, place
 from gblm.walk.footprint import Footprint
 from gblm.walk.visit import Visit
 
-RATE = 0.01  # see `Tuned`
+RATE, MOST = 2.0, 0.01  # see `Tuned`
 POSITIONS = 512  # about so many in a step
 JUDGED = 4  # steps whose samples tell whether it was worth it
 ENERGY = 64  # entries of the goal whose size is measured at a time
@@ -91,11 +91,12 @@ class Refine(Step):
 class Tuned:
     """The parameters of blocks that are fitted: linears where they are not 0, vectors whole.
 
-    values: in fp32, for the optimiser. keep: where a weight may change. rate: of the optimiser,
-    times the mean size of the weights of a tensor; by_inputs: over the number of its inputs.
+    values: in fp32, for the optimiser. keep: where a weight may change. rates: of the optimiser,
+    by which the mean size of a tensor's weights is multiplied: `rate` over the number of its
+    inputs, for a step changes an output by the sum of theirs; `MOST` at most.
     """
 
-    def __init__(self, blocks: list[Block], rate: float = RATE, by_inputs: bool = False) -> None:
+    def __init__(self, blocks: list[Block], rate: float = RATE) -> None:
         linears = [linear for block in blocks for linear in block.linears]
         self.weights = list(dict.fromkeys(linear.parameter for linear in linears))
         known, own = set(self.weights), (p for block in blocks for p in block.module.parameters())
@@ -107,8 +108,8 @@ class Tuned:
         )
         self.parameters = self.weights + list(dict.fromkeys(vectors))
         inputs = {linear.parameter: linear.shape[1] for linear in linears}
-        sizes = [inputs.get(own, own.numel()) if by_inputs else 1 for own in self.parameters]
-        self.rates = [rate / size for size in sizes]
+        sizes = [inputs.get(own, own.numel()) for own in self.parameters]
+        self.rates = [min(MOST, rate / size) for size in sizes]
         self.before = [parameter.detach().clone() for parameter in self.parameters]
         self.reset()
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from gblm.machine import processes
 from gblm.machine.device import memory_errors
 from gblm.machine.offload import onload
 from gblm.maths import allocation, patterns, stats
-from gblm.maths.allocation import Allocation, Weighed
+from gblm.maths.allocation import Allocation
 from gblm.report import LinearReport, Report, clock
+from gblm.walk import divergence
 from gblm.walk.blocks import Block, Linear
+from gblm.walk.budget import Budget
 from gblm.walk.depth import Depth
 from gblm.walk.experts import Experts
-from gblm.walk.inputs import with_gradients
 from gblm.walk.journal import Journal
 from gblm.walk.narrow import LOSS, Narrowing, biases
 from gblm.walk.rebuilt import Rebuilt
@@ -68,6 +68,8 @@ class Pruning:
         self.work, self.known = at_work(self.method, self.pattern), list[Any]()
         for step in self.work.steps:
             step.check_model(self.walk)
+        if (spread := allocated(self.method, self.pattern)) and any(spread.trials):
+            divergence.check(self.walk, f"allocation {spread.name}")
         self.unfit = unfit(self.walk.blocks, self.method, self.pattern, self.own)
         blocks = [block.name for block in self.walk.blocks]
         self.report = Report(self.method.name, self.pattern.name, blocks=blocks)
@@ -283,43 +285,6 @@ def needed(method: Method, pattern: Pattern) -> frozenset[str]:
     spread = allocated(method, pattern)
     needs = at_work(method, pattern).needs | (spread.needs if spread else frozenset())
     return (needs | ({LOSS} if pattern.uneven else set())) & set(stats.GRADIENT)
-
-
-@dataclass
-class Budget:
-    """The budget of a model, spread over some linears by statistics of the dense model."""
-
-    walk: Walk
-    spread: Allocation
-    pattern: Pattern
-    gradients: Mapping[str, Statistics]
-    names: set[str]
-
-    def patterns(self) -> dict[str, Pattern]:
-        """Return the pattern of each linear by its name; one that is not there stays dense."""
-        self.inputs: dict[str, Statistics] = {}
-        if self.spread.needs & set(stats.INPUT):
-            forward(self.walk, self._record)
-        none = Statistics({})
-        weighed = [
-            Weighed(own.name, own.weight, none, block.name, partial(self._read, block, own))
-            for block in self.walk.blocks
-            for own in block.linears
-            if own.name in self.names
-        ]
-        return allocation.patterns_for(self.spread, weighed, self.pattern)
-
-    def _record(self, visit: Visit) -> None:
-        for groups in visit.inputs(self.spread.needs):
-            for inputs in groups:
-                self.inputs |= {linear.name: inputs.statistics for linear in inputs.group}
-
-    def _read(self, block: Block, linear: Linear) -> tuple[Tensor, Statistics]:
-        with onload(block.module):
-            weight = linear.weight.clone()
-        inputs = self.inputs.get(linear.name, Statistics({}))
-        gradient = self.gradients.get(linear.name)
-        return weight, with_gradients(inputs, gradient, weight.device)
 
 
 def _checksum(block: Block) -> list[float]:
