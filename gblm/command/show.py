@@ -160,7 +160,7 @@ def results(title: str, reports: list[Report], settings: Settings) -> None:
     ]
     for report in reports:
         values = [shown(report.evaluation[data], "pruned") for data in first]
-        cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "prune"))
+        cost = sum(report.seconds.get(phase, 0) for phase in ("gradients", "allocation", "prune"))
         ratios = [gain(entry["pruned"] / entry["dense"]) for entry in report.speed.values()]
         name = [report.method, report.pattern, f"{report.sparsity:.4f}"]
         rows.append([*name, *values, *ratios, f"{cost:.1f}"])
