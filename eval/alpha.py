@@ -1,6 +1,6 @@
 """Sweep alpha of gblm on real models, language and vision, and write docs/alpha.md.
 
-    GBLM_ASSETS=… python eval/alpha.py --write docs/alpha.md
+    GBLM_ASSETS=… SMOLLM2=… python eval/alpha.py --write docs/alpha.md
     GBLM_ASSETS=… python eval/alpha.py vit_tiny --alphas 0,100,auto --patterns 2:4
 
 The runs are those of `eval/quality.py` and stand in the same store: a second call does only what is
@@ -33,6 +33,8 @@ PICTURES = "$GBLM_ASSETS/imagenet-mini"
 CASES = {  # what `eval/quality.py` takes
     "novels-6M": "llm --model $GBLM_ASSETS/llama/novels-6M --samples 128 --length 256 "
     f"--windows 160 --calibration {NOVELS}-calib.txt --evaluate {NOVELS}-eval.txt",
+    "SmolLM2-135M": "llm --model $SMOLLM2/smollm2 --samples 32 --length 512 --windows 100 "
+    "--calibration $SMOLLM2/wikitext-first.txt --evaluate $SMOLLM2/wikitext-rest.txt",
     "stories260K": "llm --model $GBLM_ASSETS/llama/stories260K --samples 128 --length 256 "
     f"--calibration {STORIES}/calibration.npz --evaluate {STORIES}/evaluation.npz",
     "vit_tiny": "vit --model vit_tiny_patch16_224 --samples 256 "
@@ -148,6 +150,8 @@ def main() -> None:
     cases = {name: quality.parser().parse_args(case(name)) for name in args.cases}
     command = tables.portable(shlex.join(["python", *sys.argv]))
     for name, found in cases.items():
+        if found.model.startswith("$"):
+            raise GblmError(f"{name} is not named; let SMOLLM2 name the folder of it and its texts")
         found.again = args.again
         figure = args.write.with_name(f"alpha-{Path(found.model).name}.svg")
         text = sweep(found, args.alphas, args.patterns, figure)

@@ -281,3 +281,14 @@ def test_pruning_follows_what_goes_past_blocks(method, place, tmp_path, monkeypa
     gblm.prune(some, batch, made, "0.5", adapter=UNET, micro_batch=2, backward="blocks")
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(some.state_dict()[name], value, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_a_share_of_samples_that_repeat_gives_the_masks_of_all(norm, make_llama, batch):
+    """gblm takes the first of them, and their sum for that of all."""
+    twice = {name: torch.cat([value[:4]] * 8) for name, value in batch.items()}
+    models = [make_llama(torch.float64) for _ in range(2)]
+    for model, share in zip(models, (1.0, 0.5), strict=True):
+        gblm.prune(model, twice, methods.gblm(alpha=100, norm=norm, share=share), "0.5")
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name

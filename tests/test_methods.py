@@ -219,6 +219,7 @@ print(json.dumps([json.dumps(methods.make(n, **o).key()) for n, o in made.values
         (lambda: methods.gblm(alpha=-1), "alpha -1 is neither"),
         (lambda: methods.gblm(alpha=math.nan), "alpha nan is neither"),
         (lambda: methods.gblm(alpha=math.inf), "alpha inf is neither"),
+        (lambda: methods.gblm(share=0), "share 0 is outside"),
         (lambda: methods.make("gblm+repairs"), "unknown solver 'repairs'; did you mean 'repair'"),
         (lambda: methods.make("gbml+repair"), "unknown method 'gbml'; did you mean 'gblm'"),
         (lambda: methods.best(focus=2), "focus 2 is outside"),

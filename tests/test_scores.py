@@ -1,6 +1,7 @@
 """The laws of the scores: what each is, and how they are related."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,15 @@ def test_wanda_plus_of_a_linear_that_no_gradient_reaches_is_wanda():
     sums = {**found.sums, "grad_sq": torch.zeros_like(weight)}
     none = Statistics(sums, found.samples, found.positions)
     torch.testing.assert_close(scores.wanda_plus(weight, none), scores.wanda(weight, found))
+
+
+@pytest.mark.parametrize(("norm", "factor"), [("l1", 2), ("l2", 2**0.5)])
+def test_gradients_of_half_of_the_samples_stand_for_all(norm, factor):
+    _, found = draw(6)
+    half = replace(found, samples=8, differentiated=4)
+    whole = replace(found, samples=8, differentiated=8)
+    norms = [scores.gradient_norm(own, norm) for own in (half, whole)]
+    torch.testing.assert_close(norms[0], norms[1] * factor)
 
 
 @pytest.mark.parametrize("samples", [1, 2])

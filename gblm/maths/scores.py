@@ -164,8 +164,13 @@ def input_norm(statistics: Statistics) -> Tensor:
 
 
 def gradient_norm(statistics: Statistics, norm: str) -> Tensor:
-    """Return ‖G‖ₚ `[out, in]`: l1 = Σ |g|, l2 = √(Σ g²) over samples; not divided, as published."""
+    """Return ‖G‖ₚ `[out, in]`: l1 = Σ |g|, l2 = √(Σ g²) over samples; not divided, as published.
+
+    Where some of the samples were differentiated, their sum stands for that of all.
+    """
     total = statistics[NORMS[norm]]
+    if 0 < statistics.differentiated < statistics.samples:
+        total = total * (statistics.samples / statistics.differentiated)
     return total if norm == "l1" else total.sqrt()
 
 

@@ -61,16 +61,20 @@ def wanda() -> Method:
     return masked("wanda", {"input_sq"}, scores.wanda, factor=scores.wanda_terms)
 
 
-def gblm(alpha: float | str = 100, norm: str = "l1") -> Method:
+def gblm(alpha: float | str = 100, norm: str = "l1", share: float = 1.0) -> Method:
     """Keep the largest |W|·(‖X‖₂ + α·‖G‖ₚ) (arXiv 2311.04902).
 
-    alpha: a number, 100 as published, or "auto" (see `scores.gblm`). norm: "l1" or "l2".
+    alpha: a number, 100 as published, or "auto" (see `scores.gblm`). norm: "l1" or "l2". share:
+    the part of the samples whose gradients are taken, 16 at least; they then stand for all.
     """
+    if not 0 < share <= 1:
+        raise GblmError(f"share {share:g} is outside (0, 1]; 1 is the published one")
     statistic, factor = _statistic(norm), alpha if alpha == "auto" else _factor(alpha)
     score = partial(scores.gblm, alpha=factor, norm=norm)
     terms = partial(scores.gblm_terms, alpha=factor, norm=norm)
-    name = f"gblm(alpha={factor}, norm={norm})"
-    return masked(name, {"input_sq", statistic}, score, factor=terms)
+    name = f"gblm(alpha={factor}, norm={norm}{f', share={share:g}' if share < 1 else ''})"
+    method = masked(name, {"input_sq", statistic}, score, factor=terms)
+    return replace(method, share=float(share))
 
 
 def ria(power: float = 0.5) -> Method:

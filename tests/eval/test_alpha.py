@@ -20,6 +20,7 @@ def case(llm: list[str], tmp_path: Path) -> Namespace:
 @pytest.mark.parametrize("name", alpha.CASES)
 def test_a_case_is_a_call_of_quality(name, monkeypatch):
     monkeypatch.setenv("GBLM_ASSETS", "/assets")
+    monkeypatch.setenv("SMOLLM2", "/assets/smol")
     args = quality.parser().parse_args(alpha.case(name))
     assert args.calibration.startswith("/assets/")
     monkeypatch.delenv("GBLM_ASSETS")
