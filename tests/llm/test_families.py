@@ -157,10 +157,11 @@ def test_gradients_are_those_of_plain_autograd(family, batch):
         model, batch, {"grad_abs", "grad_sq"}, micro_batch=3, backward="blocks"
     )
     expected = {name: [] for name in found}
+    linears = linears_of(model, batch)
     for ids in batch["input_ids"]:
         model.zero_grad(set_to_none=False)
         model(input_ids=ids[None], labels=ids[None], use_cache=False).loss.backward()
-        for linear in linears_of(model, batch):
+        for linear in linears:
             gradient = linear.parameter.grad
             missing = gradient is None  # an expert that this sample does not come to
             kept = torch.zeros(linear.shape) if missing else linear.matrix.view(gradient).clone()
