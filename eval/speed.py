@@ -89,6 +89,8 @@ RATIOS = {
         Ratio("gblm sparsegpt", {"llmcompressor sparsegpt": 1}, 0.7),
         Ratio("gblm wanda", {"llmcompressor wanda, basic": 1}),
         Ratio("gblm sparsegpt", {"llmcompressor sparsegpt, basic": 1}),
+        Ratio("gblm, gradients of a quarter", {"plain gblm": 1}, 0.6),
+        Ratio("gblm best", {"gblm sparsegpt": 1}, 3),
     ),
     "vit": (
         Ratio("wanda", {"forward": 1}, 2.5),
@@ -114,15 +116,17 @@ def language(args: argparse.Namespace, windows: str) -> Contestants:
         "start-up": [sys.executable, ENTRIES, "load", args.model],
         "plain gblm": [sys.executable, ENTRIES, "plain_gblm", args.model, windows],
         "gblm": [*ours, "gblm"],
+        "gblm, gradients of a quarter": [*ours, "gblm:share=0.25"],
         "gblm wanda": [*ours, "wanda"],
         "gblm sparsegpt": [*ours, "sparsegpt"],
+        "gblm best": [*ours, "best"],
     }
     if args.llmcompressor_python:
         theirs = [args.llmcompressor_python, ENTRIES]
         found["start-up, llmcompressor's packages"] = [*theirs, "load", args.model]
-        for ratio in RATIOS["llm"][1:]:
+        for ratio in RATIOS["llm"]:
             (name,) = ratio.theirs  # "llmcompressor METHOD" or "llmcompressor METHOD, basic"
-            if "basic" in name and not args.basic:
+            if not name.startswith("llmcompressor") or ("basic" in name and not args.basic):
                 continue
             words = name.replace(",", "").split()
             found[name] = [*theirs, *(*words, "sequential")[:3], args.model, windows]
@@ -193,8 +197,8 @@ for name in {PACKAGES[side]}:
 
 TEXTS = {  # above the tables, and below
     "llm": (
-        "A run is a whole process, from start to exit; medians of the rounds, after one to warm "
-        "up.\nOf peak memory less than 1 is wanted.",
+        "A run is a whole process, from start to exit; medians of the rounds.\nOf peak memory less "
+        "than 1 is wanted.",
         """\
 `plain gblm` is what the published code does: autograd on one sample after the other, then Wanda
 layer by layer. The rows of llmcompressor are of its `sequential` pipeline, which like gblm lets
@@ -279,12 +283,12 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, help="calibration samples [128 windows, 512 images]")
     add("--length", type=int, default=256, help="tokens in a window [%(default)s]")
     add("--methods", default=METHODS, help="on vision, with commas [%(default)s]")
-    add(
-        "--runs", type=int, default=5, help="rounds; on language after one to warm up [%(default)s]"
-    )
+    add("--runs", type=int, default=5, help="rounds; on language after one more [%(default)s]")
+    add("--cold", action="store_true", help="on language, no round to warm up")
     add("--threads", type=int, default=2, help="of every process [%(default)s]")
     add("--llmcompressor-python", help="python of its environment; without it, it is left out")
     add("--write", type=Path, help="Markdown file to write into; JSON and figure go beside it")
+    add("--section", help="of that file [speed, speed:vit]")
     add("--basic", action="store_true", help="the `basic` pipeline of llmcompressor as well")
     add("--check", action="store_true", help="only compare the masks of baseline and gblm")
     return new
@@ -305,7 +309,7 @@ def main() -> None:
             command = [sys.executable, ENTRIES, "check", args.model, samples]
             sys.exit(subprocess.run(command, env=environment(args.threads)).returncode)
         runs: dict[str, list[dict[str, float]]] = defaultdict(list)
-        warm = 1 if args.side == "llm" else 0  # on vision a process warms up by itself
+        warm = args.side == "llm" and not args.cold  # on vision a process warms up by itself
         for turn in range(args.runs + warm):
             for name, command in commands.items():
                 runs[name].append(measure(command, args.threads))
@@ -330,8 +334,8 @@ def main() -> None:
     }
     print(markdown(result))
     if args.write:
-        section = "speed" if args.side == "llm" else f"speed:{args.side}"
-        heading = "## Speed and memory" + ("" if args.side == "llm" else f": {name}")
+        section = args.section or ("speed" if args.side == "llm" else f"speed:{args.side}")
+        heading = "## Speed and memory" + ("" if section == "speed" else f": {name}")
         file = args.write.with_name(f"{section.replace(':', '-')}.json")
         tables.replace(file, json.dumps(result, indent=2) + "\n")
         size = (8, 1 + 0.28 * len(runs))
