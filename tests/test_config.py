@@ -160,7 +160,7 @@ def test_names_stay_and_paths_do_without_the_folders_of_this_machine(tmp_path, m
         f"{here}by": f"{here}by",
     }.items():
         arguments = ["--model", given, "--evaluate", f"c4,{given}", "--task-data", given]
-        own = settings.portable_names(app, settings.parse(app, arguments)[0])
+        own = settings.portable_names(settings.parse(app, arguments)[0])
         found = settings.recipe(app, own).flags
         assert found["model"] == own.model == kept
         assert found["evaluate"] == ["c4", kept]

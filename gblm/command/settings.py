@@ -401,11 +401,10 @@ def recipe(app: App, settings: Settings) -> Recipe:
     return Recipe(app.name[0], stored)
 
 
-def portable_names(app: App, settings: S) -> S:
+def portable_names(settings: S) -> S:
     """Return settings whose models and data have names without the folders of this machine."""
-    given = {flag.keys[-1]: getattr(settings, flag.keys[-1], None) for flag in flags(app).values()}
     found: dict[str, Any] = {}
-    for key, content in given.items():
+    for key, content in vars(settings).items():
         if isinstance(content, str):
             found[key] = _portable(content)
         elif isinstance(content, tuple):

@@ -124,7 +124,7 @@ def logged(verbose: int) -> Iterator[None]:
 
 def command(side: Side[S], settings: S) -> None:
     """Do what the settings ask for: carry out the runs, or say what they would take."""
-    settings = portable_names(side.app(), settings)
+    settings = portable_names(settings)
     title = settings.model or "the packaged demo"
     if not settings.model:
         if not side.demo:
