@@ -142,7 +142,8 @@ def _allocation(run: Footprint, method: Method, pattern: Pattern) -> Cost:
         positions = max(linear.positions for linear in run.linears)
         samples = min(run.samples, max(1, POSITIONS // positions))
         passes = fewer * -(-samples // FEWER) + whole * samples
-        total += Cost(passes * (run.trunk + run.head), memory=4 * weights)
+        calls = 100 * len(run.blocks) * (fewer + FEWER * whole)
+        total += Cost(passes * (run.trunk + 2 * run.head), calls=calls, memory=4 * weights)
     return total
 
 

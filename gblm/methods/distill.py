@@ -14,6 +14,7 @@ from gblm.methods.refine import Tuned, order
 from gblm.walk.blocks import frozen, size
 from gblm.walk.divergence import Part, check, dense, divergence, mean_divergence
 from gblm.walk.footprint import Footprint
+from gblm.walk.gradients import fewer
 from gblm.walk.visit import Visit
 from gblm.walk.walk import Walk
 
@@ -46,7 +47,7 @@ class Distill(Step):
 
     def begin(self, walk: Walk) -> list[Part]:
         """Return the samples with what the dense model's head takes of them."""
-        return dense(walk)
+        return dense(walk, fewer(walk).samples)
 
     def end(self, walk: Walk, known: list[Part]) -> None:
         """Fit the model, and take it back where that has not helped."""

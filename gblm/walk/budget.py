@@ -62,7 +62,8 @@ class Budget:
             score = scores.wanda(*own.values())
             places.append(_places(score, budget.width(own.weight)))
         few = _few(self.walk)
-        known, dense = divergence.dense(few), [linear.weight.clone() for linear in linears]
+        known = divergence.dense(few, min(few.micro.samples, -(-few.samples // FEWER)))
+        dense = [linear.weight.clone() for linear in linears]
         trial = Trial(few, linears, places, dense, known, sum(self.spread.trials))
         try:
             with frozen(self.walk.model):

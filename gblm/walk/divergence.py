@@ -15,7 +15,6 @@ from gblm.machine import processes
 from gblm.machine.offload import offload_of
 from gblm.maths.stats import wide
 from gblm.walk.blocks import MicroBatch, frozen, micro_batches, size, to_device
-from gblm.walk.gradients import fewer
 from gblm.walk.head import hidden
 from gblm.walk.walk import Walk
 
@@ -30,11 +29,14 @@ def check(walk: Walk, what: str) -> None:
         raise GblmError(f"{what} needs the whole model in memory; offload it without")
 
 
-def dense(walk: Walk) -> list[Part]:
-    """Return the samples of a walk with what the head of the model, as it is, takes of them."""
+def dense(walk: Walk, most: int) -> list[Part]:
+    """Return the samples of a walk with what the head of the model, as it is, takes of them.
+
+    most: samples that go together.
+    """
     parts = []
     with frozen(walk.model), torch.no_grad():
-        for some in micro_batches(walk.batch, fewer(walk).samples, walk.adapter):
+        for some in micro_batches(walk.batch, most, walk.adapter):
             given = hidden(walk, to_device(some.batch, walk.device))
             parts.append((some, tree_map(walk.placement.rest, given)))
     return parts
