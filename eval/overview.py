@@ -27,7 +27,7 @@ SMOLLM2 = "SmolLM2-135M"
 CASES = {  # what `eval/quality.py` takes; the methods of one picture see the same samples
     SMOLLM2: "llm --model $SMOLLM2/smollm2 --samples 32 --length 512 --windows 100 "
     "--calibration $SMOLLM2/wikitext-first.txt --evaluate $SMOLLM2/wikitext-rest.txt "
-    "--methods magnitude,wanda,gblm,sparsegpt,best --patterns 0.5,0.6,0.7,2:4",
+    "--methods wanda,gblm,sparsegpt,best --patterns 0.5,0.6,0.7,2:4",
     "stories260K": "llm --model $GBLM_ASSETS/llama/stories260K --length 256 --draws 3 "
     "--calibration $GBLM_ASSETS/text/tinystories-calib.txt "
     f"--evaluate {alpha.STORIES}/evaluation.npz "
@@ -68,7 +68,7 @@ def main() -> None:
         both = canvas.subplots(1, len(cases))
         for axes, (name, flags) in zip(both, cases.items(), strict=True):
             panel(axes, name, flags)
-        canvas.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        canvas.legend(*both[-1].get_legend_handles_labels(), loc="outside lower center", ncols=6)
 
     shown = tables.picture(args.write.with_name("overview.svg"), draw, (9, 3.6))
     said = "; ".join(quality.described(flags) for flags in cases.values())

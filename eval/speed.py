@@ -84,9 +84,9 @@ class Ratio:
 
 RATIOS = {
     "llm": (
-        Ratio("gblm", {"plain gblm": 1}, 0.5),
+        Ratio("gblm", {"plain gblm": 1}, 0.6),
         Ratio("gblm wanda", {"llmcompressor wanda": 1}, 0.5),
-        Ratio("gblm sparsegpt", {"llmcompressor sparsegpt": 1}, 0.7),
+        Ratio("gblm sparsegpt", {"llmcompressor sparsegpt": 1}, 0.4),
         Ratio("gblm wanda", {"llmcompressor wanda, basic": 1}),
         Ratio("gblm sparsegpt", {"llmcompressor sparsegpt, basic": 1}),
         Ratio("gblm, gradients of a quarter", {"plain gblm": 1}, 0.6),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -135,10 +136,13 @@ def level(axes: Any, label: str, value: float) -> None:
 
 
 def logarithmic(axes: Any) -> None:
-    """Make the upright axis logarithmic, with plain numbers at its ticks."""
+    """Make the upright axis logarithmic, with plain numbers at a few ticks."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    subs = (1,) if decades > 3 else (1, 2, 5) if decades > 1.2 else (1, 2, 3, 4, 6, 8)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
