@@ -59,7 +59,7 @@ def test_repair_is_the_exact_least_squares_of_a_mask(name, pattern):
     for row, w in enumerate(weight):
         of = keep[row]
         exact = torch.linalg.lstsq(inputs[:, of], inputs @ w).solution
-        torch.testing.assert_close(new[row, of], exact, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(new[row, of], exact, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

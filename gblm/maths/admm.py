@@ -148,14 +148,14 @@ def refit(problem: Problem, start: Tensor, keep: Tensor, steps: int) -> Tensor:
     """Return the least-squares Z `[out, in]` of a mask, by conjugate gradients on every row.
 
     start: Z to begin with, 0 outside of the mask. Ends after so many steps, or where every row's
-    residual is down to √eps of the first, which leaves less than 1e-5 of the error too much.
+    residual is down to eps^¾ of the first, which leaves less than 1e-6 of the error too much.
     """
     new = start.clone()
     residual = (problem.target - new @ problem.hessian) * keep
     direction = residual.clone()
     norm = residual.square().sum(dim=1, keepdim=True)
     limits = torch.finfo(norm.dtype)
-    least = norm * limits.eps
+    least = norm * limits.eps**1.5
     for _ in range(steps):
         curved = (direction @ problem.hessian) * keep
         curvature = (direction * curved).sum(dim=1, keepdim=True)
