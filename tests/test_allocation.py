@@ -217,6 +217,8 @@ def test_a_search_lowers_the_loss_it_is_given_within_the_bound(budget):
         spent = [sum(shares[i] * sizes[i] for i in own) for shares in (found, start)]
         assert spent[0] == pytest.approx(spent[1])
     assert tuple(asked) == made.trials
+    near = allocation.search(generations=5, bound=0.02).shares(linears, replace(budget, loss=loss))
+    assert max(abs(share - budget.sparsity) for share in near) <= budget.reach(0.02) + 1e-6
     with pytest.raises(GblmError, match="give 1 or more"):
         allocation.search(children=0)
 

@@ -61,6 +61,10 @@ class Budget:
         """Return the number of weights of one comparison group of a weight `[out, in]`."""
         return self.window or (weight.shape[1] if self.group == "row" else weight.numel())
 
+    def reach(self, bound: float) -> float:
+        """Return how far a share may lie from the sparsity: a bound, one of m at least for n:m."""
+        return max(bound, 1 / self.window) if self.window else bound
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -235,8 +239,8 @@ def _by_loss(name: str, norm: str, bound: float, group: str | None = None) -> Al
     def shares(linears: Sequence[Weighed], budget: Budget) -> list[float]:
         compared = Budget(budget.sparsity, group) if group else budget
         curves = [loss_curve(x, norm, compared.width(x.weight)) for x in linears]
-        reach = max(bound, 1 / budget.window) if budget.window else bound
-        return cheapest(curves, [x.weight.numel() for x in linears], budget.sparsity, reach)
+        sizes = [x.weight.numel() for x in linears]
+        return cheapest(curves, sizes, budget.sparsity, budget.reach(bound))
 
     return Allocation(f"{name}(norm={norm}, bound={bound:g})", frozenset({statistic}), shares)
 
@@ -277,7 +281,7 @@ def _moved(
 ) -> list[float]:
     """Return shares moved between linears one to three times, few moves being likelier."""
     new, step = list(shares), 1 / budget.window if budget.window else MOVED
-    low, high = budget.sparsity - max(bound, step), budget.sparsity + max(bound, step)
+    low, high = (budget.sparsity + side * budget.reach(bound) for side in (-1, 1))
     for _ in range(min(draw.randint(1, 3), draw.randint(1, 3))):
         a, b = draw.choice(pairs)
         if new[a] + step <= min(high, 1) + 1e-6 and new[b] - step >= max(low, 0) - 1e-6:
