@@ -148,10 +148,10 @@ def main() -> None:
     add("--again", action="store_true", help="forget the stored runs that are asked for")
     args = parser.parse_args()
     cases = {name: quality.parser().parse_args(case(name)) for name in args.cases}
+    if unnamed := [name for name, found in cases.items() if found.model.startswith("$")]:
+        raise GblmError(f"SMOLLM2 is not set; let it name the folder of {unnamed[0]} and its texts")
     command = tables.portable(shlex.join(["python", *sys.argv]))
     for name, found in cases.items():
-        if found.model.startswith("$"):
-            raise GblmError(f"{name} is not named; let SMOLLM2 name the folder of it and its texts")
         found.again = args.again
         figure = args.write.with_name(f"alpha-{Path(found.model).name}.svg")
         text = sweep(found, args.alphas, args.patterns, figure)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gblm.base import Pattern, Statistics
-from gblm.machine import processes
 from gblm.machine.offload import onload
 from gblm.maths import allocation, scores, stats
 from gblm.maths.allocation import Allocation, Weighed
 from gblm.walk import divergence
-from gblm.walk.blocks import Block, Linear, frozen, take
+from gblm.walk.blocks import Block, Linear, frozen
 from gblm.walk.divergence import Part
 from gblm.walk.inputs import with_gradients
+from gblm.walk.sample import some
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
 
@@ -61,8 +61,10 @@ class Budget:
         for own in weighed:
             score = scores.wanda(*own.values())
             places.append(_places(score, budget.width(own.weight)))
-        few = _few(self.walk)
-        known = divergence.dense(few, min(few.micro.samples, -(-few.samples // FEWER)))
+        positions = max(x.positions for block in self.walk.blocks for x in block.linears)
+        few = some(self.walk, max(1, POSITIONS // positions))
+        together = min(few.micro.samples, max(1, -(-few.samples // FEWER)))
+        known = divergence.dense(few, together)
         dense = [linear.weight.clone() for linear in linears]
         trial = Trial(few, linears, places, dense, known, sum(self.spread.trials))
         try:
@@ -114,14 +116,6 @@ class Trial:
         self.walk.progress("search", self.done, self.total)
         known = self.known[: -(-len(self.known) // FEWER)] if fewer else self.known
         return divergence.mean_divergence(self.walk, known)
-
-
-def _few(walk: Walk) -> Walk:
-    """Return the walk of samples of about `POSITIONS` positions in all processes, drawn evenly."""
-    positions = max(linear.positions for block in walk.blocks for linear in block.linears)
-    count = max(1, POSITIONS // positions // processes.world())
-    stride = max(1, walk.samples // count)
-    return replace(walk, batch=take(walk.batch, slice(0, count * stride, stride)))
 
 
 def _places(score: Tensor, width: int) -> Tensor:

@@ -21,12 +21,12 @@ from gblm.walk.walk import Walk
 Part = tuple[MicroBatch, Any]  # some samples, and what the dense model's head takes of them
 
 
-def check(walk: Walk, what: str) -> None:
+def check(walk: Walk, what: str, instead: str) -> None:
     """Raise `GblmError` where there are no logits, or the model is not whole in memory."""
     if walk.adapter.logits is None:
-        raise GblmError(f"{what} needs an adapter with logits; give it some, or do without")
+        raise GblmError(f"{what} needs an adapter with logits; give it some, or {instead}")
     if offload_of(walk.model):
-        raise GblmError(f"{what} needs the whole model in memory; offload it without")
+        raise GblmError(f"{what} needs the whole model in memory; use {instead} to offload it")
 
 
 def dense(walk: Walk, most: int) -> list[Part]:
@@ -36,7 +36,7 @@ def dense(walk: Walk, most: int) -> list[Part]:
     """
     parts = []
     with frozen(walk.model), torch.no_grad():
-        for some in micro_batches(walk.batch, most, walk.adapter):
+        for some in micro_batches(walk.batch, most, walk.adapter) if walk.samples else ():
             given = hidden(walk, to_device(some.batch, walk.device))
             parts.append((some, tree_map(walk.placement.rest, given)))
     return parts

@@ -69,7 +69,7 @@ class Pruning:
         for step in self.work.steps:
             step.check_model(self.walk)
         if (spread := allocated(self.method, self.pattern)) and any(spread.trials):
-            divergence.check(self.walk, f"allocation {spread.name}")
+            divergence.check(self.walk, f"allocation {spread.name}", "allocation gradient")
         self.unfit = unfit(self.walk.blocks, self.method, self.pattern, self.own)
         blocks = [block.name for block in self.walk.blocks]
         self.report = Report(self.method.name, self.pattern.name, blocks=blocks)

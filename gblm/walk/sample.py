@@ -23,13 +23,14 @@ log = logging.getLogger(__name__)
 SHARE = 0.125  # of the samples
 
 
-def some(walk: Walk) -> Walk:
-    """Return the walk of an eighth of the samples, 16 at least, drawn evenly.
+def some(walk: Walk, number: int | None = None) -> Walk:
+    """Return the walk of about so many samples, drawn evenly; None for an eighth, 16 at least.
 
     They are the same whatever the number of processes.
     """
     counts = processes.gathered(walk.samples)
-    stride = max(1, sum(counts) // max(FEWEST, math.ceil(SHARE * sum(counts))))
+    number = number or max(FEWEST, math.ceil(SHARE * sum(counts)))
+    stride = max(1, sum(counts) // number)
     start = -sum(counts[: processes.rank()]) % stride
     batch = walk.adapter.coupled(walk.model, walk.batch)
     return replace(walk, batch={name: value[start::stride] for name, value in batch.items()})
