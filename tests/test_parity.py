@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import gblm
 from gblm import methods
 from gblm.base import Pattern, Statistics
-from gblm.llm.adapters import window_loss
+from gblm.llm.loss import window_loss
 from gblm.walk.gradients import Gradients
 from gblm.walk.prune import Pruning, method_pattern
 from gblm.walk.walk import Walk

@@ -168,6 +168,21 @@ def test_what_sums_of_squares_and_of_sizes_are_to_each_other(seed, samples):
     assert (size <= samples * square * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize(("inputs", "most"), [(160, 1e-6), (stats.WIDE, 2**-9)])
+def test_wide_products_beside_a_dense_stream_are_rounded_once_for_a_micro_batch(inputs, most):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, inputs, generator=draw).bfloat16()
+    dense = (x + 0.1 * torch.randn(x.shape, generator=draw)).bfloat16()
+    found = stats.zeros(["input_gram", "cross_gram"], torch.empty(1, inputs))
+    for part, other in zip(x.split(512), dense.split(512), strict=True):
+        stats.add_inputs(found, part, 1, other)
+    for name, left in {"input_gram": x, "cross_gram": dense}.items():
+        exact = left.double().T @ x.double()
+        off = torch.linalg.norm(found[name].double() - exact) / torch.linalg.norm(exact)
+        assert most / 100 < off < most
+    torch.testing.assert_close(found["input_gram"], found["input_gram"].T, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("inputs", [6, 128, 200, 1100])
 def test_a_gram_matrix_is_the_same_in_strips(inputs):
     x = torch.randn(50, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -28,10 +28,10 @@ from gblm.base import Method, Pattern
 from gblm.machine.device import peak_memory, resident
 from gblm.machine.speed import Cost, Machine, seconds
 from gblm.maths import stats
+from gblm.walk import gradients, sample
 from gblm.walk.blocks import Linear
 from gblm.walk.budget import FEWER, POSITIONS
 from gblm.walk.footprint import Footprint
-from gblm.walk.gradients import FEWEST
 from gblm.walk.prune import allocated, at_work, needed, shortens
 from gblm.walk.sample import SHARE, evaluations
 
@@ -95,7 +95,7 @@ def _of_pattern(
     keep = seconds(lambda: pattern.keep(probe), machine.device, 0.02) / probe.numel()
     run = replace(footprint, samples=task.samples, micro=task.micro, keep=keep)
     needs = needed(method, pattern)
-    share = min(task.samples, max(FEWEST, round(method.share * task.samples)))
+    share = min(task.samples, max(gradients.FEWEST, round(method.share * task.samples)))
     sums = sum(_sum_bytes(linear, needs) for linear in run.linears)
     backward = task.backward
     if backward == "auto":
@@ -151,7 +151,10 @@ def _choice(run: Footprint, pattern: Pattern) -> Cost:
     """Return the cost of choosing the blocks that go, and of the stream through the others."""
     if not shortens(pattern):
         return Cost()
-    count, samples = len(run.blocks), min(run.samples, max(FEWEST, round(SHARE * run.samples)))
+    count, samples = (
+        len(run.blocks),
+        min(run.samples, max(sample.FEWEST, round(SHARE * run.samples))),
+    )
     losses = evaluations(count, round(pattern.units[0][1] * count))
     passes = losses * samples * (run.trunk + run.head) + 2 * run.samples * run.trunk
     return Cost(passes, memory=run.micro * (run.kept // count) + HEAD * run.kept_head)

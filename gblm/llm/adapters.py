@@ -15,18 +15,16 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
 from gblm.base import Adapter, Batch, GblmError
 from gblm.llm import contrast
-from gblm.llm.heads import REGRESSION, SEVERAL, bare, problem
+from gblm.llm.heads import bare
+from gblm.llm.loss import losses
 from gblm.llm.replay import inputs_of, replayed, restore
-from gblm.maths.stats import wide
 from gblm.walk import products
 from gblm.walk.blocks import hooked, joined
-from gblm.walk.products import valueless
 
 # Experts where torch's own grouped product does not run; the module has registered it.
 assert moe
@@ -37,9 +35,6 @@ SENDS = (
     ("hidden_states", "top_k_index", "top_k_weights"),
     ("hidden_states", "router_indices", "routing_weights"),
 )
-
-# Heads whose label stands at the position of its logits; that of others is one before.
-IN_PLACE = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining")
 
 
 def adapter(model: nn.Module, experts: str = "routed") -> Adapter:
@@ -315,73 +310,6 @@ def logits(model: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         output = model(**inputs_of(model, batch))
     found: Tensor = output.logits if hasattr(output, "logits") else output.prediction_logits
     return found
-
-
-def losses(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
-    """Return the mean loss `[n]` of every sample from a model's logits: see `loss`."""
-    labels = batch.get("labels")
-    if logits.ndim == 2:
-        return class_loss(model, wide(logits), labels)
-    if not in_place(model):
-        labels = batch["input_ids"] if labels is None else labels
-        return window_loss(logits[:, -labels.shape[1] :], labels)
-    if labels is None:
-        if not type(model).__name__.endswith("ForTokenClassification"):
-            raise GblmError(f"a batch for {type(model).__name__} needs labels [n, t]; −100 is none")
-        labels = logits.argmax(dim=-1)
-    return _mean_loss(logits, labels.long())
-
-
-def class_loss(model: Any, logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the loss `[n]` of logits `[n, classes]` by what config.json says they are.
-
-    One class of several, several at once (binary cross-entropy) or numbers (squared error); without
-    labels the classes that the model itself gives. Raises `GblmError` for numbers without labels.
-    """
-    kind = problem(model.config)
-    if kind == SEVERAL:
-        targets = (logits.detach() > 0 if labels is None else labels).to(logits.dtype)
-        losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return losses.mean(dim=1)
-    if kind == REGRESSION:
-        if labels is None:
-            raise GblmError(
-                f"{type(model).__name__} gives numbers, not classes, and needs labels; give them, "
-                "or a method without gradients"
-            )
-        return (logits - labels.to(logits.dtype).view_as(logits)).square().mean(dim=1)
-    labels = logits.argmax(dim=-1) if labels is None else labels
-    return cross_entropy(logits, labels.long(), reduction="none")
-
-
-def in_place(model: nn.Module) -> bool:
-    """Say whether a label stands at the position of its logits, and not one behind."""
-    decodes: bool = getattr(model.config, "is_encoder_decoder", False)
-    fills = getattr(model.config, "causal", None) is False  # an XLM or a FlauBERT
-    return decodes or fills or type(model).__name__.endswith(IN_PLACE)
-
-
-def window_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean loss `[n]` of windows from logits `[n, t, vocabulary]`.
-
-    labels: `[n, t]`, each the target of the position before it; −100 is none.
-    """
-    return _mean_loss(logits[:, :-1], labels[:, 1:].long())
-
-
-def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    inputs = wide(logits.flatten(0, 1)), targets.flatten()
-    known = targets.numel() and not valueless(targets)
-    if known and (most := int(targets.max())) >= logits.shape[-1]:
-        raise GblmError(
-            f"a target is {most} and the head gives {logits.shape[-1]} logits; check the ids of "
-            "the calibration samples, or choose a method without gradients, such as wanda"
-        )
-    losses = cross_entropy(*inputs, ignore_index=-100, reduction="none").view(len(targets), -1)
-    counts = (targets != -100).sum(dim=1)
-    if valueless(targets) or (counts == targets.shape[1]).all():
-        return losses.mean(dim=1)
-    return losses.sum(dim=1) / counts
 
 
 class Logits(nn.Module):

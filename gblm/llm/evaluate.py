@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gblm.base import Batch
-from gblm.llm.adapters import adapter, losses
+from gblm.llm.adapters import adapter
 from gblm.llm.heads import REGRESSION, SEVERAL, classifies, problem
+from gblm.llm.loss import losses
 from gblm.llm.models import length_of, vocabulary
 from gblm.llm.replay import inputs_of
 from gblm.machine import processes

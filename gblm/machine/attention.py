@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 SCORES = 1 << 18  # at a time, which the caches of a CPU still hold
+ROWS = 128  # queries at a time, where no gradient is wanted: those before them see fewer keys
 
 WRITES = {Tensor.__setitem__, Tensor.index_put_, Tensor.index_add_, Tensor.index_copy_}
 WRITES |= {Tensor.index_put, Tensor.index_add, Tensor.index_copy, torch.index_add}
@@ -69,20 +70,31 @@ class _Attention:
             return None
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
-        heads = SCORES // (query.shape[-2] * key.shape[-2])  # at a time
-        if dtype != half or self.attn_mask is not None or self.dropout_p or not heads:
+        if dtype != half or self.attn_mask is not None or self.dropout_p:
             return None
+        positions, keys = query.shape[-2], key.shape[-2]
+        if positions * keys > SCORES:
+            return None
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, self.value))
+        rows = min(ROWS, positions) if self.is_causal and not learns else positions
         query = query.to(half) * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)
         key, value = key.to(half).transpose(-1, -2), self.value.to(half)
         if self.enable_gqa:
             shared = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
-        future = query.new_full((query.shape[-2], key.shape[-1]), -torch.inf).triu(1)
-        outputs = []
-        parts = (x.flatten(0, 1).split(heads) for x in (query, key, value))
-        for q, k, v in zip(*parts, strict=True):
-            scores = q @ k
-            if self.is_causal:
-                scores += future
-            outputs.append(scores.softmax(-1) @ v)
+        parts = (x.flatten(0, 1).split(SCORES // (rows * keys)) for x in (query, key, value))
+        outputs = [self._of_heads(q, k, v, rows) for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs).unflatten(0, query.shape[:2])
+
+    def _of_heads(self, query: Tensor, key: Tensor, value: Tensor, rows: int) -> Tensor:
+        """Return the attention of some heads, so many queries at a time by the keys they see."""
+        if not self.is_causal:
+            return (query @ key).softmax(-1) @ value
+        outputs, future = [], query.new_full((rows, rows), -torch.inf).triu(1)
+        for start in range(0, query.shape[1], rows):
+            stop = start + rows
+            scores = query[:, start:stop] @ key[..., :stop]
+            last = scores[..., start:]
+            last += future[: last.shape[1], : last.shape[2]]
+            outputs.append(scores.softmax(-1) @ value[:, :stop])
+        return torch.cat(outputs, dim=1)

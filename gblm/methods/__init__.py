@@ -65,7 +65,7 @@ def gblm(alpha: float | str = 100, norm: str = "l1", share: float = 1.0) -> Meth
     """Keep the largest |W|·(‖X‖₂ + α·‖G‖ₚ) (arXiv 2311.04902).
 
     alpha: a number, 100 as published, or "auto" (see `scores.gblm`). norm: "l1" or "l2". share:
-    the part of the samples whose gradients are taken, 16 at least; they then stand for all.
+    the part of the samples whose gradients are taken, 8 at least; they then stand for all.
     """
     if not 0 < share <= 1:
         raise GblmError(f"share {share:g} is outside (0, 1]; 1 is the published one")

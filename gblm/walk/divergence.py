@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 from torch.utils._pytree import tree_map
 
 from gblm.base import GblmError
 from gblm.machine import processes
 from gblm.machine.offload import offload_of
-from gblm.maths.stats import wide
+from gblm.maths import logits
 from gblm.walk.blocks import MicroBatch, frozen, micro_batches, size, to_device
 from gblm.walk.head import hidden
 from gblm.walk.walk import Walk
@@ -47,11 +46,10 @@ def divergence(walk: Walk, part: Part) -> Tensor:
     some, known = part
     batch, head = to_device(some.batch, walk.device), walk.adapter.logits
     assert head is not None
-    own = wide(head(walk.model, hidden(walk, batch), batch)).log_softmax(dim=-1)
+    own = head(walk.model, hidden(walk, batch), batch)
     with torch.no_grad():
-        dense = wide(head(walk.model, tree_map(walk.placement.wake, known), batch))
-        dense = dense.log_softmax(dim=-1)
-    each = kl_div(own, dense, reduction="none", log_target=True).sum(dim=-1)
+        dense = head(walk.model, tree_map(walk.placement.wake, known), batch)
+    each = logits.divergence(own, dense)
     return each.flatten(1).mean(dim=1).sum() if each.ndim > 1 else each.sum()
 
 

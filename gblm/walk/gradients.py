@@ -37,7 +37,7 @@ from gblm.walk.walk import Run, Walk
 
 log = logging.getLogger(__name__)
 
-FEWEST = 16  # samples whose gradients are taken, where a share of them is asked for
+FEWEST = 8  # samples whose gradients are taken, where a share of them is asked for
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
 OnTheWay = dict[str, Tensor]  # gradients, by the block, micro-batch and output they are at
@@ -66,7 +66,7 @@ def gradient_sums(
 
     needs: which sums, of those in `stats.GRADIENT`. backward: "blocks" (one block's activations at
     a time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
-    memory. share: the part of the samples, from the first, 16 at least. The others are those of
+    memory. share: the part of the samples, from the first, 8 at least. The others are those of
     `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.

@@ -120,6 +120,10 @@ def relative_error(dense: Tensor, weight: Tensor, examples: list[Tensor]) -> flo
     """
     if not examples:
         return 0.0
-    x, weight = stats.wide(torch.cat(examples)), stats.wide(weight)
-    difference = torch.linalg.norm(x @ (dense - weight).T)
-    return (difference / torch.linalg.norm(x @ dense.T)).nan_to_num(0).item()
+    x, dense = torch.cat(examples), stats.wide(dense)
+    dtype = x.dtype if x.dtype == torch.bfloat16 else stats.wide(x).dtype
+    difference, whole = (
+        torch.linalg.norm(x.to(dtype) @ own.T.to(dtype), dtype=dense.dtype)
+        for own in (dense - stats.wide(weight), dense)
+    )
+    return (difference / whole).nan_to_num(0).item()

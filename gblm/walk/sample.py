@@ -14,13 +14,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gblm.base import GblmError
 from gblm.machine import processes
 from gblm.walk.blocks import frozen, size, take, to_device
-from gblm.walk.gradients import FEWEST
 from gblm.walk.head import hidden
 from gblm.walk.walk import Walk
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.125  # of the samples
+SHARE, FEWEST = 0.125, 16  # of the samples: a part, and how many at least
 
 
 def some(walk: Walk, number: int | None = None) -> Walk:
