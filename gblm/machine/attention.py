@@ -82,19 +82,24 @@ class _Attention:
         if self.enable_gqa:
             shared = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
+        future = query.new_full((rows, rows), -torch.inf).triu(1) if self.is_causal else None
         parts = (x.flatten(0, 1).split(SCORES // (rows * keys)) for x in (query, key, value))
-        outputs = [self._of_heads(q, k, v, rows) for q, k, v in zip(*parts, strict=True)]
+        outputs = [_of_heads(q, k, v, future) for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs).unflatten(0, query.shape[:2])
 
-    def _of_heads(self, query: Tensor, key: Tensor, value: Tensor, rows: int) -> Tensor:
-        """Return the attention of some heads, so many queries at a time by the keys they see."""
-        if not self.is_causal:
-            return (query @ key).softmax(-1) @ value
-        outputs, future = [], query.new_full((rows, rows), -torch.inf).triu(1)
-        for start in range(0, query.shape[1], rows):
-            stop = start + rows
-            scores = query[:, start:stop] @ key[..., :stop]
-            last = scores[..., start:]
-            last += future[: last.shape[1], : last.shape[2]]
-            outputs.append(scores.softmax(-1) @ value[:, :stop])
-        return torch.cat(outputs, dim=1)
+
+def _of_heads(query: Tensor, key: Tensor, value: Tensor, future: Tensor | None) -> Tensor:
+    """Return the attention of some heads, some queries at a time by the keys that they see.
+
+    future: −Inf where a key is behind a query, for so many of both; None where all see all.
+    """
+    if future is None:
+        return (query @ key).softmax(-1) @ value
+    outputs, rows = [], len(future)
+    for start in range(0, query.shape[1], rows):
+        stop = start + rows
+        scores = query[:, start:stop] @ key[..., :stop]
+        last = scores[..., start:]
+        last += future[: last.shape[1], : last.shape[2]]
+        outputs.append(scores.softmax(-1) @ value[:, :stop])
+    return torch.cat(outputs, dim=1)

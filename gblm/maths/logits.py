@@ -109,10 +109,10 @@ def _room(logits: Tensor) -> Tensor:
 def _step(logits: Tensor) -> int:
     """Return the positions of a chunk."""
     most = CHUNK if logits.device.type == "cpu" else 64 * CHUNK
-    return min(len(logits), max(1, most // max(1, logits.shape[-1])))
+    return max(1, min(len(logits), most // max(1, logits.shape[-1])))
 
 
 def _chunks(*of_positions: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield some positions after the other, of each of `[n, …]`."""
-    step = max(1, _step(of_positions[0]))
+    step = _step(of_positions[0])
     yield from zip(*(own.split(step) for own in of_positions), strict=True)
