@@ -33,7 +33,7 @@ from gblm.walk.blocks import Linear
 from gblm.walk.budget import FEWER, POSITIONS
 from gblm.walk.footprint import Footprint
 from gblm.walk.prune import allocated, at_work, needed, shortens
-from gblm.walk.sample import SHARE, evaluations
+from gblm.walk.sample import evaluations
 
 # Of the memory that work takes, what an allocator holds for it; of the head, logits beside losses.
 HELD, HEAD = 1.5, 3
@@ -151,10 +151,8 @@ def _choice(run: Footprint, pattern: Pattern) -> Cost:
     """Return the cost of choosing the blocks that go, and of the stream through the others."""
     if not shortens(pattern):
         return Cost()
-    count, samples = (
-        len(run.blocks),
-        min(run.samples, max(sample.FEWEST, round(SHARE * run.samples))),
-    )
+    count = len(run.blocks)
+    samples = min(run.samples, max(sample.FEWEST, round(sample.SHARE * run.samples)))
     losses = evaluations(count, round(pattern.units[0][1] * count))
     passes = losses * samples * (run.trunk + run.head) + 2 * run.samples * run.trunk
     return Cost(passes, memory=run.micro * (run.kept // count) + HEAD * run.kept_head)

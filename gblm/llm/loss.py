@@ -23,8 +23,9 @@ def losses(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
         return class_loss(model, wide(logits), labels)
     if not in_place(model):
         labels = batch["input_ids"] if labels is None else labels
-        more = logits.shape[1] - labels.shape[1]  # a slice of all would cost a copy backward
-        return window_loss(logits[:, more:] if more else logits, labels)
+        if logits.shape[1] > labels.shape[1]:  # a slice of all would cost a copy backward
+            logits = logits[:, -labels.shape[1] :]
+        return window_loss(logits, labels)
     if labels is None:
         if not type(model).__name__.endswith("ForTokenClassification"):
             raise GblmError(f"a batch for {type(model).__name__} needs labels [n, t]; −100 is none")

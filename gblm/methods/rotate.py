@@ -13,8 +13,8 @@ from gblm.machine.speed import Cost
 from gblm.maths.rotation import Part, learn
 from gblm.maths.stats import wide
 from gblm.walk.footprint import Footprint
-from gblm.walk.gradients import FEWEST, first
-from gblm.walk.sample import SHARE
+from gblm.walk.gradients import first
+from gblm.walk.sample import FEWEST, SHARE
 from gblm.walk.stream import Stream, Whole, check_turns, find_stream
 from gblm.walk.visit import Visit, forward
 from gblm.walk.walk import Walk
@@ -91,6 +91,6 @@ def parts(walk: Walk, stream: Stream) -> list[Part]:
             weight = torch.cat([wide(x.weight) for x in matrices])
             found.append(Part(weight, inputs.statistics["input_gram"], writes))
 
-    few = first(walk.model, walk.batch, walk.adapter, SHARE)
+    few = first(walk.model, walk.batch, walk.adapter, SHARE, FEWEST)
     forward(replace(walk, batch=few), work)
     return found

@@ -76,10 +76,10 @@ def gradient_sums(
     return sweep(Walk.of(model, samples, adapter, micro_batch=micro_batch), needs, backward)[0]
 
 
-def first(model: nn.Module, batch: Batch, adapter: Adapter, share: float) -> Batch:
-    """Return the share of the samples whose gradients are taken, with what their losses need."""
+def first(model: nn.Module, batch: Batch, adapter: Adapter, share: float, fewest: int = 0) -> Batch:
+    """Return a share of the samples, so many at least, with what their losses need."""
     batch = adapter.coupled(model, batch)
-    return take(batch, slice(0, max(FEWEST, math.ceil(share * size(batch)))))
+    return take(batch, slice(0, max(FEWEST, fewest, math.ceil(share * size(batch)))))
 
 
 def sweep(

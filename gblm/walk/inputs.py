@@ -121,9 +121,9 @@ def relative_error(dense: Tensor, weight: Tensor, examples: list[Tensor]) -> flo
     if not examples:
         return 0.0
     x, dense = torch.cat(examples), stats.wide(dense)
-    dtype = x.dtype if x.dtype == torch.bfloat16 else stats.wide(x).dtype
+    x = x if x.dtype == torch.bfloat16 else stats.wide(x)
     difference, whole = (
-        torch.linalg.norm(x.to(dtype) @ own.T.to(dtype), dtype=dense.dtype)
+        torch.linalg.norm(x @ own.T.to(x.dtype), dtype=dense.dtype)
         for own in (dense - stats.wide(weight), dense)
     )
     return (difference / whole).nan_to_num(0).item()
