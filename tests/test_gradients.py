@@ -1,9 +1,13 @@
 """Gradient sums are those of plain autograd, one sample at a time, however they are computed."""
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_flatten
 
 import gblm
 from gblm import methods
@@ -12,6 +16,7 @@ from gblm.machine.placement import Placement
 from gblm.walk import head
 from gblm.walk.blocks import Block
 from gblm.walk.gradients import Gradients, OnTheWay, sweep
+from gblm.walk.survey import find_adapter
 from gblm.walk.walk import Walk
 
 NEEDS = {"grad_abs", "grad_sq"}
@@ -292,3 +297,28 @@ def test_a_share_of_samples_that_repeat_gives_the_masks_of_all(norm, make_llama,
         gblm.prune(model, twice, methods.gblm(alpha=100, norm=norm, share=share), "0.5")
     for name, value in models[0].state_dict().items():
         assert torch.equal(value, models[1].state_dict()[name]), name
+
+
+def test_what_a_forward_pass_keeps_is_freed_without_a_backward(make_llama):
+    with head.saved(make_llama()):
+        output = torch.ones(3, requires_grad=True).exp()  # kept for its own backward
+        left = weakref.ref(output)
+        del output
+    assert left() is None
+
+
+def test_a_plain_backward_holds_the_graph_of_one_micro_batch(llama, make_batch):
+    adapter = find_adapter(llama)
+    hidden: list[weakref.ref] = []
+
+    def watched(*args):
+        assert all(left() is None for left in hidden)
+        output = adapter.trunk(*args)
+        hidden.extend(weakref.ref(leaf) for leaf in tree_flatten(output)[0])
+        return output
+
+    watching = replace(adapter, trunk=watched)
+    walk = Walk.of(llama, make_batch(4, 8), watching, micro_batch=1)
+    hidden.clear()
+    sweep(walk, NEEDS, "model")
+    assert len(hidden) >= 4

@@ -27,7 +27,7 @@ from gblm.machine import processes
 from gblm.machine.device import BatchSize, free_memory, halved, memory_errors, out_of_memory
 from gblm.machine.offload import offload_of, onload
 from gblm.maths import stats
-from gblm.walk.blocks import Block, Linear, frozen, micro_batches, size, take, to_device
+from gblm.walk.blocks import Block, Linear, MicroBatch, frozen, micro_batches, size, take, to_device
 from gblm.walk.call import Call, part, place
 from gblm.walk.head import differentiate, finite, loss_scales, saved
 from gblm.walk.inputs import NotFinite, check
@@ -139,16 +139,20 @@ class PlainBackward:
         linears = [linear for block in walk.blocks for linear in block.linears]
         sums = zero_sums(linears, self.needs)
         for some in micro_batches(walk.batch, step, walk.adapter):
-            batch = to_device(some.batch, walk.device)
-            watch = PerSample(linears, sums, size(batch))
-            with watch, halved(walk.model, torch.float32):
-                hidden = walk.adapter.trunk(walk.model, batch)
-            losses = finite(walk.adapter.loss(walk.model, hidden, batch), some.numbers)
-            (losses * self.scale).sum().backward()
-            watch.finish()
-            done += size(batch)
+            self._add(some, linears, sums)
+            done += size(some.batch)
             walk.progress("gradients", done, walk.samples)
         return sums
+
+    def _add(self, some: MicroBatch, linears: list[Linear], sums: Gradients) -> None:
+        """Add the gradients of some samples; their graph ends here, before the next one begins."""
+        walk, batch = self.walk, to_device(some.batch, self.walk.device)
+        watch = PerSample(linears, sums, size(batch))
+        with watch, halved(walk.model, torch.float32):
+            hidden = walk.adapter.trunk(walk.model, batch)
+        losses = finite(walk.adapter.loss(walk.model, hidden, batch), some.numbers)
+        (losses * self.scale).sum().backward()
+        watch.finish()
 
 
 @dataclass

@@ -79,7 +79,7 @@ def saved(model: nn.Module) -> Iterator[dict[int, int]]:
         storage = value.untyped_storage()
         if storage._cdata not in (weights or _places(model)):  # which fake tensors have, too
             storages[storage._cdata] = storage.nbytes()
-        return value
+        return value.detach()  # an output itself would hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         yield storages
