@@ -6,8 +6,9 @@
         --checkpoint $GBLM_ASSETS/vit_tiny_patch16_224.safetensors \\
         --calibration $GBLM_ASSETS/imagenet-mini/train --write docs/benchmarks.md
 
-The time is that of an operation without those it calls, on the CPU, as torch's profiler has it; the
-rest of the wall time, between the operations, is Python's.
+Every operation is timed as it ends, on the CPU; the rest of the wall time, between the operations,
+is Python's, the timing included. The floor of the matrix products is their FLOPs over the rate of
+this machine: that of one product of square matrices, in fp32 and in bf16.
 """
 
 from __future__ import annotations
@@ -15,48 +16,81 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import quality
 import tables
-from torch.profiler import ProfilerActivity, profile
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gblm
 from gblm.command.settings import listed
 from gblm.methods import make
 
+PRODUCTS = "matrix products"
 KINDS = {  # by the names of torch's operations
-    "matrix products": ("mm", "addmm", "bmm", "matmul", "linear", "baddbmm"),
+    PRODUCTS: ("mm", "addmm", "bmm", "baddbmm"),
     "attention": ("_scaled_dot_product", "_flash_attention", "_softmax"),
     "selection of masks": ("kthvalue", "sort", "topk", "masked_select"),
     "factors and solves": ("cholesky", "linalg_", "triangular"),
     "optimiser": ("_fused_adam",),
     "copies": ("copy_", "cat", "clone", "contiguous", "_to_copy"),
 }
+SIDE = 1536  # of the square matrices
+
+
+class Timed(TorchDispatchMode):
+    """Adds up the seconds of operations by their kind, and the FLOPs of products by their dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.flops: dict[torch.dtype, int] = defaultdict(int)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        start = time.perf_counter()
+        output = func(*args, **(kwargs or {}))
+        own = kind(func.__name__)
+        self.seconds[own] += time.perf_counter() - start
+        if own == PRODUCTS and output.device.type == "cpu":  # and not of shapes alone
+            left = args[-2]  # of the two factors, which come last
+            self.flops[output.dtype] += 2 * output.numel() * left.shape[-1]
+        return output
 
 
 def kind(name: str) -> str:
     """Return the kind of an operation."""
-    own = name.removeprefix("aten::")
     for found, starts in KINDS.items():
-        if own.startswith(starts):
+        if name.startswith(starts):
             return found
     return "elementwise and others"
 
 
-def shares(bench: quality.Bench, method: str, pattern: str) -> dict[str, float]:
-    """Return the shares of a run's wall time by kind of operation, in percent."""
+def rate(dtype: torch.dtype) -> float:
+    """Return the FLOPs in a second of a product of square matrices."""
+    a = torch.randn(SIDE, SIDE).to(dtype)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(seconds)
+
+
+def costs(bench: quality.Bench, method: str, pattern: str) -> tuple[dict[str, float], float]:
+    """Return the shares of a run in %: of the kinds of operations, and of the products' floor."""
     batch = bench.draw(0)
     with quality.unchanged(bench.model):
         start = time.perf_counter()
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        with Timed() as timed:
             gblm.prune(bench.model, batch, make(method), pattern)
         wall = time.perf_counter() - start
-    spent: dict[str, float] = defaultdict(float)
-    for event in recorded.key_averages():
-        spent[kind(event.key)] += event.self_cpu_time_total / 1e6
-    found = {name: 100 * seconds / wall for name, seconds in spent.items()}
-    found["Python between"] = max(0.0, 100 - sum(found.values()))
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    found = {name: 100 * seconds / wall for name, seconds in timed.seconds.items()}
+    found["Python between"] = 100 - sum(found.values())
+    floor = sum(count / rate(dtype) for dtype, count in timed.flops.items())
+    return dict(sorted(found.items(), key=lambda item: -item[1])), 100 * floor / wall
 
 
 def main() -> None:
@@ -67,16 +101,19 @@ def main() -> None:
     add("--pattern", default="0.5", help="[%(default)s]")
     args = parser.parse_args()
     bench = quality.opened(args)
-    cells = {}
+    cells, floors = {}, {}
     for method in listed(args.methods):
-        for name, share in shares(bench, method, args.pattern).items():
-            cells[name, method] = [share]
+        shares, floor = costs(bench, method, args.pattern)
+        cells |= {(name, method): [share] for name, share in shares.items()}
+        floors["floor of the products", method] = [floor]
     columns = listed(args.methods)
     rows = list(dict.fromkeys(row for row, _ in cells))
     whole = {(row, column): cells.get((row, column), [0.0]) for row in rows for column in columns}
+    fp32, bf16 = (rate(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
     model = Path(args.model).name
-    text = f"{model}, {args.samples} samples, to {args.pattern}, {tables.threads()}; "
-    text += f"share of the time in %.\n\n{tables.table('cost', whole)}"
+    text = f"{model}, {args.samples} samples, to {args.pattern}, {tables.threads()}; share of the "
+    text += f"time in %. Rate of products: {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16.\n\n"
+    text += tables.table("cost", whole | floors)
     tables.publish(text, args.write, f"costs-{model}", f"### Costs: {model}")
 
 
