@@ -28,10 +28,11 @@ from gblm.base import Method, Pattern
 from gblm.machine.device import peak_memory, resident
 from gblm.machine.speed import Cost, Machine, seconds
 from gblm.maths import stats
-from gblm.walk import gradients, sample
+from gblm.walk import sample
 from gblm.walk.blocks import Linear
 from gblm.walk.budget import FEWER, POSITIONS
 from gblm.walk.footprint import Footprint
+from gblm.walk.gradients import share_of
 from gblm.walk.prune import allocated, at_work, needed, shortens
 from gblm.walk.sample import evaluations
 
@@ -95,7 +96,7 @@ def _of_pattern(
     keep = seconds(lambda: pattern.keep(probe), machine.device, 0.02) / probe.numel()
     run = replace(footprint, samples=task.samples, micro=task.micro, keep=keep)
     needs = needed(method, pattern)
-    share = min(task.samples, max(gradients.FEWEST, round(method.share * task.samples)))
+    share = share_of(task.samples, method.share)
     sums = sum(_sum_bytes(linear, needs) for linear in run.linears)
     backward = task.backward
     if backward == "auto":
@@ -152,7 +153,7 @@ def _choice(run: Footprint, pattern: Pattern) -> Cost:
     if not shortens(pattern):
         return Cost()
     count = len(run.blocks)
-    samples = min(run.samples, max(sample.FEWEST, round(sample.SHARE * run.samples)))
+    samples = share_of(run.samples, sample.SHARE, sample.FEWEST)
     losses = evaluations(count, round(pattern.units[0][1] * count))
     passes = losses * samples * (run.trunk + run.head) + 2 * run.samples * run.trunk
     return Cost(passes, memory=run.micro * (run.kept // count) + HEAD * run.kept_head)

@@ -13,7 +13,7 @@ from gblm.machine.speed import Cost
 from gblm.maths.rotation import Part, learn
 from gblm.maths.stats import wide
 from gblm.walk.footprint import Footprint
-from gblm.walk.gradients import first
+from gblm.walk.gradients import first, share_of
 from gblm.walk.sample import FEWEST, SHARE
 from gblm.walk.stream import Stream, Whole, check_turns, find_stream
 from gblm.walk.visit import Visit, forward
@@ -65,7 +65,7 @@ class Rotate(Step):
 
     def cost(self, footprint: Footprint) -> Cost:
         """A forward pass of some samples, their Gram matrices, and the steps."""
-        samples = min(footprint.samples, max(FEWEST, SHARE * footprint.samples))
+        samples = share_of(footprint.samples, SHARE, FEWEST)
         total = Cost(samples * footprint.trunk, memory=2 * footprint.weights)
         for linear in footprint.linears:
             outputs, inputs = linear.shape

@@ -79,7 +79,12 @@ def gradient_sums(
 def first(model: nn.Module, batch: Batch, adapter: Adapter, share: float, fewest: int = 0) -> Batch:
     """Return a share of the samples, so many at least, with what their losses need."""
     batch = adapter.coupled(model, batch)
-    return take(batch, slice(0, max(FEWEST, fewest, math.ceil(share * size(batch)))))
+    return take(batch, slice(0, share_of(size(batch), share, fewest)))
+
+
+def share_of(samples: int, share: float, fewest: int = 0) -> int:
+    """Return how many samples a share of them is, 8 at least and so many, where there are."""
+    return min(samples, max(FEWEST, fewest, math.ceil(share * samples)))
 
 
 def sweep(
