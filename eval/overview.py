@@ -25,7 +25,7 @@ from gblm.command.side import guarded
 
 SMOLLM2 = "SmolLM2-135M"
 CASES = {  # what `eval/quality.py` takes; the methods of one picture see the same samples
-    SMOLLM2: "llm --model $SMOLLM2/smollm2 --samples 32 --length 512 --windows 100 "
+    SMOLLM2: "llm --model $SMOLLM2/smollm2 --samples 128 --length 512 --windows 100 "
     "--calibration $SMOLLM2/wikitext-first.txt --evaluate $SMOLLM2/wikitext-rest.txt "
     "--methods wanda,gblm,sparsegpt,best --patterns 0.5,0.6,0.7,2:4",
     "stories260K": "llm --model $GBLM_ASSETS/llama/stories260K --length 256 --draws 3 "
