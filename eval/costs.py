@@ -38,6 +38,8 @@ KINDS = {  # by the names of torch's operations
 }
 SIDE = 1536  # of the square matrices
 
+Rates = dict[torch.dtype, float]
+
 
 class Timed(TorchDispatchMode):
     """Adds up the seconds of operations by their kind, and the FLOPs of products by their dtype."""
@@ -79,7 +81,9 @@ def rate(dtype: torch.dtype) -> float:
     return 2 * SIDE**3 / min(seconds)
 
 
-def costs(bench: quality.Bench, method: str, pattern: str) -> tuple[dict[str, float], float]:
+def costs(
+    bench: quality.Bench, method: str, pattern: str, rates: Rates
+) -> tuple[dict[str, float], float]:
     """Return the shares of a run in %: of the kinds of operations, and of the products' floor."""
     batch = bench.draw(0)
     with quality.unchanged(bench.model):
@@ -89,7 +93,7 @@ def costs(bench: quality.Bench, method: str, pattern: str) -> tuple[dict[str, fl
         wall = time.perf_counter() - start
     found = {name: 100 * seconds / wall for name, seconds in timed.seconds.items()}
     found["Python between"] = 100 - sum(found.values())
-    floor = sum(count / rate(dtype) for dtype, count in timed.flops.items())
+    floor = sum(count / rates[dtype] for dtype, count in timed.flops.items())
     return dict(sorted(found.items(), key=lambda item: -item[1])), 100 * floor / wall
 
 
@@ -101,15 +105,16 @@ def main() -> None:
     add("--pattern", default="0.5", help="[%(default)s]")
     args = parser.parse_args()
     bench = quality.opened(args)
+    rates = {dtype: rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     cells, floors = {}, {}
     for method in listed(args.methods):
-        shares, floor = costs(bench, method, args.pattern)
+        shares, floor = costs(bench, method, args.pattern, rates)
         cells |= {(name, method): [share] for name, share in shares.items()}
         floors["floor of the products", method] = [floor]
     columns = listed(args.methods)
     rows = list(dict.fromkeys(row for row, _ in cells))
     whole = {(row, column): cells.get((row, column), [0.0]) for row in rows for column in columns}
-    fp32, bf16 = (rate(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    fp32, bf16 = (each / 1e9 for each in rates.values())
     model = Path(args.model).name
     text = f"{model}, {args.samples} samples, to {args.pattern}, {tables.threads()}; share of the "
     text += f"time in %. Rate of products: {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16.\n\n"

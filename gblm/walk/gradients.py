@@ -83,7 +83,7 @@ def first(model: nn.Module, batch: Batch, adapter: Adapter, share: float, fewest
 
 
 def share_of(samples: int, share: float, fewest: int = 0) -> int:
-    """Return how many samples a share of them is, 8 at least and so many, where there are."""
+    """Return how many samples a share of them is: 8 and `fewest` at least, where there are."""
     return min(samples, max(FEWEST, fewest, math.ceil(share * samples)))
 
 
