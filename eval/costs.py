@@ -7,14 +7,16 @@
         --calibration $GBLM_ASSETS/imagenet-mini/train --write docs/benchmarks.md
 
 Every operation is timed as it ends, on the CPU; the rest of the wall time, between the operations,
-is Python's, the timing included. The floor of the matrix products is their FLOPs over the rate of
-this machine: that of one product of square matrices, in fp32 and in bf16.
+is Python's, the timing included. A floor is the least time that this machine would take: the FLOPs
+of products and of attention over the rate of one product of square matrices, in fp32 and in bf16;
+of all others the bytes they read and write over the rate of a copy in the cache.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,17 @@ import quality
 import tables
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gblm
 from gblm.command.settings import listed
 from gblm.methods import make
 
 PRODUCTS = "matrix products"
+FUSED = "_scaled_dot_product"  # attention in one operation: forward, and with its scores' backward
 KINDS = {  # by the names of torch's operations
     PRODUCTS: ("mm", "addmm", "bmm", "baddbmm"),
-    "attention": ("_scaled_dot_product", "_flash_attention", "_softmax"),
+    "attention": (FUSED, "_softmax"),
     "selection of masks": ("kthvalue", "sort", "topk", "masked_select"),
     "factors and solves": ("cholesky", "linalg_", "triangular"),
     "optimiser": ("_fused_adam",),
@@ -38,16 +42,17 @@ KINDS = {  # by the names of torch's operations
 }
 SIDE = 1536  # of the square matrices
 
-Rates = dict[torch.dtype, float]
+Work = torch.dtype | str  # FLOPs by their dtype, or BYTES
+BYTES = "bytes"
 
 
 class Timed(TorchDispatchMode):
-    """Adds up the seconds of operations by their kind, and the FLOPs of products by their dtype."""
+    """Adds up the seconds of operations by their kind, and their FLOPs or bytes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds: dict[str, float] = defaultdict(float)
-        self.flops: dict[torch.dtype, int] = defaultdict(int)
+        self.work: dict[tuple[str, Work], int] = defaultdict(int)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -56,10 +61,24 @@ class Timed(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         own = kind(func.__name__)
         self.seconds[own] += time.perf_counter() - start
-        if own == PRODUCTS and output.device.type == "cpu":  # and not of shapes alone
-            left = args[-2]  # of the two factors, which come last
-            self.flops[output.dtype] += 2 * output.numel() * left.shape[-1]
+        unit, amount = work(func, args, output)
+        self.work[own, unit] += amount
         return output
+
+
+def work(func: Any, args: tuple, output: Any) -> tuple[Work, int]:
+    """Return the FLOPs of an operation and their dtype, or its bytes."""
+    tensors = [each for each in tree_leaves((args, output)) if isinstance(each, torch.Tensor)]
+    if func.is_view or any(each.device.type == "meta" for each in tensors):
+        return BYTES, 0
+    if kind(func.__name__) == PRODUCTS:
+        left = args[-2]  # of the two factors, which come last
+        return output.dtype, 2 * output.numel() * left.shape[-1]
+    if func.__name__.startswith(FUSED):
+        backward = "backward" in func.__name__  # five products, where forward takes two
+        query, key = args[backward : backward + 2]
+        return query.dtype, (10 if backward else 4) * query.numel() * key.shape[-2]
+    return BYTES, sum(each.numel() * each.element_size() for each in tensors)
 
 
 def kind(name: str) -> str:
@@ -70,31 +89,42 @@ def kind(name: str) -> str:
     return "elementwise and others"
 
 
-def rate(dtype: torch.dtype) -> float:
-    """Return the FLOPs in a second of a product of square matrices."""
-    a = torch.randn(SIDE, SIDE).to(dtype)
+def rates() -> dict[Work, float]:
+    """Return the FLOPs of products of square matrices, and the bytes of a copy, in a second."""
+    found: dict[Work, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(SIDE, SIDE).to(dtype)
+        found[dtype] = 2 * SIDE**3 / least(lambda a=a: a @ a)
+    a, b = torch.zeros(2, SIDE**2 // 4)
+    return found | {BYTES: 2 * a.nbytes / least(lambda: a.copy_(b))}
+
+
+def least(call: Callable[[], object], runs: int = 20) -> float:
+    """Return the seconds of the quickest of several calls."""
     seconds = []
-    for _ in range(10):
+    for _ in range(runs):
         start = time.perf_counter()
-        a @ a
+        call()
         seconds.append(time.perf_counter() - start)
-    return 2 * SIDE**3 / min(seconds)
+    return min(seconds)
 
 
 def costs(
-    bench: quality.Bench, method: str, pattern: str, rates: Rates
-) -> tuple[dict[str, float], float]:
-    """Return the shares of a run in %: of the kinds of operations, and of the products' floor."""
+    bench: quality.Bench, method: str, pattern: str, machine: dict[Work, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what the kinds of operations take of the time of a run in %, and their floors."""
     batch = bench.draw(0)
     with quality.unchanged(bench.model):
         start = time.perf_counter()
         with Timed() as timed:
             gblm.prune(bench.model, batch, make(method), pattern)
         wall = time.perf_counter() - start
-    found = {name: 100 * seconds / wall for name, seconds in timed.seconds.items()}
-    found["Python between"] = 100 - sum(found.values())
-    floor = sum(count / rates[dtype] for dtype, count in timed.flops.items())
-    return dict(sorted(found.items(), key=lambda item: -item[1])), 100 * floor / wall
+    shares = {name: 100 * seconds / wall for name, seconds in timed.seconds.items()}
+    floors: dict[str, float] = defaultdict(float)
+    for (name, unit), amount in timed.work.items():
+        floors[name] += 100 * amount / machine[unit] / wall
+    shares["Python between"] = 100 - sum(shares.values())
+    return dict(sorted(shares.items(), key=lambda item: -item[1])), floors
 
 
 def main() -> None:
@@ -105,20 +135,23 @@ def main() -> None:
     add("--pattern", default="0.5", help="[%(default)s]")
     args = parser.parse_args()
     bench = quality.opened(args)
-    rates = {dtype: rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    cells, floors = {}, {}
-    for method in listed(args.methods):
-        shares, floor = costs(bench, method, args.pattern, rates)
-        cells |= {(name, method): [share] for name, share in shares.items()}
-        floors["floor of the products", method] = [floor]
+    machine = rates()
     columns = listed(args.methods)
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    whole = {(row, column): cells.get((row, column), [0.0]) for row in rows for column in columns}
-    fp32, bf16 = (each / 1e9 for each in rates.values())
+    found = {column: costs(bench, column, args.pattern, machine) for column in columns}
+    rows = list(dict.fromkeys(row for shares, _ in found.values() for row in shares))
+    cells = {
+        (row, title): [each.get(row, 0.0)]
+        for row in rows
+        for column in columns
+        for title, each in zip((column, f"{column}: floor"), found[column], strict=True)
+    }
     model = Path(args.model).name
+    fp32, bf16, memory = (each / 1e9 for each in machine.values())
     text = f"{model}, {args.samples} samples, to {args.pattern}, {tables.threads()}; share of the "
-    text += f"time in %. Rate of products: {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16.\n\n"
-    text += tables.table("cost", whole | floors)
+    text += (
+        f"time in %. Rate of products: {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16; of copies: "
+    )
+    text += f"{memory:.0f} GB/s.\n\n{tables.table('cost', cells)}"
     tables.publish(text, args.write, f"costs-{model}", f"### Costs: {model}")
 
 

@@ -272,12 +272,19 @@ def prepare_all(bench: Bench, seed: int, runs: list[Run]) -> Draw:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Give a model its weights back at the end of a `with`."""
-    dense = [parameter.detach().clone() for parameter in model.parameters()]
+    """Give a model its parameters and their values back at the end of a `with`."""
+    named = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    dense = {parameter: parameter.detach().clone() for *_, parameter in named}
     try:
         yield
     finally:
-        for parameter, value in zip(model.parameters(), dense, strict=True):
+        for module, name, parameter in named:  # a rotation gives a tied head weights of its own
+            setattr(module, name, parameter)
+        for parameter, value in dense.items():
             parameter.data.copy_(value)
 
 

@@ -166,6 +166,30 @@ def test_any_dtype(name, dtype):
         law(name, patterns.parse(name).keep(score), score)
 
 
+def large(kind: str) -> Tensor:
+    """Return scores `[600, 610]` of one kind."""
+    numbers = torch.rand(600, 610, generator=torch.Generator().manual_seed(0))
+    kinds = {
+        "any": numbers,
+        "few": (numbers * 7).floor(),
+        "one": torch.ones_like(numbers),
+        "rising": torch.arange(numbers.numel()).view_as(numbers).float(),
+        "periodic": torch.arange(numbers.numel()).view_as(numbers) % patterns.STRIDE / 2.0,
+    }
+    return kinds[kind]
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "0.0001", "0.9999"])
+@pytest.mark.parametrize("kind", ["any", "few", "one", "rising", "periodic"])
+def test_a_large_layer_whatever_a_sample_of_it_says(kind, sparsity):
+    score = large(kind)
+    keep = patterns.parse(f"{sparsity}/layer").keep(score)
+    order = score.flatten().sort(stable=True).indices  # of equal scores the first go first
+    expected = torch.ones_like(keep).flatten()
+    expected[order[: int(float(sparsity) * score.numel() + 1e-6)]] = False
+    assert torch.equal(keep, expected.view_as(keep))
+
+
 # Each checker fails once, on a planted fault.
 
 

@@ -268,3 +268,16 @@ def test_positions_that_no_sample_has_in_full_have_no_weights():
     found = stats.zeros(["input_sq"], torch.empty(OUT, IN, dtype=x.dtype))
     stats.add_inputs(found, some, 3, weights=torch.full((POSITIONS,), 7.0))
     torch.testing.assert_close(found["input_sq"], some.square().sum(dim=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_nan_or_inf_is_found_anywhere(dtype, value):
+    for size in (1, 2, 33, 1000):
+        for place in {0, size // 2, size - 1}:
+            x = torch.randn(size, dtype=dtype)
+            assert stats.is_finite(x)
+            x[place] = value
+            assert not stats.is_finite(x)
+            assert not stats.is_finite(torch.complex(x.float(), x.float()))
+    assert stats.is_finite(torch.empty(0, dtype=dtype))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gblm.base import GblmError, Pattern, Statistics
+from gblm.maths import stats
 
 DAMPING = 0.01
 # The penalty of ADMM, where the diagonal of H is 1 + damping: it rises as the mask settles.
@@ -101,7 +102,7 @@ def solve(
         else:
             start, mask, steps = problem.start * keep, keep, EXACT
         new = refit(problem, start, mask, steps) / problem.scale
-        if torch.isfinite(new).all():
+        if stats.is_finite(new):
             return new.to(weight.dtype), mask
     raise GblmError("input_gram is too badly conditioned to factor; use more calibration samples")
 
@@ -128,7 +129,7 @@ def _search(
         shifted = problem.hessian.clone()
         shifted.diagonal().add_(penalty)
         lower, info = torch.linalg.cholesky_ex(shifted)
-        if info or not torch.isfinite(lower).all():
+        if info or not stats.is_finite(lower):
             return None
         inverse = torch.cholesky_inverse(lower)
         towards = problem.target @ inverse

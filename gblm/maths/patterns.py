@@ -1,5 +1,6 @@
 """Patterns: which keep-masks are allowed. A pattern is a factory here and a line in `parse`."""
 
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -17,8 +18,10 @@ FIRST = ("blocks", "attention", "mlps", "experts")  # which go before others, in
 UNITS = (*FIRST, "neurons", "heads")
 UNEVEN = "/uneven"
 UNIT = re.compile(rf"([a-z]+):(\d*\.?\d+)({UNEVEN})?")
+RANKED_WINDOW = 8  # the widest m that numpy compares all with all
 KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
 ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
+STRIDE = 61  # one of so many scores of a row brackets the one that is looked for
 
 
 def unstructured(sparsity: float, group: str = "row") -> Pattern:
@@ -56,6 +59,8 @@ def nm(n: int, m: int) -> Pattern:
             from gblm.kernels.nm_keep import nm_keep
 
             return nm_keep(score, n, m)
+        if _quick(score) and m <= RANKED_WINDOW:
+            return _of_few(score.reshape(-1, m), n).view_as(score)
         return _keep_highest(score.reshape(-1, m), n).view_as(score)
 
     def check(shape: Sequence[int]) -> None:
@@ -145,6 +150,17 @@ def _keep_highest(groups: Tensor, kept: int) -> Tensor:
     return mask
 
 
+def _of_few(groups: Tensor, kept: int) -> Tensor:
+    """Return what `_keep_highest` does, for rows so short that all of each are compared."""
+    columns = np.ascontiguousarray(groups.numpy().T)
+    higher = np.zeros(columns.shape, np.uint8)  # how many of its row go before each
+    for i in range(len(columns) - 1):
+        later = columns[i + 1 :] >= columns[i]
+        higher[i] += later.sum(axis=0, dtype=np.uint8)
+        higher[i + 1 :] += ~later
+    return torch.from_numpy(np.ascontiguousarray((higher < kept).T))
+
+
 def ascending(groups: Tensor) -> Tensor:
     """Return each row sorted, `[groups, size]`."""
     if not _quick(groups):
@@ -161,5 +177,24 @@ def _smallest(groups: Tensor, k: int) -> Tensor:
     """Return the k-th smallest of each row, `[groups, 1]`."""
     if not _quick(groups):
         return groups.kthvalue(k, dim=1, keepdim=True).values
-    smallest = np.partition(groups.numpy(), k - 1, axis=1)[:, k - 1 : k]
+    values = groups.numpy()
+    if len(values) == 1:
+        return torch.from_numpy(_of_many(values[0], k).reshape(1, 1))
+    smallest = np.partition(values, k - 1, axis=1)[:, k - 1 : k]
     return torch.from_numpy(np.ascontiguousarray(smallest))
+
+
+def _of_many(values: np.ndarray, k: int) -> np.ndarray:
+    """Return the k-th smallest of many values, from those between two of a sample.
+
+    Source: Floyd and Rivest, "Expected time bounds for selection", 1975.
+    """
+    sample = values[::STRIDE]
+    at, margin = k * len(sample) // len(values), 2 * math.isqrt(len(sample)) + 1
+    low, high = max(at - margin, 0), min(at + margin, len(sample) - 1)
+    sample = np.partition(sample, (low, high))
+    below = int(np.count_nonzero(values < sample[low]))
+    between = values[(values >= sample[low]) & (values <= sample[high])]
+    if below < k <= below + len(between):
+        values, k = between, k - below
+    return np.partition(values, k - 1)[k - 1]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gblm import kernels
 from gblm.base import GblmError, Pattern, Solver, Statistics
+from gblm.maths import stats
 
 FUSED_WINDOW = 32  # the widest m that one kernel scores and selects
 NORMS = {"l1": "grad_abs", "l2": "grad_sq"}
@@ -176,7 +177,7 @@ def gradient_norm(statistics: Statistics, norm: str) -> Tensor:
 
 def finite(value: Tensor, what: str) -> Tensor:
     """Return the value; raises `GblmError` where it holds a NaN or an Inf."""
-    if not torch.isfinite(value).all():
+    if not stats.is_finite(value):
         raise GblmError(
             f"the {what} holds a NaN or an Inf; check the weights and the calibration samples, "
             "or use a wider dtype"

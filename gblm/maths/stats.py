@@ -125,6 +125,14 @@ def wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
+def is_finite(value: Tensor) -> bool:
+    """Say whether a tensor holds neither a NaN nor an Inf, by its least and greatest value."""
+    if not value.numel():
+        return True
+    ends = torch.stack(torch.aminmax(torch.view_as_real(value) if value.is_complex() else value))
+    return bool(torch.isfinite(ends).all())
+
+
 def zeros(names: Iterable[str], weight: Tensor, positions: int = 0) -> Statistics:
     """Return the statistics of no samples for a `weight [out, in]`: every sum is 0.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gblm.base import GblmError, Statistics
+from gblm.maths import stats
 from gblm.maths.admm import DAMPING, Problem
 
 MULTIPLE = 64  # of which widths are, where they are large
@@ -71,7 +72,7 @@ def solve(
             continue
         mask = choose(problem, lower, channels, count) if keep is None else keep
         new = refit(problem, channels[mask].flatten()) / problem.scale
-        if torch.isfinite(new).all():
+        if stats.is_finite(new):
             return new.to(weight.dtype), mask
     raise GblmError("input_gram is too badly conditioned to factor; use more calibration samples")
 

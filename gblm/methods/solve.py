@@ -136,11 +136,11 @@ class Solve(Step):
                 weight, keep = self.solve(dense, statistics, pattern)
         except GblmError as error:
             raise GblmError(f"{where}: {error}") from None
-        weight = weight.masked_fill(~keep, 0).to(linear.weight.dtype)
-        if not torch.isfinite(weight).all():
+        weight = weight.mul(keep).add_(0).to(linear.weight.dtype)  # 0 of either sign becomes +0
+        if not stats.is_finite(weight):
             raise GblmError(f"{where}: the new weight holds a NaN or an Inf; use a wider dtype")
         off = relative_error(dense, weight, inputs.examples)
-        sparsity = (weight == 0).float().mean().item()
+        sparsity = 1 - weight.count_nonzero().item() / weight.numel()
         seconds = time.perf_counter() - start
         shape, positions = list(linear.shape), inputs.statistics.positions
         return weight, LinearReport(

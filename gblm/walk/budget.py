@@ -110,8 +110,8 @@ class Trial:
         """Return the mean KL(dense ‖ pruned) of the samples, or of a quarter of them."""
         for i, share in enumerate(shares):
             if share != self.shares[i]:
-                gone = self.places[i] < round(share * PLACES, 3)
-                self.linears[i].weight.copy_(self.dense[i].masked_fill(gone, 0))
+                keep = self.places[i] >= round(share * PLACES, 3)
+                self.linears[i].weight.copy_(self.dense[i] * keep)
         self.shares, self.done = list(shares), self.done + 1
         self.walk.progress("search", self.done, self.total)
         known = self.known[: -(-len(self.known) // FEWER)] if fewer else self.known

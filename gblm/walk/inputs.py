@@ -17,7 +17,7 @@ from gblm.walk.call import Call
 from gblm.walk.products import Products, Use
 
 # The relative error of a linear is measured on at most this many of its calibration inputs.
-ERROR_POSITIONS = 1024
+ERROR_POSITIONS = 256
 
 
 @dataclass
@@ -94,7 +94,7 @@ class NotFinite(GblmError):
 def check(linear: Linear, statistics: Statistics) -> None:
     """Raise `GblmError` with the linear's name where a statistic holds a NaN or an Inf."""
     for name, value in statistics.sums.items():
-        if not torch.isfinite(value).all():
+        if not stats.is_finite(value):
             raise NotFinite(
                 f"{linear}: the statistic {name} holds a NaN or an Inf; "
                 "check the weights and the calibration samples, or use a wider dtype"

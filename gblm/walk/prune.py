@@ -233,9 +233,9 @@ class Pruning:
         """Make 0 what was 0 in linears that had been pruned before."""
         before = dict(zip(visit.before.owners, visit.before.values, strict=True))
         for linear in visit.block.linears:
-            kept = linear.matrix.view(before[linear.parameter]) != 0
-            if 1 - kept.float().mean() > self.zeros:
-                linear.weight.mul_(kept)
+            weight = linear.matrix.view(before[linear.parameter])
+            if 1 - weight.count_nonzero() / weight.numel() > self.zeros:
+                linear.weight.mul_(weight != 0)
                 for entry in visit.reports:
                     if entry.name == linear.name:
                         entry.sparsity = float((linear.weight == 0).float().mean())

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from gblm.base import Adapter, Batch, GblmError, reason
 from gblm.machine.device import memory_errors, out_of_memory
 from gblm.machine.offload import onload
+from gblm.maths import stats
 from gblm.walk.blocks import (
     Block,
     Carried,
@@ -426,7 +427,7 @@ def _check_finite(model: nn.Module, blocks: dict[nn.Module, Block]) -> None:
     """Raise `GblmError` where a parameter holds a NaN or an Inf, within the blocks or outside."""
     for name, value in parameters(model, blocks):
         wide = value.itemsize > 1 and not valueless(value)  # narrower ones are not pruned
-        if wide and not torch.isfinite(value).all():
+        if wide and not stats.is_finite(value):
             raise GblmError(
                 f"{name} {list(value.shape)} holds a NaN or an Inf; load a sound checkpoint"
             )

@@ -132,7 +132,7 @@ class Visit:
         return [self._new_inputs(group, names, focus) for group in self.block.groups]
 
     def _new_inputs(self, group: list[Linear], needs: frozenset[str], focus: float) -> Inputs:
-        stride = max(1, group[0].positions * self.walk.samples // ERROR_POSITIONS)
+        stride = group[0].positions * self.walk.samples // ERROR_POSITIONS | 1  # odd: all places
         empty = stats.zeros(needs, group[0].weight)
         return Inputs(group, empty, self.weights(group, focus), stride)
 

@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 import quality
 import tables
+import torch
+import transformers
 from matplotlib.figure import Figure
 
 import gblm
 from gblm import GblmError
 from gblm.llm import evaluation, load, perplexity, windows
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture
@@ -77,6 +87,19 @@ def test_a_run_is_what_the_api_gives(llm, store):
     assert last["metrics"]["perplexity"] == pytest.approx(perplexity(model, test), rel=1e-5)
     assert (last["sparsity"], last["name"]) == (report.sparsity, report.method)
     assert set(last["seconds"]) == {"gradients", "prune"}
+
+
+def test_a_rotated_model_is_tied_again():
+    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(32).reshape(2, 16)
+    with torch.no_grad():
+        before = model(ids).logits
+        with quality.unchanged(model):
+            gblm.prune(model, ids, "best:rotate=1", "0.5")
+            assert not torch.equal(model(ids).logits, before)
+        assert torch.equal(model(ids).logits, before)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_images_are_measured_by_the_same_script(vit, store):
