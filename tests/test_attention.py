@@ -93,3 +93,12 @@ def test_a_mask_in_a_wider_dtype_fills_narrow_scores(dtype):
     assert least[0, 0] == torch.finfo(dtype).min
     assert none[0, 0] == -torch.inf
     assert (least[~mask] == 0).all()
+
+
+def test_long_causal_samples_are_plain_without_gradients(monkeypatch):
+    monkeypatch.setattr(attention, "ROWS", 3)
+    monkeypatch.setattr(attention, "SCORES", 3 * 8)
+    own = attention._Attention(*drawn(2, 1, 8, 8), is_causal=True)
+    assert own.plain() is None
+    with torch.no_grad():
+        assert own.plain() is not None
