@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gblm.base import GblmError
 from gblm.machine import processes
 from gblm.walk.blocks import frozen, size, take, to_device
+from gblm.walk.gradients import share_of
 from gblm.walk.head import hidden
 from gblm.walk.walk import Walk
 
@@ -28,7 +29,7 @@ def some(walk: Walk, number: int | None = None) -> Walk:
     They are the same whatever the number of processes.
     """
     counts = processes.gathered(walk.samples)
-    number = number or max(FEWEST, math.ceil(SHARE * sum(counts)))
+    number = number or share_of(sum(counts), SHARE, FEWEST)
     stride = max(1, sum(counts) // number)
     start = -sum(counts[: processes.rank()]) % stride
     batch = walk.adapter.coupled(walk.model, walk.batch)
