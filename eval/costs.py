@@ -31,7 +31,7 @@ from gblm.command.settings import listed
 from gblm.methods import make
 
 PRODUCTS = "matrix products"
-FUSED = "_scaled_dot_product"  # attention in one operation: forward, and with its scores' backward
+FUSED = "_scaled_dot_product"  # attention in one operation, forward or backward
 KINDS = {  # by the names of torch's operations
     PRODUCTS: ("mm", "addmm", "bmm", "baddbmm"),
     "attention": (FUSED, "_softmax"),
@@ -42,8 +42,8 @@ KINDS = {  # by the names of torch's operations
 }
 SIDE = 1536  # of the square matrices
 
-Work = torch.dtype | str  # FLOPs by their dtype, or BYTES
 BYTES = "bytes"
+Unit = torch.dtype | str  # of work: FLOPs in a dtype, or BYTES
 
 
 class Timed(TorchDispatchMode):
@@ -52,7 +52,7 @@ class Timed(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seconds: dict[str, float] = defaultdict(float)
-        self.work: dict[tuple[str, Work], int] = defaultdict(int)
+        self.work: dict[tuple[str, Unit], int] = defaultdict(int)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -61,17 +61,17 @@ class Timed(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         own = kind(func.__name__)
         self.seconds[own] += time.perf_counter() - start
-        unit, amount = work(func, args, output)
+        unit, amount = work(own, func, args, output)
         self.work[own, unit] += amount
         return output
 
 
-def work(func: Any, args: tuple, output: Any) -> tuple[Work, int]:
-    """Return the FLOPs of an operation and their dtype, or its bytes."""
+def work(own: str, func: Any, args: tuple, output: Any) -> tuple[Unit, int]:
+    """Return the work of an operation of a kind, and its unit."""
     tensors = [each for each in tree_leaves((args, output)) if isinstance(each, torch.Tensor)]
     if func.is_view or any(each.device.type == "meta" for each in tensors):
         return BYTES, 0
-    if kind(func.__name__) == PRODUCTS:
+    if own == PRODUCTS:
         left = args[-2]  # of the two factors, which come last
         return output.dtype, 2 * output.numel() * left.shape[-1]
     if func.__name__.startswith(FUSED):
@@ -89,9 +89,9 @@ def kind(name: str) -> str:
     return "elementwise and others"
 
 
-def rates() -> dict[Work, float]:
+def rates() -> dict[Unit, float]:
     """Return the FLOPs of products of square matrices, and the bytes of a copy, in a second."""
-    found: dict[Work, float] = {}
+    found: dict[Unit, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(SIDE, SIDE).to(dtype)
         found[dtype] = 2 * SIDE**3 / least(lambda a=a: a @ a)
@@ -110,7 +110,7 @@ def least(call: Callable[[], object], runs: int = 20) -> float:
 
 
 def costs(
-    bench: quality.Bench, method: str, pattern: str, machine: dict[Work, float]
+    bench: quality.Bench, method: str, pattern: str, machine: dict[Unit, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return what the kinds of operations take of the time of a run in %, and their floors."""
     batch = bench.draw(0)
@@ -148,10 +148,8 @@ def main() -> None:
     model = Path(args.model).name
     fp32, bf16, memory = (each / 1e9 for each in machine.values())
     text = f"{model}, {args.samples} samples, to {args.pattern}, {tables.threads()}; share of the "
-    text += (
-        f"time in %. Rate of products: {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16; of copies: "
-    )
-    text += f"{memory:.0f} GB/s.\n\n{tables.table('cost', cells)}"
+    text += f"time in %. Rate of products: {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16; "
+    text += f"of copies: {memory:.0f} GB/s.\n\n{tables.table('cost', cells)}"
     tables.publish(text, args.write, f"costs-{model}", f"### Costs: {model}")
 
 

@@ -18,7 +18,7 @@ FIRST = ("blocks", "attention", "mlps", "experts")  # which go before others, in
 UNITS = (*FIRST, "neurons", "heads")
 UNEVEN = "/uneven"
 UNIT = re.compile(rf"([a-z]+):(\d*\.?\d+)({UNEVEN})?")
-RANKED_WINDOW = 8  # the widest m that numpy compares all with all
+RANKED = 8  # the longest rows of which numpy compares all with all
 KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
 ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
 STRIDE = 61  # one of so many scores of a row brackets the one that is looked for
@@ -59,8 +59,6 @@ def nm(n: int, m: int) -> Pattern:
             from gblm.kernels.nm_keep import nm_keep
 
             return nm_keep(score, n, m)
-        if _quick(score) and m <= RANKED_WINDOW:
-            return _of_few(score.reshape(-1, m), n).view_as(score)
         return _keep_highest(score.reshape(-1, m), n).view_as(score)
 
     def check(shape: Sequence[int]) -> None:
@@ -140,6 +138,8 @@ def _keep_highest(groups: Tensor, kept: int) -> Tensor:
     step = max(1, ROWS // groups.shape[1])
     if step < len(groups) and not groups.is_cuda:
         return torch.cat([_keep_highest(part, kept) for part in groups.split(step)])
+    if _quick(groups) and groups.shape[1] <= RANKED:
+        return _ranked(groups, kept)
     # A selection is several times quicker than a sort.
     threshold = _smallest(groups, dropped)
     mask = groups > threshold
@@ -150,8 +150,8 @@ def _keep_highest(groups: Tensor, kept: int) -> Tensor:
     return mask
 
 
-def _of_few(groups: Tensor, kept: int) -> Tensor:
-    """Return what `_keep_highest` does, for rows so short that all of each are compared."""
+def _ranked(groups: Tensor, kept: int) -> Tensor:
+    """Return what `_keep_highest` does, by comparing all of each row with all."""
     columns = np.ascontiguousarray(groups.numpy().T)
     higher = np.zeros(columns.shape, np.uint8)  # how many of its row go before each
     for i in range(len(columns) - 1):
@@ -179,12 +179,12 @@ def _smallest(groups: Tensor, k: int) -> Tensor:
         return groups.kthvalue(k, dim=1, keepdim=True).values
     values = groups.numpy()
     if len(values) == 1:
-        return torch.from_numpy(_of_many(values[0], k).reshape(1, 1))
+        return torch.from_numpy(_smallest_of_many(values[0], k).reshape(1, 1))
     smallest = np.partition(values, k - 1, axis=1)[:, k - 1 : k]
     return torch.from_numpy(np.ascontiguousarray(smallest))
 
 
-def _of_many(values: np.ndarray, k: int) -> np.ndarray:
+def _smallest_of_many(values: np.ndarray, k: int) -> np.ndarray:
     """Return the k-th smallest of many values, from those between two of a sample.
 
     Source: Floyd and Rivest, "Expected time bounds for selection", 1975.

@@ -133,6 +133,11 @@ def is_finite(value: Tensor) -> bool:
     return bool(torch.isfinite(ends).all())
 
 
+def sparsity(weight: Tensor) -> float:
+    """Return the share of a tensor that is 0; 0 of an empty one."""
+    return (weight.numel() - weight.count_nonzero().item()) / max(1, weight.numel())
+
+
 def zeros(names: Iterable[str], weight: Tensor, positions: int = 0) -> Statistics:
     """Return the statistics of no samples for a `weight [out, in]`: every sum is 0.
 

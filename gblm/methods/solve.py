@@ -140,7 +140,7 @@ class Solve(Step):
         if not stats.is_finite(weight):
             raise GblmError(f"{where}: the new weight holds a NaN or an Inf; use a wider dtype")
         off = relative_error(dense, weight, inputs.examples)
-        sparsity = 1 - weight.count_nonzero().item() / weight.numel()
+        sparsity = stats.sparsity(weight)
         seconds = time.perf_counter() - start
         shape, positions = list(linear.shape), inputs.statistics.positions
         return weight, LinearReport(

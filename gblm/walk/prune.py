@@ -234,11 +234,11 @@ class Pruning:
         before = dict(zip(visit.before.owners, visit.before.values, strict=True))
         for linear in visit.block.linears:
             weight = linear.matrix.view(before[linear.parameter])
-            if 1 - weight.count_nonzero() / weight.numel() > self.zeros:
+            if stats.sparsity(weight) > self.zeros:
                 linear.weight.mul_(weight != 0)
                 for entry in visit.reports:
                     if entry.name == linear.name:
-                        entry.sparsity = float((linear.weight == 0).float().mean())
+                        entry.sparsity = stats.sparsity(linear.weight)
                         entry.note = entry.note or "it was pruned before: its zeros were kept"
 
 

@@ -132,7 +132,8 @@ class Visit:
         return [self._new_inputs(group, names, focus) for group in self.block.groups]
 
     def _new_inputs(self, group: list[Linear], needs: frozenset[str], focus: float) -> Inputs:
-        stride = group[0].positions * self.walk.samples // ERROR_POSITIONS | 1  # odd: all places
+        # An odd one comes to every place of a sample; an even one would favour the first.
+        stride = group[0].positions * self.walk.samples // ERROR_POSITIONS | 1
         empty = stats.zeros(needs, group[0].weight)
         return Inputs(group, empty, self.weights(group, focus), stride)
 

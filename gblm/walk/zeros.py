@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gblm.maths import stats
 from gblm.walk.blocks import hooked
 
 SHARE = 0.05  # of a matrix that is 0, above which it counts as pruned
@@ -19,7 +20,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     """
     matrices = {n: own.detach() for n, own in model.named_parameters() if own.squeeze().ndim > 1}
     found = {name: own != 0 for name, own in matrices.items()}
-    return {name: keep for name, keep in found.items() if 1 - keep.float().mean() > SHARE}
+    return {name: keep for name, keep in found.items() if stats.sparsity(keep) > SHARE}
 
 
 @contextmanager

@@ -9,20 +9,11 @@ import pytest
 import quality
 import tables
 import torch
-import transformers
 from matplotlib.figure import Figure
 
 import gblm
 from gblm import GblmError
 from gblm.llm import evaluation, load, perplexity, windows
-
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 
 
 @pytest.fixture
@@ -89,17 +80,15 @@ def test_a_run_is_what_the_api_gives(llm, store):
     assert set(last["seconds"]) == {"gradients", "prune"}
 
 
-def test_a_rotated_model_is_tied_again():
-    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
-    model = transformers.LlamaForCausalLM(config).eval()
-    ids = torch.arange(32).reshape(2, 16)
+def test_a_rotated_model_is_tied_again(llama, batch):
+    llama.lm_head.weight = llama.model.embed_tokens.weight
     with torch.no_grad():
-        before = model(ids).logits
-        with quality.unchanged(model):
-            gblm.prune(model, ids, "best:rotate=1", "0.5")
-            assert not torch.equal(model(ids).logits, before)
-        assert torch.equal(model(ids).logits, before)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+        before = llama(**batch).logits
+        with quality.unchanged(llama):
+            gblm.prune(llama, batch, "best:rotate=1", "0.5")
+            assert not torch.equal(llama(**batch).logits, before)
+        assert torch.equal(llama(**batch).logits, before)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
 
 
 def test_images_are_measured_by_the_same_script(vit, store):
