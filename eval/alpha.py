@@ -76,7 +76,7 @@ def sweep(
         text += f"{tables.table('alpha', values)}\n"
     alone = sorted(equal_medians(args))
     return f"""{text}{picture}Equal medians in each of the {len(alone)} linear layers, all dense,
-ask for alphas from {alone[0]:.3g} to {alone[-1]:.3g}, {median(alone):.3g} in the middle.
+ask for alphas from {alone[0]:.3g} to {alone[-1]:.3g}, with a median of {median(alone):.3g}.
 """
 
 

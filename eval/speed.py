@@ -292,6 +292,7 @@ def parser() -> argparse.ArgumentParser:
     add("--write", type=Path, help="Markdown file to write into; JSON and figure go beside it")
     add("--section", help="of that file [speed, speed:vit]")
     add("--basic", action="store_true", help="the `basic` pipeline of llmcompressor as well")
+    add("--only", nargs="+", metavar="NAME", help="of the contestants, as the table names them")
     add("--check", action="store_true", help="only compare the masks of baseline and gblm")
     return new
 
@@ -310,6 +311,9 @@ def main() -> None:
         if args.check:
             command = [sys.executable, ENTRIES, "check", args.model, samples]
             sys.exit(subprocess.run(command, env=environment(args.threads)).returncode)
+        if unknown := [name for name in args.only or () if name not in commands]:
+            flags.error(f"--only {unknown[0]!r} is no contestant; there are {', '.join(commands)}")
+        commands = {name: commands[name] for name in args.only or commands}
         runs: dict[str, list[dict[str, float]]] = defaultdict(list)
         warm = args.side == "llm" and not args.cold  # on vision a process warms up by itself
         for turn in range(args.runs + warm):

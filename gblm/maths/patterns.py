@@ -21,14 +21,14 @@ UNIT = re.compile(rf"([a-z]+):(\d*\.?\d+)({UNEVEN})?")
 RANKED = 8  # the longest rows of which numpy compares all with all
 KERNEL_ROWS = 64  # the fewest that keep a GPU busy, each with a program of its own
 ROWS = 2**21  # scores that are selected from at a time, but for a single row of more
-STRIDE = 61  # one of so many scores of a row brackets the one that is looked for
+STRIDE = 61  # one of so many scores is sampled, to find two values that the k-th lies between
 
 
 def unstructured(sparsity: float, group: str = "row") -> Pattern:
     """Drop the lowest floor(sparsity · size) scores of each comparison group, anywhere in it.
 
     The group is an output row (`group="row"`) or the whole weight (`group="layer"`). Of equal
-    scores the first goes first, as in the published code (arXiv 2311.04902).
+    scores the first goes first, as in the published code (arXiv 2311.04902). One weight stays.
 
     Raises `GblmError` where the sparsity is outside (0, 1) or the group is unknown.
     """
@@ -38,7 +38,7 @@ def unstructured(sparsity: float, group: str = "row") -> Pattern:
 
     def keep(score: Tensor) -> Tensor:
         groups = score if group == "row" else score.reshape(1, -1)
-        # 0.29 · 100 is 28.999… in binary: the count meant is 29. One weight stays, always.
+        # 0.29 · 100 is 28.999… in binary: the count meant is 29.
         kept = groups.shape[1] - int(groups.shape[1] * sparsity + 1e-6)
         return _keep_highest(groups, max(kept, 1)).view_as(score)
 
@@ -73,7 +73,7 @@ def nm(n: int, m: int) -> Pattern:
 def structured(
     units: dict[str, float], then: Pattern | None = None, uneven: bool = False
 ) -> Pattern:
-    """Remove whole units, the share of each kind: "blocks", which go first, "neurons", "heads".
+    """Remove whole units, a share of each kind of `UNITS`; those of `FIRST` go before others.
 
     then: the pattern of what is left. uneven: layers may keep different numbers of neurons and
     heads. Raises `GblmError` where a kind is unknown or a share is outside (0, 1).
@@ -98,7 +98,7 @@ def parse(text: str, group: str = "row", uneven: bool = False) -> Pattern:
     """Return the pattern that `text` names: "2:4", "0.5/layer", "neurons:0.25/uneven+2:4".
 
     `group` is the comparison group of an unstructured pattern that names none itself; `uneven`
-    makes one of units so.
+    lets layers keep different numbers of units.
 
     Raises `GblmError` where the text is neither a sparsity, nor n:m, nor units.
     """
@@ -153,7 +153,7 @@ def _keep_highest(groups: Tensor, kept: int) -> Tensor:
 def _ranked(groups: Tensor, kept: int) -> Tensor:
     """Return what `_keep_highest` does, by comparing all of each row with all."""
     columns = np.ascontiguousarray(groups.numpy().T)
-    higher = np.zeros(columns.shape, np.uint8)  # how many of its row go before each
+    higher = np.zeros(columns.shape, np.uint8)  # how many scores of its row rank above each
     for i in range(len(columns) - 1):
         later = columns[i + 1 :] >= columns[i]
         higher[i] += later.sum(axis=0, dtype=np.uint8)

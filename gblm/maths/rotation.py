@@ -1,4 +1,4 @@
-"""Rotations of the stream between blocks that gather what the weights are worth in few of them."""
+"""Rotations of the residual stream that gather the importance of weights in few of them."""
 
 from __future__ import annotations
 

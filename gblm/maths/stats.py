@@ -62,7 +62,7 @@ def _in_half(x: Tensor) -> bool:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add leftᵀ·right to `total`: in fp32, or in bfloat16 where that takes a quarter of the time.
+    """Add leftᵀ·right to `total`: in fp32, or in bfloat16 on a CPU, in a quarter to half the time.
 
     That sums in fp32 and rounds its end, so each micro-batch adds an error of up to 0.2 % of every
     entry (see `_in_half`). What is fitted to both streams, with a hundredth of every diagonal entry

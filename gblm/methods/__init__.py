@@ -144,7 +144,7 @@ def best(
     distill: float = 0.0,
     rotate: int = 0,
 ) -> Method:
-    """Choose by gradients which weights go, and re-fit the rest by least squares.
+    """Choose masks and new weights by least squares, and their budget by gradients.
 
     `admm` on one group of linears after the other, each on the inputs that the pruned ones before
     it make, towards mix·dense + (1 − mix)·own outputs; positions weighted by their gradients
@@ -152,7 +152,7 @@ def best(
     (refine: passes over the samples). Gradients are those of an eighth of the samples. distill:
     passes over the samples that fit the whole model to the dense one's logits afterwards. rotate:
     steps that learn a rotation of the stream beforehand (see `Rotate`), 60 being the usual ones.
-    docs/benchmarks.md shows what each part is worth.
+    docs/experiments.md shows what each part is worth.
 
     Raises `GblmError` where focus or mix is outside [0, 1], refine below 0, the allocation unknown.
     """
@@ -229,7 +229,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "best": best,
 }
 
-ADMM_MASKS = 20  # that it chooses of a linear, one after the other
+ADMM_MASKS = len(_admm.PENALTIES) * _admm.STEPS  # that it chooses of a linear, one by one
 
 
 def _sparsegpt_cost(o: int, i: int) -> Cost:

@@ -1,4 +1,4 @@
-"""Distil: a few optimiser steps on all that a pruned model keeps, towards the dense logits."""
+"""Distil: a few optimiser steps on what all blocks keep, towards the dense model's logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gblm.walk.walk import Walk
 
 RATE = 0.2  # see `Tuned`
 POSITIONS = 512  # about so many in a step
-JUDGED = 8  # one of so many parts is not learnt from, and tells whether it was worth it
+HELD = 8  # one of so many steps is held back, and tells whether it was worth it
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Distill(Step):
 
     Minimises the mean over positions of KL(dense ‖ pruned) by Adam, as `Refine` does for a block,
     `passes` times over the calibration samples; the head stays as it is, and so do weights that
-    are 0. An eighth of the samples is held back: where their loss is no smaller afterwards, all is
-    left as it was. Holds the activations of some samples and 14 bytes for each weight.
+    are 0. An eighth of the samples is held back, unless there are too few: where their loss is no
+    smaller afterwards, all is left as it was. Holds the activations of some samples and 21 bytes
+    for each weight.
     """
 
     passes: float = 1.0
@@ -54,8 +55,8 @@ class Distill(Step):
         tuned = Tuned(walk.blocks, RATE)
         positions = max(linear.positions for block in walk.blocks for linear in block.linears)
         steps = list(_steps(known, max(1, POSITIONS // processes.world() // positions)))
-        held = [part for step in steps[::JUDGED] for part in step]
-        learnt = [step for i, step in enumerate(steps) if i % JUDGED] or steps
+        held = [part for step in steps[::HELD] for part in step]
+        learnt = [step for i, step in enumerate(steps) if i % HELD] or steps
         count = max(processes.gathered(max(1, round(self.passes * len(learnt)))))
         optimiser, schedule = tuned.optimiser(count)
         try:
@@ -81,7 +82,7 @@ class Distill(Step):
         return Cost(
             passes * footprint.samples * footprint.trunk,
             64.0 * weights * steps,
-            memory=14 * weights + footprint.micro * footprint.kept,
+            memory=21 * weights + footprint.micro * footprint.kept,
         )
 
 

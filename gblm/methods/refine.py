@@ -22,8 +22,8 @@ from gblm.walk.visit import Visit
 
 RATE, MOST = 2.0, 0.01  # see `Tuned`
 POSITIONS = 512  # about so many in a step
-JUDGED = 4  # steps whose samples tell whether it was worth it
-ENERGY = 64  # entries of the goal whose size is measured at a time
+JUDGED = 4  # steps, at least, whose samples tell whether it was worth it
+ENERGY = 64  # rows of the goal whose size is measured at a time
 
 Piece = tuple[int, slice]  # the number of a call, and some of its samples
 
@@ -34,7 +34,7 @@ class Refine(Step):
 
     Minimises Σ weights·‖f(X) − f_dense(X_dense)‖² by Adam, with a rate that warms up over a tenth
     of the steps and then falls as a cosine, `passes` times over the samples in a drawn order; f(X)
-    is the first tensor that the block makes of them. Weights that are 0 stay 0. Where the loss on
+    is the first output that depends on what is fitted. Weights that are 0 stay 0. Where the loss on
     a part of the samples is no smaller afterwards than before, all is left as it was.
 
     focus: the part of a position's weight that its gradients decide.
@@ -93,7 +93,8 @@ class Tuned:
 
     values: in fp32, for the optimiser. keep: where a weight may change. rates: of the optimiser,
     by which the mean size of a tensor's weights is multiplied: `rate` over the number of its
-    inputs, for a step changes an output by the sum of theirs; `MOST` at most.
+    inputs, for a step changes an output by the sum of theirs, or over the length of a vector;
+    `MOST` at most.
     """
 
     def __init__(self, blocks: list[Block], rate: float = RATE) -> None:
@@ -250,7 +251,7 @@ def _together(calls: list[Call], each: int) -> list[list[Piece]]:
 
 
 def _chunks(goals: list[Tensor]) -> Iterator[Tensor]:
-    """Yield all goals, so many entries at a time; goals of other shapes apart."""
+    """Yield all goals, some rows at a time; goals of other shapes apart."""
     start = 0
     while start < len(goals):
         stop, entries = start, 0

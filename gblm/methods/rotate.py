@@ -1,4 +1,4 @@
-"""Rotate: turn the stream between the blocks, so that fewer weights are worth more."""
+"""Rotate: turn the residual stream, so that fewer weights matter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gblm.walk.walk import Walk
 
 @dataclass(frozen=True)
 class Rotate(Step):
-    """Turns the stream of a model by one rotation, which leaves what the model gives as it is.
+    """Turns the residual stream by one rotation, which does not change the model's outputs.
 
     The rotation gathers the importance of the weights in few of them: see `gblm.maths.rotation`.
     It is merged into the weights. Norms are folded into what reads them, and a head that shares the
@@ -76,7 +76,7 @@ class Rotate(Step):
 
 
 def parts(walk: Walk, stream: Stream) -> list[Part]:
-    """Return what turns in the blocks, with the Gram matrices of some samples."""
+    """Return the matrices of the blocks that turn, with the Gram matrices of some samples."""
     readers = ([x for x in own.matrices if x.linear] for own in stream.readings)
     together = [(own, False) for own in readers if own] + [([x], True) for x in stream.writers]
     linears = [own[0].linear for own, _ in together if own[0].linear]

@@ -37,7 +37,7 @@ from gblm.walk.walk import Run, Walk
 
 log = logging.getLogger(__name__)
 
-FEWEST = 8  # samples whose gradients are taken, where a share of them is asked for
+FEWEST = 8  # samples that a share of them has, at least
 BACKWARDS = ("auto", "blocks", "model")
 Gradients = dict[str, Statistics]
 OnTheWay = dict[str, Tensor]  # gradients, by the block, micro-batch and output they are at
@@ -66,8 +66,8 @@ def gradient_sums(
 
     needs: which sums, of those in `stats.GRADIENT`. backward: "blocks" (one block's activations at
     a time, recomputed), "model" (plain), or "auto": plain where that takes at most half of the free
-    memory. share: the part of the samples, from the first, 8 at least. The others are those of
-    `prune`.
+    memory. share: gradients are those of the first ⌈share·n⌉ of n samples, 8 at least. Other
+    arguments are as in `prune`.
 
     Raises `GblmError` where a loss or a sum holds a NaN or an Inf.
     """
@@ -162,10 +162,10 @@ class PlainBackward:
 
 @dataclass
 class Recorded:
-    """What one micro-batch has left at a block: its call, and where its gradients come and go.
+    """A call of a block, the gradients of its outputs, and where those of its inputs go on to.
 
-    edges: of the leaves that a gradient goes on to, by their number. arrived: what has come, by
-    output; dtypes: of the outputs.
+    edges: of the graph, by the number of the input. arrived, dtypes: the gradients so far, and
+    their dtypes, by output.
     """
 
     call: Call
@@ -182,7 +182,7 @@ class Recorded:
 
 
 class KeepGradient(torch.autograd.Function):
-    """Gives an output to the model's code, and its gradient to where the block's are kept."""
+    """The identity, whose backward adds the gradient to a `Recorded`."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, passed: Recorded, index: int, output: list) -> Tensor:

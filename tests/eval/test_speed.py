@@ -71,6 +71,22 @@ def test_images_are_measured_and_written(vit, tmp_path, monkeypatch):
     ]
 
 
+def test_some_contestants_can_take_turns_alone(vit, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "measure", entry)
+    only = ["--runs", "1", "--threads", "1", "--only"]
+    monkeypatch.setattr(sys, "argv", call(vit, *only, "forward", "wanda"))
+    speed.main()
+    shown = [
+        line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    assert shown[2:4] == ["forward", "wanda"]
+    assert shown[6:] == ["wanda / forward"]
+    monkeypatch.setattr(sys, "argv", call(vit, *only, "wanda2"))
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert "'wanda2' is no contestant; there are start-up, forward," in capsys.readouterr().err
+
+
 @pytest.fixture
 def decoded(vit, tmp_path) -> list[str]:
     """The model of the fixture, no checkpoint, and its images decoded into a file."""
