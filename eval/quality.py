@@ -158,9 +158,13 @@ def key(args: argparse.Namespace, run: Run | None = None) -> dict[str, Any]:
 
 def stored(path: Path) -> dict[Key, dict[str, Any]]:
     """Return the entries of a store by the values of their keys."""
-    names = ("version", *SETTING, "method", "pattern", "seed")
     entries = json.loads(path.read_text()) if path.exists() else []
-    return {tuple(entry[name] for name in names): entry for entry in entries}
+    return {_values(entry): entry for entry in entries}
+
+
+def _values(entry: dict[str, Any]) -> Key:
+    names = ("version", *SETTING, "method", "pattern", "seed")
+    return tuple(entry[name] for name in names)
 
 
 def add(path: Path, *entries: dict[str, Any], forget: tuple[Key, ...] = ()) -> None:
@@ -168,7 +172,8 @@ def add(path: Path, *entries: dict[str, Any], forget: tuple[Key, ...] = ()) -> N
     found = stored(path)
     for old in forget:
         found.pop(old, None)
-    lines = [json.dumps(entry) for entry in [*found.values(), *entries]]
+    found |= {_values(entry): entry for entry in entries}
+    lines = [json.dumps(entry) for entry in found.values()]
     tables.replace(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 

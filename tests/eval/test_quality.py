@@ -136,6 +136,14 @@ def test_what_is_finished_stays_when_a_run_fails(llm, store, monkeypatch, count)
     assert count == ["magnitude", "wanda", "sparsegpt"]
 
 
+def test_an_entry_takes_the_place_of_one_of_the_same_run(llm, store):
+    args, runs = asked(llm, store, "magnitude,wanda", "0.5")
+    first, other = ({**quality.key(args, run), "metrics": {}} for run in runs)
+    quality.add(store, first, other)
+    quality.add(store, again := {**first, "metrics": {"perplexity": 7.0}})
+    assert json.loads(store.read_text()) == [again, other]
+
+
 def test_a_pattern_that_does_not_fit_ends_before_work(llm, store, count):
     with pytest.raises(GblmError, match=r"q_proj \[32, 32\].*not divisible by 5"):
         quality.measure(*asked(llm, store, "wanda", "0.5,2:5"))
