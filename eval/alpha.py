@@ -88,7 +88,7 @@ def short(row: str) -> str:
 def equal_medians(args: argparse.Namespace) -> list[float]:
     """Return median ‖X‖₂ / median ‖G‖₁ of every linear of the dense model, stored or measured."""
     entry = {**quality.key(args), "method": EQUAL}
-    names = tuple(entry.values())
+    names = quality.key_of(entry)
     stored = quality.stored(args.store)
     if names not in stored or args.again:
         entry["alphas"] = measured_medians(args)

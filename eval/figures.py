@@ -218,7 +218,7 @@ def masks(args: argparse.Namespace, figure: Path) -> str:
     """Return the table and the picture of the masks, of a store and a file where they are there."""
     args.samples = args.samples or quality.DEFAULTS[args.side]["samples"]
     entry = {**quality.key(args), "method": MASKS, "pattern": args.mask_pattern}
-    key = tuple(entry.values())
+    key = quality.key_of(entry)
     known = {} if args.again else quality.stored(args.store).get(key, {})
     if not known or args.linear not in (None, known["linear"]) or not figure.exists():
         found, linear, chosen = collect(args)

@@ -52,7 +52,7 @@ def panel(axes: Any, name: str, args: argparse.Namespace) -> None:
 def there(args: argparse.Namespace) -> bool:
     """Say whether the runs of a case are stored, or its model is named by $SMOLLM2."""
     known = quality.stored(args.store)
-    keys = (tuple(quality.key(args, run).values()) for run in (None, *quality.wanted(args)))
+    keys = (quality.key_of(quality.key(args, run)) for run in (None, *quality.wanted(args)))
     return bool(os.environ.get("SMOLLM2")) or all(key in known for key in keys)
 
 

@@ -115,7 +115,7 @@ def measure(
     Raises `GblmError` for a linear that cannot have a pattern, before any run of its draw.
     """
     keys = {
-        (run, test.name): tuple(test.key(args, run).values())
+        (run, test.name): quality.key_of(test.key(args, run))
         for run in (None, *runs)
         for test in asked
     }
@@ -196,7 +196,7 @@ def column(model: Model, name: str, pattern: str) -> dict[str, list[float]]:
     of = [test for test in asked if bool(test.task) == (name != "perplexity")]
     values = defaultdict(list)
     for run in (None, *(run for run in runs if run.column == pattern)):
-        entries = [found[tuple(test.key(args, run).values())] for test in of]
+        entries = [found[quality.key_of(test.key(args, run))] for test in of]
         values[run.row if run else quality.DENSE].append(metric(name, entries))
     return values
 
@@ -244,7 +244,7 @@ def by_task(model: Model) -> str:
     cells: Cells = defaultdict(list)
     for run in (None, *runs):
         for test in (test for test in asked if test.task):
-            entry = found[tuple(test.key(args, run).values())]
+            entry = found[quality.key_of(test.key(args, run))]
             row = f"{run.row}, {run.column}" if run else quality.DENSE
             cells[row, test.task].append(100 * entry["metrics"]["acc"])
     return tables.table("method, pattern", cells)

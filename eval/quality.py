@@ -159,10 +159,11 @@ def key(args: argparse.Namespace, run: Run | None = None) -> dict[str, Any]:
 def stored(path: Path) -> dict[Key, dict[str, Any]]:
     """Return the entries of a store by the values of their keys."""
     entries = json.loads(path.read_text()) if path.exists() else []
-    return {_values(entry): entry for entry in entries}
+    return {key_of(entry): entry for entry in entries}
 
 
-def _values(entry: dict[str, Any]) -> Key:
+def key_of(entry: dict[str, Any]) -> Key:
+    """Return the values of the key of an entry, or of a key by itself."""
     names = ("version", *SETTING, "method", "pattern", "seed")
     return tuple(entry[name] for name in names)
 
@@ -172,7 +173,7 @@ def add(path: Path, *entries: dict[str, Any], forget: tuple[Key, ...] = ()) -> N
     found = stored(path)
     for old in forget:
         found.pop(old, None)
-    found |= {_values(entry): entry for entry in entries}
+    found |= {key_of(entry): entry for entry in entries}
     lines = [json.dumps(entry) for entry in found.values()]
     tables.replace(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -321,11 +322,11 @@ def measure(args: argparse.Namespace, runs: list[Run]) -> dict[Key, dict[str, An
 
     Raises `GblmError` for a linear that cannot have a pattern, before any run of its draw.
     """
-    asked = [tuple(key(args, run).values()) for run in (None, *runs)]
+    asked = [key_of(key(args, run)) for run in (None, *runs)]
     if args.again:
         add(args.store, forget=tuple(asked))
     found = stored(args.store)
-    left = [run for run in runs if tuple(key(args, run).values()) not in found]
+    left = [run for run in runs if key_of(key(args, run)) not in found]
     if not left and asked[0] in found:
         return found
     bench = OPEN[args.side](args)
@@ -353,14 +354,14 @@ def cells(
     """Return the values of a metric over the draws, by row and column."""
     values = defaultdict(list)
     for run in runs:
-        entry = found[tuple(key(args, run).values())]
+        entry = found[key_of(key(args, run))]
         values[run.row, run.column].append(entry["metrics"][metric])
     return values
 
 
 def dense(args: argparse.Namespace, found: dict[Key, dict[str, Any]]) -> dict[str, float]:
     """Return the metrics of the dense model."""
-    return found[tuple(key(args).values())]["metrics"]
+    return found[key_of(key(args))]["metrics"]
 
 
 def described(args: argparse.Namespace) -> str:
